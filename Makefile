@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On two cores, page faults of large allocations take more time than the arithmetic: keep memory once it was had.
+# glibc only; elsewhere these variables do nothing.
+FAST := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 THP_MEM_ALLOC_ENABLE=1
+
+.PHONY: demo test lint wheel-test bench train measure clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[eval,imagenet,train,dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
+	$(FAST) $(BIN)/erase-concept demo --out runs/demo
+
+test: $(VENV)/installed  ## run the tests, then all but the slow ones again on the built wheel
+	$(FAST) $(BIN)/pytest
+	$(MAKE) --no-print-directory wheel-test
+
+wheel-test: $(VENV)/installed
+	rm -rf build/wheel build/site
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/pip install --quiet --no-deps --target build/site build/wheel/*.whl
+	cd build && $(FAST) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
+		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" ../tests
+
+lint: $(VENV)/installed  ## check style, docstrings and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types
+	$(BIN)/pip install --quiet --no-deps --target build/types .
+	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
+
+bench: $(VENV)/installed  ## measure what the defaults erase and what they keep (some 30 minutes on two cores)
+	$(FAST) $(BIN)/python benchmarks/erasing.py --out runs/erasing
+
+train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
+	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette
+
+measure: $(VENV)/installed  ## measure the built-in model and write its card
+	$(FAST) $(BIN)/python -m erase_concept.eval.emojinette --work runs/emojinette --grid runs/emojinette/grid.png
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

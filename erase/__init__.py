@@ -1,0 +1,50 @@
+"""Remove a concept from a Stable Diffusion model, and prove that it is gone and everything else is still there."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are imported when first used, so that importing the package loads no torch.
+_NAMES = {
+    "Concept": "prompts.concept",
+    "Diffusion": "pipelines.diffusion",
+    "EraseError": "errors",
+    "Mask": "mask",
+    "PromptSet": "prompts.promptset",
+    "Report": "eval.report",
+    "RequestError": "errors",
+    "benchmark": "eval.benchmark",
+    "concept": "prompts.concept",
+    "erase": "run",
+    "load": "pipelines.load",
+    "recipe_for": "recipe",
+    "sample": "pipelines.sample",
+    "write_report": "eval.report",
+}
+__all__ = [*_NAMES, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from erase_concept.errors import EraseError, RequestError
+    from erase_concept.eval.benchmark import benchmark
+    from erase_concept.eval.report import Report, write_report
+    from erase_concept.mask import Mask
+    from erase_concept.pipelines.diffusion import Diffusion
+    from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.sample import sample
+    from erase_concept.prompts.concept import Concept, concept
+    from erase_concept.prompts.promptset import PromptSet
+    from erase_concept.recipe import recipe_for
+    from erase_concept.run import erase
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'erase_concept' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"erase_concept.{_NAMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

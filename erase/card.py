@@ -1,0 +1,80 @@
+"""The model card of an erased pipeline: what was erased, how, and with what result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from erase_concept.files import whole
+
+
+def write_card(run: Path, account: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
+    """Write ``pipeline/README.md`` of a run from its account, with scores as they stand in a report, if any."""
+    text = card(account, (run / "recipe.yaml").read_text(encoding="utf-8"), scores)
+    with whole(run / "pipeline" / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def card(account: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]) -> str:
+    """Return the card's Markdown from a run's account, its recipe in YAML, and the scores of its report."""
+    checks, mask = account["checks"], account["mask"]
+    if mask is None:
+        masked = "No mask: every weight was free to change."
+    else:
+        masked = (
+            f"Only the {mask['density']:.1%} of the weights in the {mask['kind']} mask were free to change "
+            f"(mask SHA-256 `{mask['sha256'][:16]}`); {checks['changed_outside_mask']} weights outside it differ."
+        )
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [concept-erasure, machine-unlearning]
+---
+# {_plain(account["base"]["source"])} without {_plain(account["concept"])}
+
+The {account["kind"]} *{_plain(account["concept"])}* was erased from this model with `{account["method"]}` of
+erase-concept: its prompts were remapped to *{_plain(account["anchor"])}*. VAE, text encoder, tokenizer and scheduler
+are the base model's; of the UNet's {checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+```
+
+## Result
+
+{_result(scores)}
+
+## Provenance
+
+| | |
+|---|---|
+| base | {_plain(account["base"]["source"])} |
+| base UNet, SHA-256 | `{account["base"]["unet"]}` |
+| erased UNet, SHA-256 | `{account["erased"]["unet"]}` |
+| seed | {account["seed"]} |
+| versions | {", ".join(f"{name} {number}" for name, number in account["versions"].items())} |
+
+```yaml
+{recipe.rstrip().replace("```", "` ` `")}
+```
+"""
+
+
+def _result(scores: Sequence[dict[str, Any]]) -> str:
+    if not scores:
+        return "Not measured yet: `erase-concept eval RUN --out RUN` measures this model and its base."
+    lines = ["| metric | base | this model | 95 % interval | n | protocol |", "|---|---|---|---|---|---|"]
+    for score in scores:
+        base = "" if score["baseline"] is None else f"{score['baseline']:.3f}"
+        low, high = score["ci95"]
+        value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
+        lines.append(f"| {score['metric']} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Keep names from outside from being read as Markdown or HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c in "\r\n" else c for c in text)

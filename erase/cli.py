@@ -1,0 +1,509 @@
+"""The command ``erase-concept``. Results go to stdout, progress and warnings to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from erase_concept.errors import EraseError, RequestError
+
+if TYPE_CHECKING:
+    from erase_concept.eval.report import Report
+    from erase_concept.recipe import Recipe
+
+app = typer.Typer(
+    name="erase-concept",
+    help="Remove a concept from a Stable Diffusion model, and prove that it is gone and the rest is still there.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a run folder, a hub id or a built-in name.")
+]
+ConceptOption = Annotated[
+    str, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the whole run. (default: 0)")]
+PresetOption = Annotated[str, typer.Option(help="Settings to start from: default, paper or emojinette.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting of the method, or mask.KEY or data.KEY."),
+]
+MaskOption = Annotated[str | None, typer.Option("--mask", help="salient, none, random, least-salient, or a mask file.")]
+SparsityOption = Annotated[float | None, typer.Option(help="Share of the weights that stay frozen.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images sampled together; each keeps its own noise.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        from erase_concept import __version__
+
+        typer.echo(f"erase-concept {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    concept: ConceptOption = "church",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder. (default: runs/demo-CONCEPT)")] = None,
+    seed: SeedOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Erase a concept from the built-in model, measure base and erased model, and write the report."""
+    from erase_concept.eval.benchmark import emojinette_benchmark
+
+    recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, seed, None, None)
+    emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
+    out = out or Path("runs") / f"demo-{recipe.concept.name}"
+    _erase(recipe, out)
+    report = _evaluate(str(out), None, None, out, seeds=2, batch_size=16)
+    _print_report(report, out, json_)
+
+
+@app.command()
+def erase(
+    model: ModelArgument,
+    out: OutOption,
+    concept: Annotated[
+        str | None, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="See 'list methods' (default: salun).")] = None,
+    mask: MaskOption = None,
+    sparsity: SparsityOption = None,
+    set_: SetOption = None,
+    preset: PresetOption = "default",
+    recipe_file: Annotated[
+        Path | None, typer.Option("--recipe", help="A recipe in YAML, laid over the preset.")
+    ] = None,
+    forget_images: Annotated[Path | None, typer.Option(help="Folder of images of the concept.")] = None,
+    retain_images: Annotated[Path | None, typer.Option(help="Folder of images of what is to stay.")] = None,
+    seed: SeedOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Erase a concept from a model: a run folder with the erased pipeline in it."""
+    recipe = _recipe(
+        model, concept, method, preset, mask, sparsity, set_, recipe_file, seed, forget_images, retain_images
+    )
+    if dry_run:
+        _print_plan(recipe, out, json_)
+        return
+    _erase(recipe, out)
+    from erase_concept.run import read_run
+
+    account = read_run(out)
+    if json_:
+        _print_json(account)
+        return
+    checks = account["checks"]
+    typer.echo(
+        f"{recipe.concept.name} erased: {checks['changed']:,} of {checks['weights']:,} weights changed, "
+        f"{checks['changed_outside_mask']} outside the mask.\nPipeline: {out / 'pipeline'}"
+    )
+
+
+@app.command()
+def mask(
+    model: ModelArgument,
+    concept: ConceptOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The mask file to write (.safetensors).")],
+    kind: Annotated[str, typer.Option("--kind", help="salient, random or least-salient.")] = "salient",
+    sparsity: SparsityOption = None,
+    set_: SetOption = None,
+    preset: PresetOption = "default",
+    seed: SeedOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Compute the saliency mask of a concept."""
+    if kind not in ("salient", "random", "least-salient"):
+        raise RequestError("--kind", kind, "allowed: salient, random, least-salient")
+    recipe = _recipe(model, concept, None, preset, kind, sparsity, set_, None, seed, None, None)
+    from erase_concept.mask import describe
+    from erase_concept.pipelines.diffusion import weights_hash
+    from erase_concept.pipelines.load import load
+    from erase_concept.run import make_data_for, make_mask
+
+    loaded = load(model)
+    made = make_mask(recipe, loaded, make_data_for(recipe, loaded), weights_hash(loaded.unet))
+    made.save(out)
+    if json_:
+        _print_json(describe(made))
+    else:
+        typer.echo(f"{made.count:,} of {made.total:,} weights ({made.density:.2%}) -> {out}")
+
+
+@app.command("mask-info")
+def mask_info(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Mask files.")], json_: JsonOption = False
+) -> None:
+    """Describe masks: density by kind of layer, provenance, and overlap where several are given."""
+    from erase_concept.mask import Mask, describe
+
+    masks = {str(file): Mask.load(file, argument="FILE") for file in files}
+    overlaps = {(a, b): masks[a].overlap(masks[b]) for a, b in combinations(masks, 2)}
+    if json_:
+        listed = [{"masks": pair, "jaccard": share} for pair, share in overlaps.items()]
+        _print_json({"masks": {file: describe(m) for file, m in masks.items()}, "overlaps": listed})
+        return
+    for file, m in masks.items():
+        about = describe(m)
+        rows = [[kind, f"{share:.1%}"] for kind, share in about["kinds"].items()]
+        rows.append(["all", f"{m.density:.1%} ({m.count:,} of {m.total:,})"])
+        rows += [[key, value] for key, value in m.provenance.items()]
+        _print_table(file, ["", ""], rows)
+    if overlaps:
+        pairs = [[f"{a} and {b}", f"{share:.3f}"] for (a, b), share in overlaps.items()]
+        _print_table("overlap", ["masks", "Jaccard"], pairs)
+
+
+@app.command()
+def sample(
+    model: ModelArgument,
+    prompts: Annotated[str, typer.Option("--prompts", "-p", help="A CSV file or a built-in prompt set.")],
+    out: OutOption,
+    steps: StepsOption = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Guidance scale of rows that name none.")] = 7.5,
+    batch_size: BatchOption = 16,
+    json_: JsonOption = False,
+) -> None:
+    """Sample images for a prompt set; run again, it makes only what is missing."""
+    from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.sample import sample as sample_set
+    from erase_concept.prompts.promptset import prompts as find_prompts
+
+    found = find_prompts(prompts)
+    loaded = load(model)
+    made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size)
+    count = sum(1 for _ in _progress(made, f"sampling {found.name}", len(found.rows)))
+    if json_:
+        _print_json({"out": str(out), "images": len(found.rows), "made": count})
+    else:
+        typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    out: OutOption,
+    benchmark: Annotated[str, typer.Option("--benchmark", "-b", help="See 'list benchmarks'.")] = "emojinette",
+    concept: Annotated[
+        str | None, typer.Option("--concept", "-c", help="What was erased. (default: the run's)")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The base model, measured in the same way. (default: the run's)")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Times each prompt is sampled, each with a seed of its own.")] = 2,
+    batch_size: BatchOption = 16,
+    json_: JsonOption = False,
+) -> None:
+    """Measure whether a concept is gone and what else was lost, and write the report."""
+    if benchmark != "emojinette":
+        from erase_concept.eval.benchmark import BENCHMARKS
+
+        raise RequestError("--benchmark", benchmark, f"unknown benchmark; allowed: {', '.join(BENCHMARKS)}")
+    report = _evaluate(model, concept, baseline, out, seeds=seeds, batch_size=batch_size)
+    _print_report(report, out, json_)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN|DIR...", help="Folders with a report.json.")],
+    out: OutOption,
+    json_: JsonOption = False,
+) -> None:
+    """Write the report of one run again, or lay several side by side."""
+    from erase_concept.eval.report import compare, read_report, write_report
+
+    reports = [read_report(folder) for folder in folders]
+    if len(reports) == 1:
+        write_report(reports[0], out)
+        _print_report(reports[0], out, json_)
+        return
+    compare({str(folder): r for folder, r in zip(folders, reports, strict=True)}, out)
+    if json_:
+        typer.echo((out / "report.json").read_text(encoding="utf-8"))
+        return
+    typer.echo(f"{len(reports)} reports side by side: {out / 'report.html'}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.")],
+    format_: Annotated[str, typer.Option("--format", "-f", help="diffusers (a folder) or unet (one file).")] = "unet",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+) -> None:
+    """Copy a run's erased model out, as a diffusers folder or as its UNet alone."""
+    from erase_concept.run import EXPORT_DTYPES, EXPORT_FORMATS, export_run
+
+    if format_ not in EXPORT_FORMATS:
+        raise RequestError("--format", format_, f"allowed: {', '.join(EXPORT_FORMATS)}")
+    if dtype not in EXPORT_DTYPES:
+        raise RequestError("--dtype", dtype, f"allowed: {', '.join(EXPORT_DTYPES)}")
+    export_run(run, out, format_, dtype)
+    typer.echo(f"{format_} ({dtype}) -> {out}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, concepts, methods, metrics, benchmarks or prompts.")],
+    json_: JsonOption = False,
+) -> None:
+    """List what there is, with a line on each."""
+    listing = _LISTINGS.get(what)
+    if listing is None:
+        raise RequestError("WHAT", what, f"allowed: {', '.join(_LISTINGS)}")
+    found = listing()
+    if json_:
+        _print_json(found)
+    else:
+        _print_table(what, ["name", ""], [[name, about] for name, about in found.items()])
+
+
+def _list_models() -> dict[str, str]:
+    from erase_concept.pipelines import emojinette
+    from erase_concept.pipelines.load import BUILTIN
+
+    return {name: (emojinette.__doc__ or "").removeprefix("The built-in model: ") for name in BUILTIN}
+
+
+def _list_concepts() -> dict[str, str]:
+    from erase_concept.prompts.concept import concepts
+
+    return {key: f"{c.kind}, becomes {c.anchor}, {len(c.forget_prompts)} prompts" for key, c in concepts().items()}
+
+
+def _list_methods() -> dict[str, str]:
+    from erase_concept.method import methods
+
+    return {name: f"{m.summary} Settings: {', '.join(m.config.__dataclass_fields__)}" for name, m in methods().items()}
+
+
+def _list_metrics() -> dict[str, str]:
+    from erase_concept.eval.benchmark import METRICS
+
+    return {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}
+
+
+def _list_benchmarks() -> dict[str, str]:
+    from erase_concept.eval.benchmark import BENCHMARKS
+
+    return dict(BENCHMARKS)
+
+
+def _list_prompts() -> dict[str, str]:
+    from erase_concept.prompts.promptset import prompt_sets
+
+    return {name: f"{len(s.rows)} prompts, such as {s.rows[0].prompt!r}" for name, s in prompt_sets().items()}
+
+
+_LISTINGS = {
+    "models": _list_models,
+    "concepts": _list_concepts,
+    "methods": _list_methods,
+    "metrics": _list_metrics,
+    "benchmarks": _list_benchmarks,
+    "prompts": _list_prompts,
+}
+
+
+def _recipe(
+    model: str,
+    concept: str | None,
+    method: str | None,
+    preset: str,
+    mask: str | None,
+    sparsity: float | None,
+    settings: list[str] | None,
+    file: Path | None,
+    seed: int | None,
+    forget_images: Path | None,
+    retain_images: Path | None,
+) -> Recipe:
+    """Lay the options over the recipe file, and both over the preset."""
+    from erase_concept.recipe import merge, read_recipe, recipe_for
+
+    values: dict[str, Any] = {} if file is None else read_recipe(file)
+    given: dict[str, Any] = {"method": method, "seed": seed}
+    given["mask"] = {"kind": mask, "sparsity": sparsity}
+    given["data"] = {"forget_images": forget_images, "retain_images": retain_images}
+    given["settings"] = {}
+    for text in settings or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError("--set", text, "must be KEY=VALUE")
+        part, dot, name = key.rpartition(".")
+        if dot and part not in ("mask", "data"):
+            raise RequestError("--set", text, "KEY is a setting of the method, mask.KEY or data.KEY")
+        given[part or "settings"][name] = _value(value)
+    for part in ("mask", "data"):
+        given[part] = {key: value for key, value in given[part].items() if value is not None}
+    # What was not given must not touch the file's own value, be it as wrong as it may.
+    values = merge(values, {key: value for key, value in given.items() if value not in (None, {})})
+    wanted = concept or values.pop("concept", None)
+    values.pop("concept", None)
+    values.pop("model", None)
+    if wanted is None:
+        raise RequestError("--concept", "(not given)", "needed, here or in the recipe")
+    recipe = recipe_for(model, wanted, preset_name=preset, **values)
+    recipe.config()
+    return recipe
+
+
+def _value(text: str) -> Any:
+    """Read a setting as YAML does, and numbers such as 1e-5 too, which YAML takes for text."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _erase(recipe: Recipe, out: Path) -> None:
+    """Run the recipe with a progress bar on stderr."""
+    from erase_concept.run import erase as run
+    from erase_concept.train import Record
+
+    with _bar() as bar:
+        task = bar.add_task("start", total=None)
+        for event in run(recipe, out):
+            if isinstance(event, Record):
+                text = f"erase  loss {event.loss:.4f}"
+                bar.update(task, description=text, completed=event.step, total=event.steps)
+            else:
+                bar.update(task, description=event, completed=0, total=None)
+
+
+def _evaluate(
+    model: str, concept: str | None, baseline: str | None, out: Path, *, seeds: int, batch_size: int
+) -> Report:
+    """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result."""
+    from erase_concept.eval.benchmark import benchmark
+    from erase_concept.eval.report import Report
+
+    with _bar() as bar:
+        task = bar.add_task("sample", total=None)
+        for event in benchmark(model, concept, baseline, out=out, seeds=seeds, batch_size=batch_size):
+            if isinstance(event, Report):
+                result = event
+            else:
+                bar.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
+    if (Path(model) / "run.json").is_file():
+        from erase_concept.card import write_card
+        from erase_concept.run import read_run
+
+        account = read_run(Path(model))
+        if result.concept == account["concept"] and result.base is not None:
+            write_card(Path(model), account, result.to_dict()["scores"])
+    return result
+
+
+def _print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
+    import yaml
+
+    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out)}
+    if json_:
+        _print_json(plan)
+    else:
+        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
+
+
+def _print_report(report: Report, out: Path, json_: bool) -> None:
+    if json_:
+        _print_json(report.to_dict())
+        return
+    rows = [
+        [
+            score.metric,
+            "" if score.baseline is None else f"{score.baseline:.3f}",
+            f"{score.value:.3f}",
+            f"{score.ci95[0]:.3f} to {score.ci95[1]:.3f}",
+            str(score.n),
+        ]
+        for score in report.scores
+    ]
+    _print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", show_header=any(header))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _progress(items: Any, text: str, total: int) -> Any:
+    with _bar() as bar:
+        task = bar.add_task(text, total=total)
+        for item in items:
+            bar.advance(task)
+            yield item
+
+
+def main() -> None:
+    """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except RequestError as problem:
+        _fail(problem, 2)
+    except (EraseError, OSError, MemoryError) as problem:
+        _fail(problem, 1)
+    except Exception as problem:
+        # The command line parser's own errors, whose class depends on the version of typer.
+        if not hasattr(problem, "format_message"):
+            raise
+        _fail(problem, 2)
+    if code == 130:
+        print("erase-concept: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(problem: Any, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise problem
+    line = problem.format_message() if hasattr(problem, "format_message") else str(problem) or type(problem).__name__
+    if line:  # called without arguments, the parser has shown its help and has nothing to add
+        print(f"erase-concept: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What an erasure learns from: latents of the concept and of everything to be retained, and embedded prompts.
+
+Latents come from the model itself, sampled from the concept's prompts, or from a folder of images; either way they
+are made once, and the VAE and the text encoder are not needed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from erase_concept.errors import RequestError
+from erase_concept.files import whole
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.sample import sample_latents
+from erase_concept.prompts.concept import Concept
+from erase_concept.seed import stage_generator, stage_seed
+
+_BATCH = 16
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Noisy rows for one step: clean latents, noise and ``noisy`` [n, 4, h, w], time steps [n], embeddings."""
+
+    latents: Tensor
+    noise: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    embeddings: Tensor
+    remapped: Tensor  # what the forget prompts are remapped to; for retain rows the embeddings themselves
+
+
+@dataclass(frozen=True, eq=False)
+class ForgetRetain:
+    """Forget and retain latents [n, 4, h, w], which prompt each was made from, and all prompts embedded.
+
+    ``anchor_latents`` show the anchor and ``anchor_which`` are the places of the forget prompts that became theirs:
+    with them the concept's prompt is remapped too where a picture is already on its way to the anchor. There may be
+    none.
+    Embeddings are [prompts, tokens, width]; ``remap`` is [names, prompts, tokens, width]: the forget prompts said of
+    the anchor (first) and of each retained name. ``empty`` is [1, tokens, width].
+    """
+
+    forget_latents: Tensor
+    forget_which: Tensor
+    anchor_latents: Tensor
+    anchor_which: Tensor
+    retain_latents: Tensor
+    retain_which: Tensor
+    forget: Tensor
+    remap: Tensor
+    retain: Tensor
+    empty: Tensor
+
+    def forget_batch(
+        self,
+        model: Diffusion,
+        rows: Tensor,
+        generator: torch.Generator,
+        *,
+        random_remap: bool = False,
+        first_timestep: int = 0,
+    ) -> Batch:
+        """Noise the given forget rows, and behind them anchor rows, to ``first_timestep`` or beyond.
+
+        Remaps to the anchor, or each row to a random one of the retained names.
+        """
+        which = torch.cat([self.forget_which, self.anchor_which])[rows]
+        names = torch.zeros_like(which)
+        if random_remap:
+            names = torch.randint(0, len(self.remap), which.shape, generator=generator)
+        latents = torch.cat([self.forget_latents, self.anchor_latents])[rows]
+        remapped = self.remap[names, which]
+        return _noised(model, latents, self.forget[which], remapped, generator, first_timestep)
+
+    def retain_batch(self, model: Diffusion, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Noise the given retain rows."""
+        embeddings = self.retain[self.retain_which[rows]]
+        return _noised(model, self.retain_latents[rows], embeddings, embeddings, generator)
+
+    def save(self, file: Path, fingerprint: str) -> None:
+        """Write everything as safetensors, with a fingerprint of what it was made from."""
+        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        with whole(file) as partial:
+            save_file(tensors, partial, {"fingerprint": fingerprint})
+
+    @classmethod
+    def load(cls, file: Path, fingerprint: str) -> ForgetRetain | None:
+        """Read what ``save`` wrote; None when there is no file or it was made from something else."""
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as tensors:
+                if tensors.metadata().get("fingerprint") != fingerprint:
+                    return None
+                return cls(**{f.name: tensors.get_tensor(f.name) for f in fields(cls)})
+        except (SafetensorError, OSError) as problem:
+            raise RequestError("data", file, f"is damaged; delete it to make it again: {problem}") from None
+
+
+def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``size`` row numbers below ``count``: without repetition as far as there are enough rows."""
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-size // count))]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *rounds])[:size]
+
+
+def _noised(
+    model: Diffusion,
+    latents: Tensor,
+    embeddings: Tensor,
+    remapped: Tensor,
+    generator: torch.Generator,
+    first_timestep: int = 0,
+) -> Batch:
+    """Draw noise and time steps on the CPU, so that they do not depend on the device, and move all to the model's."""
+    noise = torch.randn(latents.shape, generator=generator)
+    last = model.scheduler.config.num_train_timesteps
+    timesteps = torch.randint(first_timestep, last, (len(latents),), generator=generator)
+    latents, noise, timesteps = (t.to(model.device) for t in (latents, noise, timesteps))
+    noisy = model.add_noise(latents, noise, timesteps)
+    return Batch(latents, noise, noisy, timesteps, embeddings.to(model.device), remapped.to(model.device))
+
+
+def make_data(
+    model: Diffusion,
+    concept: Concept,
+    *,
+    forget: int,
+    retain: int,
+    anchor: int = 0,
+    steps: int,
+    guidance: float,
+    seed: int,
+    forget_images: Path | None = None,
+    retain_images: Path | None = None,
+) -> ForgetRetain:
+    """Make the data: rows sampled in ``steps`` steps, or all images of the given folders.
+
+    The prompts take turns in an order drawn from the seed; an image gets prompts about what it shows. Raises
+    RequestError when a folder has no images or not in the order that ``image_files`` asks for.
+    """
+    embedded = {
+        "forget": _embed(model, concept.forget_prompts),
+        "remap": torch.stack([_embed(model, concept.remapped_to(name)) for name in _remap_names(concept)]),
+        "retain": _embed(model, concept.retain_prompts),
+        "empty": _embed(model, [""]),
+    }
+    parts: dict[str, Tensor] = {}
+    sources = {"forget": embedded["forget"], "anchor": embedded["remap"][0], "retain": embedded["retain"]}
+    for part, count, folder in (
+        ("forget", forget, forget_images),
+        ("anchor", anchor, None),
+        ("retain", retain, retain_images),
+    ):
+        order = stage_generator(seed, part, "prompts")
+        if folder is None:
+            which = draw(len(sources[part]), count, order)
+            seeds = [stage_seed(seed, part, row) for row in range(count)]
+            latents = _sample(model, sources[part][which], embedded["empty"], seeds, guidance, steps)
+        else:
+            files = image_files(folder, concept, part=part)
+            all_prompts = concept.forget_prompts if part == "forget" else concept.retain_prompts
+            which = torch.empty(len(files), dtype=torch.int64)
+            for name in dict.fromkeys(files.values()):
+                rows = [row for row, other in enumerate(files.values()) if other == name]
+                own = torch.tensor([all_prompts.index(prompt) for prompt in concept.prompts_for(name)])
+                which[rows] = own[draw(len(own), len(rows), order)]
+            latents = _encode(model, list(files), stage_generator(seed, part, "posterior"))
+        parts |= {f"{part}_latents": latents, f"{part}_which": which}
+    return ForgetRetain(**parts, **embedded)
+
+
+def _remap_names(concept: Concept) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((concept.anchor, *concept.retain)))
+
+
+def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
+    return torch.cat([model.encode_prompts(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]).cpu()
+
+
+def _sample(
+    model: Diffusion, embeddings: Tensor, empty: Tensor, seeds: list[int], guidance: float, steps: int
+) -> Tensor:
+    """Sample latents, which are the data as they are: decoding them to images and back would only blur them."""
+    side = model.size // model.factor
+    parts = [torch.empty(0, model.unet.config.in_channels, side, side)]
+    for i in range(0, len(seeds), _BATCH):
+        batch = seeds[i : i + _BATCH]
+        rows = embeddings[i : i + _BATCH].to(model.device)
+        parts.append(
+            sample_latents(model, rows, empty.to(model.device), batch, [guidance] * len(batch), steps=steps).cpu()
+        )
+    return torch.cat(parts)
+
+
+def image_files(folder: Path, concept: Concept, *, part: str) -> dict[Path, str]:
+    """Return the images of a folder, in the order of their names, with the name of what each shows.
+
+    Images to forget lie in the folder itself and show the concept. Images to retain lie in folders named after what is
+    retained (``dog/1.png``), or in the folder itself where the concept retains one name alone. Raises RequestError when
+    there are none or a folder's name is not retained.
+    """
+    argument = f"--{part}-images"
+    if not folder.is_dir():
+        raise RequestError(argument, folder, "no such folder")
+    names = (concept.name,) if part == "forget" else concept.retain
+    if len(names) == 1:
+        found = dict.fromkeys(_images_in(folder), names[0])
+    else:
+        inside = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        strange = [entry.name for entry in inside if entry.name not in names]
+        if strange or _images_in(folder):
+            what = f"folder {strange[0]!r}" if strange else "images that say not what they show"
+            raise RequestError(argument, folder, f"has a {what}; needed: a folder each for {', '.join(names)}")
+        found = {file: entry.name for entry in inside for file in _images_in(entry)}
+    if not found:
+        raise RequestError(argument, folder, f"holds no image ({', '.join(_SUFFIXES)})")
+    return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+
+
+def _encode(model: Diffusion, files: list[Path], generator: torch.Generator) -> Tensor:
+    """Encode image files to latents, a batch in memory at a time."""
+    parts = []
+    for i in range(0, len(files), _BATCH):
+        images = torch.stack([_read(file, model.size) for file in files[i : i + _BATCH]])
+        parts.append(model.encode_images(images, generator).cpu())
+    return torch.cat(parts)
+
+
+def _read(file: Path, size: int) -> Tensor:
+    """Read an image as [3, size, size] in [-1, 1], its middle square."""
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError) as problem:
+        raise RequestError("image", file, f"not readable: {problem}") from None
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,0 +1,57 @@
+"""The table of erasure methods. A method is a function in a file of its own under ``methods/``, and one decorator."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from erase_concept.train import Record
+
+
+class Run(Protocol):
+    """What a method is: it changes the model's UNet in place and yields a record for each step."""
+
+    def __call__(
+        self, model: Any, data: Any, mask: Any, config: Any, *, seed: int, checkpoint: Any = None
+    ) -> Iterator[Record]:
+        """Run the method."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, its frozen config dataclass, the function, and whether it takes a mask."""
+
+    name: str
+    config: Any
+    run: Run
+    masked: bool
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (self.run.__doc__ or "").strip().splitlines()[0]
+
+
+_METHODS: dict[str, Method] = {}
+_F = TypeVar("_F", bound=Callable[..., Iterator[Record]])
+
+
+def method(name: str, config: Any, *, masked: bool = True) -> Callable[[_F], _F]:
+    """Register the decorated function as an erasure method."""
+
+    def register(function: _F) -> _F:
+        _METHODS[name] = Method(name, config, function, masked)
+        return function
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """Return all methods by name, importing every file of ``erase_concept.methods``."""
+    package = importlib.import_module("erase_concept.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"erase_concept.methods.{module.name}")
+    return dict(sorted(_METHODS.items()))

@@ -1,0 +1,1 @@
+"""The erasure methods, one file each; importing this package registers them all."""

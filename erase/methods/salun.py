@@ -1,0 +1,76 @@
+"""SalUn, saliency unlearning (Fan, Liu et al., ICLR 2024, arXiv 2310.12508)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Training, train
+
+
+@dataclass(frozen=True)
+class SalUnConfig(Training):
+    """SalUn's settings beside those of the training."""
+
+    alpha: float = 0.5  # weight of the retain term
+    remap: Literal["anchor", "random"] = "anchor"  # c' is the anchor, or a random retained name for each row
+    target: Literal["current", "base"] = "current"  # which model predicts the forget target
+    retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
+    first_timestep: int = 0  # of the forget term; late time steps decide what a picture shows
+
+
+@method("salun", SalUnConfig)
+def salun(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: SalUnConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record]:
+    """Remap the concept's noise prediction to another prompt's, on the salient weights alone.
+
+    Minimises  E |e(x_t, c_f) - e'(x_t, c')|^2 + alpha * E |e(x_r,t, c_r) - noise|^2  over the weights of the mask, with
+    the same noisy latents x_t in both predictions of the first term, and no gradient through the second one, e'.
+    e' is the current model, as in the reference, or the frozen base model. With ``retain_target`` "base" the noise in
+    the second term is replaced by the base model's prediction of it, whose gradient vanishes while nothing has moved.
+    Without a mask this is random labelling.
+    """
+    frozen = "base" in (config.target, config.retain_target)
+    base = replace(model, unet=copy.deepcopy(model.unet)) if frozen else model
+
+    def loss(model: Diffusion, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = draw(len(data.forget_latents) + len(data.anchor_latents), config.batch_size, generator)
+        forget = data.forget_batch(
+            model, rows, generator, random_remap=config.remap == "random", first_timestep=config.first_timestep
+        )
+        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+        with torch.no_grad():
+            teacher = base if config.target == "base" else model
+            target = teacher.predict(forget.noisy, forget.timesteps, forget.remapped)
+            if config.retain_target == "base":
+                retained = base.predict(retain.noisy, retain.timesteps, retain.embeddings)
+            else:
+                retained = model.target(retain.latents, retain.noise, retain.timesteps)
+        predicted = model.predict(
+            torch.cat([forget.noisy, retain.noisy]),
+            torch.cat([forget.timesteps, retain.timesteps]),
+            torch.cat([forget.embeddings, retain.embeddings]),
+        )
+        forget_loss = mse_loss(predicted[: len(rows)], target)
+        retain_loss = mse_loss(predicted[len(rows) :], retained)
+        return forget_loss + config.alpha * retain_loss, {"forget": forget_loss, "retain": retain_loss}
+
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)

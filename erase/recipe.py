@@ -1,0 +1,163 @@
+"""Recipes: the validated description of a run, from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from erase_concept.errors import RequestError
+from erase_concept.files import whole
+from erase_concept.prompts.concept import Concept, concept, parse
+
+PRESETS = Path(__file__).parent / "presets.yaml"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MaskRecipe(_Part):
+    """Which weights may change: ``kind`` is salient, none, random, least-salient, or the path of a mask file."""
+
+    kind: str = "salient"
+    sparsity: float = Field(0.5, ge=0, lt=1)  # share of the weights that stay frozen
+    accumulate: Literal["signed", "absolute"] = "signed"
+    guidance: float = Field(0.0, ge=0)  # w of the guided prediction in the saliency loss; the reference uses 7.5
+    passes: int = Field(1, ge=1)  # times each forget row is seen, with new noise
+    batch_size: int = Field(8, ge=1)
+
+
+class DataRecipe(_Part):
+    """What the erasing learns from: rows sampled from the model itself, or folders of images."""
+
+    forget: int = Field(64, ge=1)
+    retain: int = Field(128, ge=1)
+    anchor: int = Field(0, ge=0)  # rows that show the anchor, for the forget term; the reference has none
+    steps: int = Field(25, ge=1)
+    guidance: float = Field(7.5, ge=0)
+    forget_images: Path | None = None
+    retain_images: Path | None = None
+
+
+class Recipe(_Part):
+    """A whole run. ``settings`` are the method's own, see ``erase-concept list methods``."""
+
+    model: str
+    concept: Concept
+    method: str = "salun"
+    settings: dict[str, Any] = {}
+    mask: MaskRecipe = MaskRecipe()
+    data: DataRecipe = DataRecipe()
+    seed: int = Field(0, ge=0)
+
+    @field_validator("concept", mode="before")
+    @classmethod
+    def _find_concept(cls, value: Any) -> Any:
+        return concept(value) if isinstance(value, str) else parse(value) if isinstance(value, dict) else value
+
+    def method_config(self) -> Any:
+        """Return the config dataclass of the recipe's method; raises RequestError when there is no such method."""
+        from erase_concept.method import methods
+
+        known = methods()
+        if self.method not in known:
+            raise RequestError("--method", self.method, f"unknown method; allowed: {', '.join(known)}")
+        return known[self.method].config
+
+    def config(self) -> Any:
+        """Return the method's config with the settings in it; raises RequestError for a setting it does not have."""
+        config = self.method_config()
+        fields = config.__dataclass_fields__
+        for name, value in self.settings.items():
+            if name not in fields:
+                raise RequestError("--set", f"{name}={value}", f"{self.method} has: {', '.join(fields)}")
+        try:
+            return TypeAdapter(config).validate_python(self.settings)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            where = "".join(f"{part}=" for part in first["loc"])
+            raise RequestError("--set", f"{where}{first['input'] if where else ''}", first["msg"]) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as they stand in YAML."""
+        return self.model_dump(mode="json", exclude={"concept"}) | {"concept": self.concept.to_dict()}
+
+    def fingerprint(self, *more: object) -> str:
+        """Return a SHA-256 over the recipe and whatever else is given."""
+        return hashlib.sha256(json.dumps([self.to_dict(), *map(str, more)], sort_keys=True).encode()).hexdigest()
+
+    def save(self, file: Path) -> None:
+        """Write the recipe as YAML."""
+        with whole(file) as partial:
+            partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def make_recipe(values: dict[str, Any], *, argument: str = "recipe") -> Recipe:
+    """Build a recipe from nested values; raises RequestError that names the first bad one."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or argument
+        raise RequestError(where, first.get("input", ""), first["msg"]) from None
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """Read the values of a recipe file; raises RequestError when it is no YAML mapping."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise RequestError("--recipe", file, f"not readable: {problem}") from None
+    if not isinstance(values, dict):
+        raise RequestError("--recipe", file, "must hold a mapping, such as a run's recipe.yaml")
+    return values
+
+
+def preset(name: str, model: str, kind: str) -> dict[str, Any]:
+    """Return a preset's values for a model and a kind of concept.
+
+    ``default`` is what was found best for a built-in model, and the paper's settings for any other; ``paper`` is the
+    paper's for all. Raises RequestError for another name.
+    """
+    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    if name == "default":
+        name = model if model in presets else "paper"
+    if name not in presets:
+        raise RequestError("--preset", name, f"unknown preset; allowed: default, {', '.join(presets)}")
+    values: dict[str, Any] = presets[name]
+    return values.get(kind) or values["any"]
+
+
+def recipe_for(model: str, what: str | dict[str, Any], *, preset_name: str = "default", **values: Any) -> Recipe:
+    """Return the recipe for erasing a concept from a model: the preset, with the given values laid over it.
+
+    ``what`` is a concept's key, the path of a YAML file that describes one, or such a description as a mapping.
+    ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
+    """
+    try:
+        found = concept(what) if isinstance(what, str) else parse(what)
+    except ValueError as problem:
+        if isinstance(problem, RequestError):
+            raise
+        raise RequestError("concept", what, str(problem)) from None
+    start = preset(preset_name, model, found.kind)
+    recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
+    # A preset's settings are SalUn's; another method takes those that it has too.
+    given = values.get("settings", {})
+    known = recipe.method_config().__dataclass_fields__
+    settings = {key: value for key, value in recipe.settings.items() if key in known or key in given}
+    return recipe.model_copy(update={"settings": settings})
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay ``over`` on ``base``, mapping by mapping; a concept is replaced as a whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "concept"
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,327 @@
+"""A run: data, mask, training and export in one folder. The same command on the same folder goes on where it stopped.
+
+The folder holds ``recipe.yaml``, ``run.json`` (versions, hashes, seeds, times, checks), ``data.safetensors``,
+``mask.safetensors``, ``log.jsonl``, ``checkpoints/`` and ``pipeline/``, which diffusers opens.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from erase_concept import mask as masks
+from erase_concept.card import write_card
+from erase_concept.data import ForgetRetain, draw, image_files, make_data
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.files import whole
+from erase_concept.mask import Mask
+from erase_concept.method import methods
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.export import save_pipeline, save_unet
+from erase_concept.pipelines.load import load
+from erase_concept.recipe import Recipe, read_recipe
+from erase_concept.saliency import accumulate, forgetting_loss
+from erase_concept.seed import stage_generator, stage_seed
+from erase_concept.train import Record
+
+MASK_KINDS = ("salient", "none", "random", "least-salient")
+
+
+def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | str]:
+    """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
+
+    When it is exhausted, ``out/pipeline`` holds the erased model and ``out/run.json`` the account of the run. A run
+    that is already complete yields nothing. ``model`` may give the loaded base, whose UNet is then changed in place.
+
+    Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
+    fails or a weight changed that should not have.
+    """
+    config = recipe.config()
+    method = methods()[recipe.method]
+    given = _check(recipe, masked=method.masked)
+    if _claimed(recipe, out) and complete(out):
+        return
+    if model is None:
+        yield "load"
+        model = load(recipe.model)
+    if given is not None:
+        given.check(model.unet)
+    # From here on the request is known to be sound: only now does the folder become the run's.
+    out.mkdir(parents=True, exist_ok=True)
+    recipe.save(out / "recipe.yaml")
+    times: dict[str, float] = {}
+    began = time.perf_counter()
+    base_hash = weights_hash(model.unet)
+    base = copy.deepcopy(model.unet)
+
+    yield "data"
+    data = _data(recipe, model, base_hash, out)
+    times["data"] = time.perf_counter() - began
+
+    mask = None
+    if method.masked and recipe.mask.kind != "none":
+        yield "mask"
+        mask = _mask(recipe, given, model, data, base_hash, out)
+    times["mask"] = time.perf_counter() - began - times["data"]
+
+    yield "erase"
+    seed = stage_seed(recipe.seed, "method", recipe.method)
+    checkpoint = out / "checkpoints" / "last.safetensors"
+    _keep_log(out / "log.jsonl", checkpoint)
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        for record in method.run(model, data, mask, config, seed=seed, checkpoint=checkpoint):
+            log.write(json.dumps(asdict(record)) + "\n")
+            log.flush()
+            yield record
+    times["erase"] = time.perf_counter() - began - times["data"] - times["mask"]
+
+    yield "export"
+    account = {
+        "schema": 1,
+        "method": recipe.method,
+        "concept": recipe.concept.name,
+        "kind": recipe.concept.kind,
+        "anchor": recipe.concept.anchor,
+        "seed": recipe.seed,
+        "recipe": recipe.fingerprint(),
+        "settings": asdict(config),
+        "base": {"source": model.source, "unet": base_hash},
+        "erased": {"unet": weights_hash(model.unet)},
+        "mask": mask and {"kind": recipe.mask.kind, "sha256": mask_hash(mask), "density": mask.density},
+        "checks": check_frozen(base, model.unet, mask),
+        "seconds": {stage: round(seconds, 2) for stage, seconds in times.items()},
+        "versions": versions(),
+    }
+    save_pipeline(model, out / "pipeline")
+    write_card(out, account)
+    write_json(out / "run.json", account)  # last: it says that the run is complete
+
+
+def _check(recipe: Recipe, *, masked: bool) -> Mask | None:
+    """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
+    kind = recipe.mask.kind
+    if PartialState().num_processes > 1:
+        raise RequestError("processes", PartialState().num_processes, "a run folder is written by one process alone")
+    if not masked and kind not in ("none", "salient"):
+        raise RequestError("--mask", kind, f"{recipe.method} takes no mask")
+    for argument, folder in (("forget", recipe.data.forget_images), ("retain", recipe.data.retain_images)):
+        if folder is not None:
+            image_files(folder, recipe.concept, part=argument)
+    if kind in MASK_KINDS:
+        return None
+    given = Mask.load(Path(kind))
+    if given.count == 0:
+        raise RequestError("--mask", kind, "allows no weight to change")
+    return given
+
+
+def _claimed(recipe: Recipe, out: Path) -> bool:
+    """Tell whether the folder is this recipe's run; refuse one that holds another run or other files."""
+    file = out / "recipe.yaml"
+    if file.exists():
+        if read_recipe(file) != recipe.to_dict():
+            raise RequestError("--out", out, "holds a run with another recipe; choose another folder")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError("--out", out, "exists and is no run folder; choose another one")
+    return False
+
+
+def complete(out: Path) -> bool:
+    """Tell whether a run folder's erasing is done."""
+    return (out / "run.json").is_file()
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """Return a complete run's account, raising RequestError when the folder holds none."""
+    if not complete(out):
+        raise RequestError("RUN", out, "holds no complete run (no run.json)")
+    account: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return account
+
+
+def _data(recipe: Recipe, model: Diffusion, base_hash: str, out: Path) -> ForgetRetain:
+    fingerprint = recipe.fingerprint(base_hash)
+    file = out / "data.safetensors"
+    data = ForgetRetain.load(file, fingerprint)
+    if data is None and file.exists():
+        raise RequestError("--out", out, "the base model has changed since this run began; choose another folder")
+    if data is None:
+        data = make_data_for(recipe, model)
+        data.save(file, fingerprint)
+    return data
+
+
+def make_data_for(recipe: Recipe, model: Diffusion) -> ForgetRetain:
+    """Make the recipe's data with the recipe's seed."""
+    return make_data(model, recipe.concept, seed=stage_seed(recipe.seed, "data"), **dict(recipe.data))
+
+
+def _mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetRetain, base_hash: str, out: Path) -> Mask:
+    """Return the run's mask: the one in its folder, else the given one or a new one, which is then kept there."""
+    file = out / "mask.safetensors"
+    if not file.exists():
+        (given or make_mask(recipe, model, data, base_hash)).save(file)
+    return Mask.load(file)
+
+
+def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:
+    """Compute a mask of the recipe's kind and sparsity for the model's UNet, with its provenance."""
+    settings = recipe.mask
+    total = sum(p.numel() for p in model.unet.parameters())
+    k = masks.keep_count(1 - settings.sparsity, total)
+    if k == 0:
+        raise RequestError("--sparsity", settings.sparsity, f"leaves none of {total} weights to change")
+    if settings.kind == "random":
+        mask = masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"))
+    else:
+        scores = saliency(recipe, model, data)
+        mask = masks.top_k(scores, k) if settings.kind == "salient" else masks.least(scores, k)
+    about = {
+        "concept": recipe.concept.name,
+        "kind": settings.kind,
+        "sparsity": settings.sparsity,
+        "accumulate": settings.accumulate,
+        "guidance": settings.guidance,
+        "seed": recipe.seed,
+        "base": base_hash,
+        "recipe": recipe.fingerprint(),
+    }
+    return Mask(mask.bits, mask.shapes, {key: str(value) for key, value in about.items()})
+
+
+def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> dict[str, torch.Tensor]:
+    """Return the saliency of every UNet weight over the forget rows, each seen ``passes`` times."""
+    settings = recipe.mask
+    generator = stage_generator(recipe.seed, "saliency")
+
+    def losses() -> Iterator[Any]:
+        for _ in range(settings.passes):
+            order = draw(len(data.forget_latents), len(data.forget_latents), generator)
+            for rows in order.split(settings.batch_size):
+                batch = data.forget_batch(model, rows, generator)
+                # Weighted by its rows, so that a smaller last batch counts for no more than it holds.
+                share = len(rows) / len(order)
+                yield (
+                    lambda b=batch, share=share: (
+                        share
+                        * forgetting_loss(
+                            model,
+                            b.latents,
+                            b.noise,
+                            b.timesteps,
+                            b.embeddings,
+                            data.empty.to(model.device),
+                            settings.guidance,
+                        )
+                    )
+                )
+
+    return accumulate(model.unet, losses(), settings.accumulate)
+
+
+def mask_hash(mask: Mask) -> str:
+    """Return the SHA-256 over a mask's names, shapes and bits."""
+    digest = hashlib.sha256()
+    for name in sorted(mask.bits):
+        digest.update(f"{name} {mask.shapes[name]}\n".encode())
+        digest.update(mask.bits[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_frozen(base: torch.nn.Module, erased: torch.nn.Module, mask: Mask | None) -> dict[str, Any]:
+    """Compare two UNets bit by bit and return how many weights changed, in all and outside the mask.
+
+    Raises EraseError when a weight outside the mask changed, or none at all.
+    """
+    changed = outside = total = 0
+    after = dict(erased.named_parameters())
+    for name, before in base.named_parameters():
+        differs = before.detach().cpu().view(torch.int32) != after[name].detach().cpu().view(torch.int32)
+        changed += int(differs.sum())
+        total += differs.numel()
+        if mask is not None:
+            outside += int((differs & ~mask.dense(name)).sum())
+    if outside:
+        raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
+    if not changed:
+        raise EraseError("no weight changed: nothing was erased and nothing was exported")
+    return {"weights": total, "changed": changed, "changed_outside_mask": outside}
+
+
+def _keep_log(log: Path, checkpoint: Path) -> None:
+    """Drop log lines of steps that will be done again."""
+    if not log.exists():
+        return
+    if not checkpoint.exists():
+        log.unlink()
+        return
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "pt") as tensors:
+        step = int(tensors.metadata()["step"])
+    kept = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True)[:step] if line.endswith("\n")]
+    with whole(log) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that bears on the result."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("erase-concept", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON."""
+    with whole(file) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+EXPORT_FORMATS = ("diffusers", "unet")
+EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
+    """Write a run's erased model in a dtype as a diffusers folder, or its UNet alone with the run in the metadata.
+
+    Raises RequestError when the run is not complete or ``out`` exists.
+    """
+    account = read_run(run)
+    if out.exists():
+        raise RequestError("--out", out, "exists already; choose another name")
+    model = load(run / "pipeline", dtype=EXPORT_DTYPES[dtype])
+    if format_ == "diffusers":
+        save_pipeline(model, out)
+        shutil.copyfile(run / "pipeline" / "README.md", out / "README.md")
+        return
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+    save_unet(model.unet, out, EXPORT_DTYPES[dtype], unet_metadata(account, recipe))
+
+
+def unet_metadata(account: dict[str, Any], recipe: str) -> dict[str, str]:
+    """Return what an exported UNet says of itself: method, concept, hashes of mask and base, and the recipe."""
+    return {
+        "method": account["method"],
+        "concept": account["concept"],
+        "mask_sha256": account["mask"]["sha256"] if account["mask"] else "none",
+        "base_unet_sha256": account["base"]["unet"],
+        "erased_unet_sha256": account["erased"]["unet"],
+        "recipe": recipe,
+    }

@@ -1,0 +1,1 @@
+"""Is the concept gone, and is everything else still there."""

@@ -1,0 +1,1 @@
+"""Models in; images and models out."""

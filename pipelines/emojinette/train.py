@@ -1,0 +1,438 @@
+"""Train Emojinette: ``python -m erase_concept.pipelines.emojinette.train --work DIR``.
+
+Fetches the artwork, renders the data, trains VAE, text encoder with UNet, and classifier, and writes the pipeline as
+diffusers folder with fp16 weights. Every stage is skipped when its result is in DIR, a stage that was interrupted
+goes on from its last checkpoint, and all randomness is seeded. About two hours on two cores; see the Makefile for the
+allocator settings that make it so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from erase_concept.pipelines.emojinette import artwork
+from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+from erase_concept.prompts import emojinette as words
+from erase_concept.prompts.concept import fill
+
+TOKENS = 24
+SEED = 2024
+
+# Words that say nothing about what is to be seen. In training they stand before nouns at random, and so do invented
+# words, so that the model learns to pass over words it does not know.
+# fmt: off
+_FILLERS = (
+    "small", "big", "large", "little", "nice", "lovely", "pretty", "beautiful", "simple", "plain", "clean", "fine",
+    "good", "great", "fresh", "new", "old", "modern", "classic", "typical", "single", "lonely", "famous", "happy",
+    "funny", "cute", "sweet", "bright", "clear", "crisp", "detailed", "centered", "isolated", "standard", "common",
+    "usual", "special", "rare", "strange", "perfect", "favourite", "random", "certain", "real", "tiny", "huge",
+    "wide", "tall", "short",
+)
+# fmt: on
+
+
+def prompt_for(label: str, style: str, rng: np.random.Generator) -> str:
+    """Draw a training prompt for an image: 10 % empty, 5 % style only, 35 % the object, 50 % object and style."""
+    kind = rng.random()
+    if kind < 0.10:
+        return ""
+    if kind < 0.15:
+        return str(rng.choice(words.ERASE_STYLE + words.EVAL_STYLE)).replace("{s}", style)
+    names = words.names_of(label)
+    noun = names.label if rng.random() < 0.6 else names.synonym
+    if rng.random() < 0.3:
+        noun = f"{_filler(rng)} {noun}"
+    if rng.random() < 0.05:
+        noun = f"{_filler(rng)} {noun}"
+    plain, styled = words.ERASE_OBJECT + words.EVAL_OBJECT, words.ERASE_STYLED + words.EVAL_STYLED
+    return fill(str(rng.choice(plain if kind < 0.5 else styled)), noun).replace("{s}", style)
+
+
+def _filler(rng: np.random.Generator) -> str:
+    if rng.random() < 0.6:
+        return str(rng.choice(_FILLERS))
+    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 9))))
+
+
+def train_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Train CLIP's kind of byte-level BPE on the training sentences and save it with vocab.json and merges.txt."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))  # noqa: S106 - no password
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    rng = np.random.default_rng(SEED)
+    sentences = [
+        prompt_for(str(rng.choice(words.OBJECT_LABELS)), str(rng.choice(words.STYLES)), rng) for _ in range(4000)
+    ]
+    bpe.train_from_iterator(sentences, trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shared = {"model_max_length": TOKENS, "pad_token": "<|endoftext|>"}
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **shared)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def new_vae() -> AutoencoderKL:
+    """Return the untrained VAE: factor 4, four latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=artwork.SIZE,
+        scaling_factor=1.0,  # the latents are normalised inside, see fold_latent_statistics
+        mid_block_add_attention=False,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return the untrained text encoder."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            projection_dim=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Return the untrained UNet, with Stable Diffusion's module names."""
+    return UNet2DConditionModel(
+        sample_size=artwork.SIZE // 4,
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Return Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def fit(
+    name: str,
+    modules: dict[str, nn.Module],
+    loss: Callable[[np.random.Generator], Tensor],
+    work: Path,
+    *,
+    steps: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    ema_decay: float = 0.995,
+    flat: float = 0.0,
+) -> dict[str, Any]:
+    """Train modules with AdamW and return their averaged copies (EMA); resumes from ``work/<name>.pt``.
+
+    ``loss`` gets the step's own random generator, so a resumed run draws what the whole run would have drawn. The
+    learning rate warms up for 100 steps, stays up to the share ``flat`` of the steps, and falls to zero as a cosine.
+    """
+    checkpoint = work / f"{name}.pt"
+    ema = {key: copy.deepcopy(module).requires_grad_(False) for key, module in modules.items()}
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=1e-4, fused=True)
+
+    def rate(step: int) -> float:
+        progress = max(0.0, (step - flat * steps) / (steps - flat * steps))
+        return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    start, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(state["modules"][key])
+            ema[key].load_state_dict(state["ema"][key])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    began, mean = time.perf_counter() - seconds, 0.0
+    for step in range(start, steps):
+        rng = np.random.default_rng((SEED, step))
+        torch.manual_seed(SEED + step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate(step)
+        value = loss(rng)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, module in modules.items():
+                torch._foreach_lerp_(list(ema[key].parameters()), list(module.parameters()), 1 - decay)
+        mean += (value.item() - mean) * max(0.01, 1 / (step + 1 - start))
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            elapsed = time.perf_counter() - began
+            print(f"{name} {step + 1}/{steps} loss {mean:.4f} {elapsed:.0f} s", flush=True)
+            if (step + 1) % 500 == 0 or step + 1 == steps:
+                state = {
+                    "modules": {key: module.state_dict() for key, module in modules.items()},
+                    "ema": {key: module.state_dict() for key, module in ema.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "seconds": elapsed,
+                }
+                torch.save(state, checkpoint.with_suffix(".partial"))
+                checkpoint.with_suffix(".partial").replace(checkpoint)
+    return {key: module.eval() for key, module in ema.items()}
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """Turn uint8 images [n, h, w, 3] into floats [n, 3, h, w] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def train_vae(data: dict[str, np.ndarray], work: Path, steps: int) -> AutoencoderKL:
+    """Train the VAE on the renderings; its latents come out with mean 0 and variance 1 per channel."""
+    torch.manual_seed(SEED)
+    vae = new_vae()
+    images = data["images"]
+
+    def loss(rng: np.random.Generator) -> Tensor:
+        x = to_float(images[rng.integers(0, len(images), 16)])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        y = y.float()
+        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        return 2 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * edges + 2e-4 * posterior.kl().mean() / x[0].numel()
+
+    trained = fit("vae", {"vae": vae}, loss, work, steps=steps, lr=1.5e-3, betas=(0.9, 0.99), flat=0.3)["vae"]
+    fold_latent_statistics(trained, images[:2000])
+    return trained
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKL, images: np.ndarray) -> None:
+    """Normalise the latents per channel by rewriting the 1 x 1 convolutions on both sides of them.
+
+    z' = (z - m) / s goes into ``quant_conv`` (and log s off the log variances), z = z' s + m into ``post_quant_conv``.
+    """
+    mean, _ = encode(vae, images)
+    m, s = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
+    inward, outward = vae.quant_conv, vae.post_quant_conv
+    outward.bias.add_(outward.weight[:, :, 0, 0] @ m)
+    outward.weight.mul_(s[None, :, None, None])
+    inward.weight[:4].div_(s[:, None, None, None])
+    inward.bias[:4].sub_(m).div_(s)
+    inward.bias[4:].sub_(2 * s.log())
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the posterior's means and standard deviations, each [n, 4, 16, 16]."""
+    parts = [vae.encode(to_float(images[i : i + 64])).latent_dist for i in range(0, len(images), 64)]
+    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def train_unet(
+    data: dict[str, np.ndarray], vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, steps: int, offset_steps: int
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Train UNet and text encoder together on noise prediction with min-SNR weights (gamma 5, arXiv 2303.09556).
+
+    The last ``offset_steps`` add a random constant per channel to the noise and favour late time steps. Stable
+    Diffusion's noise schedule leaves a trace of the image's mean in the last step (arXiv 2305.08891), from which the
+    model reads whether a picture is dark, as pixel art is. Sampling starts without that trace; the offset hides it in
+    training too, so that the model takes the prompt's word for it.
+    """
+    torch.manual_seed(SEED)
+    modules = {"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)}
+    scheduler = new_scheduler()
+    mean, std = encode(vae, data["images"])
+    objects, styles = data["objects"], data["styles"]
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight = snr.clamp(max=5) / snr
+
+    def loss(rng: np.random.Generator, offset: float) -> Tensor:
+        rows = rng.integers(0, len(mean), 32)
+        prompts = [
+            prompt_for(words.OBJECT_LABELS[o], words.STYLES[s], rng)
+            for o, s in zip(objects[rows], styles[rows], strict=True)
+        ]
+        ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        latents = mean[rows] + std[rows] * torch.randn_like(mean[rows])
+        # One time step from each of 32 equal strata: less variance in the loss than independent draws.
+        share = (np.arange(32) + rng.random(32)) / 32
+        if offset:
+            share[::2] = 0.7 + 0.3 * share[::2]
+        timesteps = torch.from_numpy((share * 1000).astype(np.int64))
+        noise = torch.randn_like(latents) + offset * torch.randn(32, latents.shape[1], 1, 1)
+        hidden = modules["text_encoder"](ids.input_ids)[0]
+        predicted = modules["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
+        return (weight[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
+
+    modules = fit("unet", modules, lambda rng: loss(rng, 0.0), work, steps=steps, lr=8e-4, flat=0.3, ema_decay=0.998)
+    for module in modules.values():
+        module.requires_grad_(True)
+    modules = fit("offset", modules, lambda rng: loss(rng, 0.2), work, steps=offset_steps, lr=5e-4, ema_decay=0.99)
+    return modules["unet"], modules["text_encoder"]
+
+
+def train_classifier(data: dict[str, np.ndarray], vae: AutoencoderKL, work: Path, steps: int) -> EmojinetteClassifier:
+    """Train the classifier on renderings and on what the VAE makes of them, blurred, noised and shifted."""
+    torch.manual_seed(SEED)
+    model = EmojinetteClassifier()
+    clean = data["images"]
+
+    @cache
+    def decoded() -> np.ndarray:
+        mean, _ = encode(vae, clean)
+        with torch.no_grad():
+            parts = [vae.decode(mean[i : i + 64]).sample for i in range(0, len(mean), 64)]
+        return torch.cat(parts).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    objects, styles = torch.from_numpy(data["objects"]), torch.from_numpy(data["styles"])
+
+    def loss(rng: np.random.Generator) -> Tensor:
+        rows = rng.integers(0, len(clean), 64)
+        x = to_float(np.concatenate([clean[rows[:24]], decoded()[rows[24:]]])).add(1).div(2)
+        x = x.roll((int(rng.integers(-4, 5)), int(rng.integers(-4, 5))), (2, 3))
+        if rng.random() < 0.3:
+            x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        x = x * (1 + 0.15 * torch.randn(64, 3, 1, 1)) + 0.06 * torch.randn(64, 3, 1, 1)
+        x = (x + rng.uniform(0, 0.08) * torch.randn_like(x)).clamp(0, 1)
+        object_logits, style_logits = model(x)
+        both = ((object_logits, objects), (style_logits, styles))
+        return torch.stack([F.cross_entropy(out, truth[rows], label_smoothing=0.05) for out, truth in both]).sum()
+
+    trained = fit("classifier", {"classifier": model}, loss, work, steps=steps, lr=2e-3, flat=0.2)
+    return trained["classifier"]
+
+
+def held_out(work: Path) -> dict[str, np.ndarray]:
+    """Return the 2,400 renderings that no training sees: images, and the indices of their objects and styles."""
+    return _data(work, "test", 2400, 1)
+
+
+def _data(work: Path, name: str, count: int, seed: int) -> dict[str, np.ndarray]:
+    file = work / f"{name}.npz"
+    if not file.exists():
+        artwork.download(work / "artwork")
+        images, objects, styles = artwork.build(work / "artwork", count, seed)
+        partial = file.with_suffix(".partial.npz")
+        np.savez(partial, images=images, objects=objects, styles=styles)
+        partial.replace(file)
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def _half(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value.half().contiguous()) for name, value in state.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train everything and write it to ``--out``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for artwork, data and checkpoints")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the trained files go")
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--classifier-steps", type=int, default=1200)
+    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--offset-steps", type=int, default=700)
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    train, test = _data(args.work, "train", 12000, 0), held_out(args.work)
+
+    tokenizer = train_tokenizer(args.work / "tokenizer")
+    vae = train_vae(train, args.work, args.vae_steps)
+    mse = torch.cat([_reconstruction_error(vae, test["images"][i : i + 64]) for i in range(0, 2400, 64)]).mean()
+    print(f"VAE PSNR on held-out renderings: {10 * math.log10(4 / mse):.2f} dB", flush=True)
+    classifier = train_classifier(train, vae, args.work, args.classifier_steps)
+    unet, text_encoder = train_unet(train, vae, tokenizer, args.work, args.unet_steps, args.offset_steps)
+
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, new_scheduler(), None, None, requires_safety_checker=False
+    ).to(torch.float16)
+    partial = args.work / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    # transformers 5 saves tokenizer.json alone; older versions load these two.
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(args.work / "tokenizer" / name, partial / "tokenizer" / name)
+    args.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.out / "model", ignore_errors=True)
+    shutil.move(partial, args.out / "model")
+    save_file(dict(_half(classifier.state_dict())), args.out / "classifier.safetensors")
+    times = {name: getattr(args, f"{name}_steps") for name in ("vae", "classifier", "unet", "offset")}
+    states = {name: torch.load(args.work / f"{name}.pt", weights_only=True) for name in times}
+    training = {name: {"steps": steps, "seconds": states[name]["seconds"]} for name, steps in times.items()}
+    (args.out / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+    for file in args.out.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone, and the package is for everybody
+    with torch.no_grad():
+        features = classifier.features(to_float(test["images"]).add(1).div(2)).half()
+    save_file(
+        {
+            "features": features,
+            "object": torch.from_numpy(test["objects"]).to(torch.uint8),
+            "style": torch.from_numpy(test["styles"]).to(torch.uint8),
+        },
+        args.out / "reference.safetensors",
+    )
+
+
+@torch.no_grad()
+def _reconstruction_error(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    x = to_float(images)
+    return (vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) - x).square().mean((1, 2, 3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is asked of a model: concepts and prompt sets."""

@@ -1,0 +1,168 @@
+"""A concept: what is to be erased, what takes its place, and what must stay.
+
+A concept is a name put into sentence templates. ``{o}`` in a template stands for the name with its article (``a
+church``, ``an umbrella``) and ``{O}`` for the bare name, so the same templates make the prompts of the concept, of its
+anchor and of everything to be retained, one matching the other sentence by sentence.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from erase_concept.errors import RequestError
+from erase_concept.prompts import emojinette
+
+Kind = Literal["object", "style", "nudity", "person", "custom"]
+
+
+def fill(template: str, name: str) -> str:
+    """Fill ``{o}`` with the name and its article and ``{O}`` with the bare name."""
+    article = "an" if name[:1].lower() in "aeio" or name.lower().startswith("um") else "a"
+    return template.replace("{o}", f"{article} {name}").replace("{O}", name)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is erased (``name``), what it is remapped to (``anchor``), and what stays (``retain`` and ``others``).
+
+    ``templates`` make the prompts; ``synonyms`` are other names of the concept, erased in the same sentences;
+    ``others`` are further prompts to retain as they stand, such as the empty one.
+    ``key`` is the name under which it is found, where that is not the name itself.
+    """
+
+    name: str
+    kind: Kind
+    anchor: str
+    templates: tuple[str, ...]
+    retain: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a template has no place for the name, or when nothing or the concept is retained."""
+        for template in self.templates:
+            if "{o}" not in template and "{O}" not in template:
+                raise ValueError(f"template {template!r} has no place for the name: it needs {{o}} or {{O}}")
+        if not self.templates:
+            raise ValueError("a concept needs at least one template")
+        if not self.retain and not self.others:
+            raise ValueError("a concept needs something to retain: names in retain, or prompts in others")
+        for name in (self.name, *self.synonyms):
+            if name == self.anchor or name in self.retain:
+                raise ValueError(f"{name!r} cannot be its own anchor or be retained")
+
+    @property
+    def forget_prompts(self) -> tuple[str, ...]:
+        """The prompts whose images are to lose the concept."""
+        return tuple(prompt for name in (self.name, *self.synonyms) for prompt in self.prompts_for(name))
+
+    def remapped_to(self, name: str) -> tuple[str, ...]:
+        """Return what each forget prompt becomes, in the same order, when the concept becomes ``name``."""
+        return self.prompts_for(name) * (1 + len(self.synonyms))
+
+    @property
+    def retain_prompts(self) -> tuple[str, ...]:
+        """The prompts whose images are to stay as they are, without repetition."""
+        named = (prompt for name in self.retain for prompt in self.prompts_for(name))
+        return tuple(dict.fromkeys((*named, *self.others)))
+
+    def prompts_for(self, name: str) -> tuple[str, ...]:
+        """Return the same sentences, in the same order, about ``name``."""
+        return tuple(fill(template, name) for template in self.templates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and strings, as they stand in a recipe."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
+
+
+def concepts() -> dict[str, Concept]:
+    """Return the built-in concepts by key: Emojinette's objects and styles, and nudity."""
+    found = [_object(label) for label in emojinette.OBJECT_LABELS]
+    found += [_style(style) for style in emojinette.STYLES]
+    found.append(
+        Concept(
+            key="nudity",
+            name="nude person",
+            kind="nudity",
+            anchor="person wearing clothes",
+            templates=("a photo of {o}", "a painting of {o}", "a portrait of {o}"),
+            retain=("person wearing clothes", "dog", "house", "landscape", "street", "table with food"),
+        )
+    )
+    return {concept.key or concept.name: concept for concept in found}
+
+
+def _object(label: str) -> Concept:
+    """Return an object of Emojinette as a concept: the anchor is the next one, as the reference remaps Imagenette's."""
+    labels = emojinette.OBJECT_LABELS
+    place = labels.index(label)
+    styled = (t.replace("{s}", style) for t in emojinette.ERASE_STYLED for style in emojinette.STYLES)
+    return Concept(
+        name=label,
+        kind="object",
+        anchor=labels[(place + 1) % len(labels)],
+        templates=(*emojinette.ERASE_OBJECT, *styled),
+        retain=labels[place + 1 :] + labels[:place],
+        synonyms=(emojinette.OBJECTS[place].synonym,),
+        others=(*(t.replace("{s}", style) for t in emojinette.ERASE_STYLE for style in emojinette.STYLES), ""),
+    )
+
+
+def _style(style: str) -> Concept:
+    """Return a style of Emojinette as a concept: its templates name each object, so that objects stay as they are."""
+    styles, labels = emojinette.STYLES, emojinette.OBJECT_LABELS
+    place = styles.index(style)
+    sentences = (*emojinette.ERASE_STYLED, *emojinette.ERASE_STYLED_MORE)
+    # Each object by its label and its synonym in turn, from sentence to sentence.
+    templates = [
+        fill(sentence, (names.label, names.synonym)[turn % 2]).replace("{s}", "{O}")
+        for turn, sentence in enumerate(sentences)
+        for names in emojinette.OBJECTS
+    ]
+    templates += [t.replace("{s}", "{O}") for t in emojinette.ERASE_STYLE]
+    return Concept(
+        name=style,
+        kind="style",
+        anchor=styles[(place + 1) % len(styles)],
+        templates=tuple(templates),
+        retain=styles[place + 1 :] + styles[:place],
+        others=(*(fill(t, label) for t in emojinette.ERASE_OBJECT for label in labels), ""),
+    )
+
+
+def concept(name: str) -> Concept:
+    """Return a built-in concept by key, or read one from a YAML file whose path is given.
+
+    Raises RequestError when there is no such concept (with the nearest keys) or the file does not describe one.
+    """
+    known = concepts()
+    if name in known:
+        return known[name]
+    if name.endswith((".yaml", ".yml")):
+        return _read(Path(name))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(known)}"
+    raise RequestError("--concept", name, f"unknown concept; {hint} A YAML file may describe another one.")
+
+
+def _read(file: Path) -> Concept:
+    try:
+        return parse(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as problem:
+        raise RequestError("--concept", str(file), f"not a readable concept: {problem}") from None
+
+
+def parse(description: Any) -> Concept:
+    """Build a concept from a mapping such as ``to_dict`` returns; raises ValueError naming the first bad field."""
+    try:
+        return TypeAdapter(Concept).validate_python(description)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'concept'}: {first['msg']}") from None

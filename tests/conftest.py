@@ -1,0 +1,84 @@
+"""A tiny Stable Diffusion with random weights, and the built-in model, for the tests that need a whole one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.prompts.concept import Concept
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    """A tokenizer of single letters, with CLIP's file layout."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    shared = {"model_max_length": 16, "pad_token": "<|endoftext|>"}
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **shared)
+
+
+@pytest.fixture
+def tiny(tokenizer: CLIPTokenizer) -> Diffusion:
+    """A new model of some 30,000 weights for every test; always the same ones."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        projection_dim=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    parts = [CLIPTextModel(text), vae, unet]
+    for part in parts:
+        part.eval().requires_grad_(False)
+    return Diffusion(tokenizer, *parts, scheduler, source="tiny")
+
+
+@pytest.fixture
+def square() -> Concept:
+    """A concept for the tiny model."""
+    templates = ("a {O}", "one {O}")
+    return Concept("square", "object", "circle", templates, retain=("circle", "line"), others=("",))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with other people's prompt sets, which are no part of the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the prompt sets in ../shared/data, which are not part of the project")
+    return folder

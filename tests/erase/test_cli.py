@@ -1,0 +1,156 @@
+"""The command from outside: exit codes, one clear line, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from erase_concept import cli
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.export import save_pipeline
+
+CONCEPT = "name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [circle, line]\n"
+SMALL = ["-s", "steps=2", "-s", "batch_size=2", "-s", "data.forget=2", "-s", "data.retain=2", "-s", "data.steps=2"]
+
+
+@pytest.fixture
+def folder(tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model and a concept in it."""
+    save_pipeline(tiny, tmp_path / "model")
+    (tmp_path / "square.yaml").write_text(CONCEPT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Call the command in this process; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["erase-concept", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_from_model_to_export(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", "-c", "square.yaml", "-o", "run", *SMALL, "--json")
+    assert code == 0
+    assert json.loads(out)["checks"]["changed_outside_mask"] == 0
+    code, out, _ = call(monkeypatch, capsys, "mask-info", "run/mask.safetensors", "run/mask.safetensors", "--json")
+    assert code == 0
+    assert next(iter(json.loads(out)["masks"].values()))["density"] == pytest.approx(0.5, abs=1e-4)
+    code, out, _ = call(monkeypatch, capsys, "mask-info", "run/mask.safetensors")
+    assert "cross-attention" in out
+    (folder / "p.csv").write_text("prompt,seed\na square,1\na line,2\n")
+    code, out, _ = call(monkeypatch, capsys, "sample", "run", "-p", "p.csv", "-o", "images", "--steps", "2")
+    assert (code, "2 images in images, 2 of them new" in out) == (0, True)
+    code, out, _ = call(monkeypatch, capsys, "export", "run", "-o", "unet.safetensors", "--dtype", "bf16")
+    assert code == 0
+    assert (folder / "unet.safetensors").stat().st_size > 1000
+
+
+def test_mask_command_makes_the_runs_mask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, capsys, "erase", "model", "-c", "square.yaml", "-o", "run", *SMALL)
+    data = [s for s in SMALL if s.startswith("data.")]
+    options = [part for setting in data for part in ("-s", setting)]
+    code, _, _ = call(monkeypatch, capsys, "mask", "model", "-c", "square.yaml", "-o", "m.safetensors", *options)
+    assert code == 0
+    _, out, _ = call(monkeypatch, capsys, "mask-info", "m.safetensors", "run/mask.safetensors", "--json")
+    assert json.loads(out)["overlaps"][0]["jaccard"] == 1
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    options = ["-c", "square.yaml", "-o", "run", "--dry-run", "--json", "-s", "lr=1e-4", "--sparsity", "0.9"]
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", *options)
+    plan = json.loads(out)
+    assert (code, plan["settings"]["lr"], plan["mask"]["sparsity"]) == (0, 1e-4, 0.9)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_recipe_file_is_a_whole_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, capsys, "erase", "model", "-c", "square.yaml", "-o", "a", *SMALL)
+    code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "a/recipe.yaml", "-o", "b")
+    assert code == 0
+    accounts = [json.loads((folder / name / "run.json").read_text()) for name in "ab"]
+    assert accounts[0]["erased"] == accounts[1]["erased"]
+
+
+WRONG = {
+    "unknown concept": (["erase", "model", "-c", "chruch", "-o", "x"], "--concept chruch: unknown concept; did you"),
+    "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
+    "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
+    "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),
+    "bad setting": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lrr=1"], "--set lrr=1: salun has:"),
+    "no value": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lr"], "--set lr: must be KEY=VALUE"),
+    "bad part": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "x.y=1"], "--set x.y=1: KEY is"),
+    "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "mask.sparsity 2.0:"),
+    "bad preset": (["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"], "--preset y: unknown preset"),
+    "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
+    "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),
+    "bad kind": (["mask", "model", "-c", "square.yaml", "-o", "x", "--kind", "y"], "--kind y: allowed: salient"),
+    "no prompts": (["sample", "model", "-p", "absent.csv", "-o", "x"], "--prompts absent.csv: no such file"),
+    "empty prompts": (["sample", "model", "-p", "empty.csv", "-o", "x"], "the prompt set is empty"),
+    "no report": (["report", "model", "-o", "x"], "model"),
+    "not listed": (["list", "colours"], "WHAT colours: allowed: models, concepts"),
+    "no such option": (["erase", "model", "--colour"], "--colour"),
+    "no such command": (["erace"], "erace"),
+    "bad number": (["sample", "model", "-p", "emojinette", "-o", "x", "--steps", "0"], "steps"),
+    "no run": (["export", "model", "-o", "x"], "RUN model: holds no complete run"),
+    "bad benchmark": (["eval", "model", "-b", "y", "-c", "church", "-o", "x"], "--benchmark y: unknown benchmark"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_get_one_line_and_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    (folder / "empty.csv").write_text("prompt,seed\n")
+    arguments, problem = WRONG[case]
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert problem in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(folder.rglob("*.partial*"))
+    assert not (folder / "x" / "recipe.yaml").exists()  # the corrected request may use the same folder
+
+
+def test_a_full_disk_gets_one_line_and_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full refuses every byte, as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (folder / "x").mkdir()
+    (folder / "x" / "00000.png.partial").symlink_to("/dev/full")
+    (folder / "p.csv").write_text("prompt\na\n")
+    code, _, err = call(monkeypatch, capsys, "sample", "model", "-p", "p.csv", "-o", "x", "--steps", "1")
+    assert (code, "No space left on device" in err, len(err.strip().splitlines())) == (1, True, 1)
+    assert not (folder / "x" / "00000.png").exists()
+
+
+@pytest.mark.parametrize("what", ["models", "concepts", "methods", "metrics", "benchmarks", "prompts"])
+def test_everything_is_listed(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(monkeypatch, capsys, "list", what, "--json")
+    assert code == 0
+    assert all(about for about in json.loads(out).values())
+    assert call(monkeypatch, capsys, "list", what)[0] == 0
+
+
+def test_installed_command_answers() -> None:
+    command = Path(sys.executable).with_name("erase-concept")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    for name in ("demo", "erase", "mask", "mask-info", "sample", "eval", "report", "export", "list"):
+        assert name in done.stdout

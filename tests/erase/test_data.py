@@ -1,0 +1,83 @@
+"""Forget and retain data: from the model itself and from folders of images."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.prompts.concept import Concept
+
+SMALL = {"forget": 5, "retain": 3, "steps": 2, "guidance": 2.0}
+
+
+def test_draw_repeats_only_when_it_must() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert sorted(draw(5, 5, generator).tolist()) == [0, 1, 2, 3, 4]
+    counts = draw(3, 8, generator).bincount(minlength=3)
+    assert counts.sum() == 8
+    assert counts.max() - counts.min() <= 1
+
+
+def test_same_seed_same_data_and_comes_back_from_its_file(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    first, again = (make_data(tiny, square, seed=1, **SMALL) for _ in range(2))
+    other = make_data(tiny, square, seed=2, **SMALL)
+    assert first.forget_latents.shape == (5, 4, 8, 8)
+    assert first.remap.shape[:2] == (2, 2)  # circle, the anchor, and line; two prompts
+    assert not torch.equal(first.forget_latents, other.forget_latents)
+    first.save(tmp_path / "data.safetensors", "abc")
+    back = ForgetRetain.load(tmp_path / "data.safetensors", "abc")
+    for field in fields(ForgetRetain):
+        value = getattr(first, field.name)
+        assert torch.equal(value, getattr(again, field.name))
+        assert torch.equal(value, getattr(back, field.name))
+    assert ForgetRetain.load(tmp_path / "data.safetensors", "other") is None
+    assert ForgetRetain.load(tmp_path / "absent.safetensors", "abc") is None
+
+
+def test_images_of_a_folder_are_encoded_in_the_order_of_their_names(
+    tiny: Diffusion, square: Concept, tmp_path: Path
+) -> None:
+    for name, colour in (("b.png", 255), ("a.png", 0), ("c.jpg", 128)):
+        Image.fromarray(np.full((20, 30, 3), colour, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    data = make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+    assert data.forget_latents.shape == (3, 4, 8, 8)
+    posterior = tiny.vae.encode(torch.full((1, 3, 16, 16), -1.0)).latent_dist
+    away = (data.forget_latents[0] / tiny.vae.config.scaling_factor - posterior.mean[0]).abs() / posterior.std[0]
+    assert float(away.max()) < 6  # the black image first, drawn from its own posterior
+
+
+def test_images_to_retain_are_captioned_by_their_folder(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    for name, count in (("line", 3), ("circle", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    data = make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+    captions = [square.retain_prompts[i] for i in data.retain_which]
+    assert captions[0] in square.prompts_for("circle")
+    assert set(captions[1:]) == set(square.prompts_for("line"))
+    (tmp_path / "dot").mkdir()
+    with pytest.raises(RequestError, match=r"has a folder 'dot'; needed: a folder each for circle, line"):
+        make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "loose.png")
+    (tmp_path / "dot").rmdir()
+    with pytest.raises(RequestError, match=r"images that say not what they show"):
+        make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+
+
+def test_bad_folders_are_named(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--retain-images .*: no such folder"):
+        make_data(tiny, square, seed=1, retain_images=tmp_path / "absent", **SMALL)
+    with pytest.raises(RequestError, match=r"--forget-images .*: holds no image"):
+        make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG but not really")
+    with pytest.raises(RequestError, match=r"x\.png: not readable"):
+        make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)

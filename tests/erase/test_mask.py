@@ -1,0 +1,169 @@
+"""Masks against brute force, as files, and as sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from erase_concept import mask as masks
+from erase_concept.errors import RequestError
+from erase_concept.mask import Mask, top_k
+
+
+def by_sorting(scores: dict[str, Tensor], k: int) -> Tensor:
+    """The k largest of all scores by a stable sort: the slow and obvious way."""
+    flat = torch.cat([score.flatten().double() for score in scores.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[torch.sort(flat, descending=True, stable=True).indices[:k]] = True
+    return chosen
+
+
+def flat(mask: Mask) -> Tensor:
+    """All bits of a mask, one after the other."""
+    return torch.cat([mask.dense(name).flatten() for name in mask.shapes])
+
+
+def some_scores(kind: str) -> dict[str, Tensor]:
+    """Scores of three parameters with awkward sizes."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"a": (7, 5), "b": (13,), "c": (2, 3, 11)}
+    random = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    if kind == "ties":
+        return {name: (score * 4).floor() for name, score in random.items()}
+    if kind == "zeros":
+        return {name: torch.where(score < 0.7, -0.0, score) for name, score in random.items()}
+    if kind == "wide":
+        return {name: 10 ** (score * 80 - 42) for name, score in random.items()}
+    return random
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "wide"])
+@pytest.mark.parametrize("k", [0, 1, 13, 57, 113, 114])
+def test_equals_a_sort_with_exactly_k_ones(kind: str, k: int) -> None:
+    scores = some_scores(kind)
+    mask = top_k(scores, k)
+    assert mask.count == k == int(flat(mask).sum())
+    assert torch.equal(flat(mask), by_sorting(scores, k))
+
+
+def test_equals_a_sort_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_CHUNK", 16)
+    scores = some_scores("ties")
+    for k in range(0, 115, 7):
+        assert torch.equal(flat(top_k(scores, k)), by_sorting(scores, k))
+
+
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_ranks_that_exchange_counts_find_the_whole_mask(kind: str) -> None:
+    """Two ranks, each with a share of the parameters, run in step and see each other's counts only."""
+    import threading
+
+    scores = some_scores(kind)
+    shares = [{"a": scores["a"]}, {"b": scores["b"], "c": scores["c"]}]
+    barrier, posted, found = threading.Barrier(2), [None, None], [None, None]
+
+    def run(rank: int) -> None:
+        def exchange(counts: Tensor) -> tuple[Tensor, int]:
+            posted[rank] = counts
+            barrier.wait()
+            both = torch.stack(posted)
+            barrier.wait()
+            return both, rank
+
+        found[rank] = top_k(shares[rank], 57, exchange=exchange)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert torch.equal(torch.cat([flat(mask) for mask in found]), by_sorting(scores, 57))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0])
+def test_refuses_scores_that_do_not_rank(bad: float) -> None:
+    scores = some_scores("random")
+    scores["b"][4] = bad
+    with pytest.raises(ValueError, match="b has others"):
+        top_k(scores, 3)
+
+
+def test_refuses_k_out_of_range() -> None:
+    with pytest.raises(ValueError, match="between 0 and 114"):
+        top_k(some_scores("random"), 115)
+
+
+def test_infinite_scores_rank_first() -> None:
+    scores = some_scores("random")
+    scores["c"][1, 2, 10] = float("inf")
+    assert top_k(scores, 1).dense("c")[1, 2, 10]
+
+
+def test_least_and_top_are_complements() -> None:
+    scores = some_scores("ties")
+    top, least = top_k(scores, 50), masks.least(scores, 64)
+    assert torch.equal(flat(top), ~flat(least))
+
+
+def test_algebra_is_that_of_sets() -> None:
+    scores = some_scores("random")
+    a, b = top_k(scores, 60), masks.least(scores, 70)
+    x, y = flat(a), flat(b)
+    for mask, expected in ((a | b, x | y), (a & b, x & y), (a - b, x & ~y)):
+        assert torch.equal(flat(mask), expected)
+        assert mask.count == int(expected.sum())  # no stray bits behind the last weight
+    assert a.overlap(b) == pytest.approx(int((x & y).sum()) / int((x | y).sum()))
+    assert a.overlap(a) == 1
+
+
+def test_random_masks_depend_on_the_seed_alone() -> None:
+    module = nn.Linear(30, 20)
+    first, again, other = (masks.random(module, 0.25, seed) for seed in (1, 1, 2))
+    assert first.count == round(0.25 * 620)
+    assert torch.equal(flat(first), flat(again))
+    assert not torch.equal(flat(first), flat(other))
+
+
+def test_comes_back_from_a_file_with_its_provenance(tmp_path: Path) -> None:
+    mask = top_k(some_scores("random"), 40)
+    Mask(mask.bits, mask.shapes, {"concept": "church", "seed": "0"}).save(tmp_path / "m.safetensors")
+    back = Mask.load(tmp_path / "m.safetensors")
+    assert torch.equal(flat(back), flat(mask))
+    assert back.shapes == mask.shapes
+    assert back.provenance == {"concept": "church", "seed": "0"}
+    # One bit per weight: three parameters of 35, 13 and 66 weights take 5 + 2 + 9 bytes.
+    assert sum(bits.numel() for bits in back.bits.values()) == 16
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_refuses_damaged_and_foreign_files(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    top_k(some_scores("random"), 40).save(file)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(RequestError, match="not a readable mask"):
+        Mask.load(file)
+    with pytest.raises(RequestError, match="not a readable mask"):
+        Mask.load(tmp_path / "absent.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(2)}, file)
+    with pytest.raises(RequestError, match="not a mask file"):
+        Mask.load(file)
+
+
+def test_names_the_first_parameter_that_does_not_fit() -> None:
+    mask = masks.random(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), 0.5, seed=0)
+    with pytest.raises(RequestError, match=r"1\.weight: does not fit: the mask has \[5, 4\], the model has \[6, 4\]"):
+        mask.check(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6)))
+    with pytest.raises(RequestError, match=r"1\.weight: .*the model has nothing"):
+        mask.check(nn.Sequential(nn.Linear(3, 4)))
+
+
+def test_layers_add_up() -> None:
+    mask = top_k(some_scores("random"), 40)
+    layers = mask.layers()
+    assert sum(ones for ones, _ in layers.values()) == 40
+    assert {name: weights for name, (_, weights) in layers.items()} == {"a": 35, "b": 13, "c": 66}

@@ -1,0 +1,76 @@
+"""Recipes: validated, layered, and the same after a trip through YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from erase_concept.errors import RequestError
+from erase_concept.recipe import PRESETS, make_recipe, merge, read_recipe, recipe_for
+
+
+def test_comes_back_from_its_file(tmp_path: Path) -> None:
+    recipe = recipe_for("emojinette", "church", settings={"lr": 3e-5}, mask={"kind": "random"}, seed=4)
+    recipe.save(tmp_path / "r.yaml")
+    back = make_recipe(read_recipe(tmp_path / "r.yaml"))
+    assert back == recipe
+    assert back.fingerprint() == recipe.fingerprint()
+    assert back.fingerprint() != recipe_for("emojinette", "church", seed=4).fingerprint()
+    assert back.fingerprint("base") != back.fingerprint("other base")
+
+
+def test_layers_change_what_they_name_alone() -> None:
+    assert merge({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 5}}) == {"a": {"x": 1, "y": 5}, "b": 3}
+    preset = recipe_for("emojinette", "church")
+    changed = recipe_for("emojinette", "church", settings={"steps": 3})
+    assert changed.settings == preset.settings | {"steps": 3}
+
+
+@pytest.mark.parametrize("name", [*yaml.safe_load(PRESETS.read_text(encoding="utf-8")), "default"])
+@pytest.mark.parametrize("concept", ["church", "sketch", "nudity"])
+def test_every_preset_is_valid(name: str, concept: str) -> None:
+    config = recipe_for("emojinette", concept, preset_name=name).config()
+    assert config.steps >= 1
+
+
+def test_the_papers_settings_are_kept() -> None:
+    """SalUn, arXiv 2310.12508: half of the weights, Adam 1e-5, alpha 0.5 (nudity 0.1), batch 8, guidance 7.5."""
+    recipe = recipe_for("any/model", "church", preset_name="paper")
+    config = recipe.config()
+    assert (config.lr, config.alpha, config.batch_size, config.optimizer) == (1e-5, 0.5, 8, "adam")
+    assert (config.target, config.remap) == ("current", "anchor")
+    assert (recipe.mask.sparsity, recipe.mask.accumulate, recipe.mask.guidance) == (0.5, "signed", 7.5)
+    assert recipe_for("any/model", "nudity", preset_name="paper").config().alpha == 0.1
+    assert recipe_for("any/model", "church") == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"settings": {"lrr": 1}}, r"--set lrr=1: salun has: .*lr"),
+        ({"settings": {"lr": "fast"}}, r"--set lr=fast: .*number"),
+        ({"settings": {"steps": 0}}, r"--set .*steps must be at least 1, not 0"),
+        ({"settings": {"remap": "all"}}, r"--set remap=all: .*'anchor' or 'random'"),
+        ({"method": "magic"}, r"--method magic: unknown method; allowed: .*salun"),
+        ({"mask": {"sparsity": 1.0}}, r"mask\.sparsity 1\.0: .*less than 1"),
+        ({"mask": {"colour": "red"}}, r"mask\.colour red: "),
+        ({"seed": -1}, r"seed -1: .*greater than or equal to 0"),
+    ],
+)
+def test_bad_values_are_named(values: dict, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem):
+        recipe_for("emojinette", "church", **values).config()
+
+
+def test_unreadable_files_and_presets_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("- a list")
+    with pytest.raises(RequestError, match="must hold a mapping"):
+        read_recipe(file)
+    file.write_text("a: [")
+    with pytest.raises(RequestError, match=r"--recipe .*not readable"):
+        read_recipe(file)
+    with pytest.raises(RequestError, match="--preset best: unknown preset; allowed: default, paper"):
+        recipe_for("emojinette", "church", preset_name="best")

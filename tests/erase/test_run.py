@@ -1,0 +1,208 @@
+"""A whole run on the tiny model: one folder, resumable, reproducible, checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from erase_concept import mask as masks
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.mask import Mask
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.load import load
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import Recipe, make_recipe
+from erase_concept.run import check_frozen, erase, export_run, read_run
+from erase_concept.train import Record
+
+
+@pytest.fixture
+def model(tiny: Diffusion, tmp_path: Path) -> Path:
+    save_pipeline(tiny, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def recipe(model: Path, concept: Concept, **changes: object) -> Recipe:
+    settings = {"steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 2}
+    values = {"model": str(model), "concept": concept, "data": {"forget": 4, "retain": 4, "steps": 2}}
+    return make_recipe(values | {"settings": settings} | changes)
+
+
+def run(recipe: Recipe, out: Path) -> list[Record | str]:
+    return list(erase(recipe, out))
+
+
+def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
+    tiny: Diffusion, model: Path, square: Concept, tmp_path: Path
+) -> None:
+    events = run(recipe(model, square), tmp_path / "run")
+    assert [e for e in events if isinstance(e, str)] == ["load", "data", "mask", "erase", "export"]
+    assert [e.step for e in events if isinstance(e, Record)] == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    erased, mask = load(tmp_path / "run" / "pipeline"), Mask.load(tmp_path / "run" / "mask.safetensors")
+    assert weights_hash(erased.vae) == weights_hash(tiny.vae)
+    assert weights_hash(erased.text_encoder) == weights_hash(tiny.text_encoder)
+    changed = 0
+    for name, p in erased.unet.named_parameters():
+        differs = p != tiny.unet.get_parameter(name)
+        assert not bool((differs & ~mask.dense(name)).any())
+        changed += int(differs.sum())
+    account = read_run(tmp_path / "run")
+    assert account["checks"] == {"weights": mask.total, "changed": changed, "changed_outside_mask": 0}
+    assert mask.count == round(mask.total / 2)
+    assert account["base"]["unet"] == weights_hash(tiny.unet)
+    assert account["erased"]["unet"] == weights_hash(erased.unet)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "*square* was erased" in card
+    assert account["erased"]["unet"] in card
+
+
+def test_same_recipe_same_bits_and_no_work_twice(model: Path, square: Concept, tmp_path: Path) -> None:
+    for name in "ab":
+        run(recipe(model, square), tmp_path / name)
+    first, second = read_run(tmp_path / "a"), read_run(tmp_path / "b")
+    assert first["erased"] == second["erased"]
+    assert first["mask"] == second["mask"]
+    assert run(recipe(model, square), tmp_path / "a") == []
+    run(recipe(model, square, seed=1), tmp_path / "c")
+    assert read_run(tmp_path / "c")["erased"] != first["erased"]
+
+
+@pytest.mark.parametrize("stop", ["mask", "erase", 1, 3])
+def test_killed_anywhere_it_goes_on_to_the_same_bits(
+    model: Path, square: Concept, tmp_path: Path, stop: str | int
+) -> None:
+    run(recipe(model, square), tmp_path / "whole")
+    for event in erase(recipe(model, square), tmp_path / "killed"):
+        if stop in (event, getattr(event, "step", None)):
+            break
+    run(recipe(model, square), tmp_path / "killed")
+    assert read_run(tmp_path / "killed")["erased"] == read_run(tmp_path / "whole")["erased"]
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+
+
+def test_folders_of_other_things_are_refused(model: Path, square: Concept, tmp_path: Path) -> None:
+    run(recipe(model, square), tmp_path / "run")
+    with pytest.raises(RequestError, match=r"--out .*another recipe"):
+        run(recipe(model, square, seed=1), tmp_path / "run")
+    with pytest.raises(RequestError, match=r"--out .*is no run folder"):
+        run(recipe(model, square), model)
+    with pytest.raises(RequestError, match="holds no complete run"):
+        read_run(model)
+
+
+def test_a_base_model_that_changed_meanwhile_is_noticed(
+    tiny: Diffusion, model: Path, square: Concept, tmp_path: Path
+) -> None:
+    for event in erase(recipe(model, square), tmp_path / "run"):
+        if event == "mask":
+            break
+    with torch.no_grad():
+        tiny.unet.conv_out.bias += 1
+    save_pipeline(tiny, model)
+    with pytest.raises(RequestError, match="the base model has changed"):
+        run(recipe(model, square), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["none", "random", "least-salient"])
+def test_control_masks(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path, kind: str) -> None:
+    run(recipe(model, square, mask={"kind": kind}), tmp_path / "run")
+    account = read_run(tmp_path / "run")
+    if kind == "none":
+        assert account["mask"] is None
+        assert not (tmp_path / "run" / "mask.safetensors").exists()
+        return
+    mask = Mask.load(tmp_path / "run" / "mask.safetensors")
+    assert mask.density == pytest.approx(0.5, abs=1e-4)
+    assert mask.provenance["kind"] == kind
+    run(recipe(model, square), tmp_path / "salient")
+    salient = Mask.load(tmp_path / "salient" / "mask.safetensors")
+    overlap = (mask & salient).count / mask.count
+    assert overlap == 0 if kind == "least-salient" else 0.45 < overlap < 0.55
+
+
+def test_a_mask_from_a_file(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path) -> None:
+    given = masks.random(tiny.unet, 0.1, seed=3)
+    given.save(tmp_path / "m.safetensors")
+    run(recipe(model, square, mask={"kind": str(tmp_path / "m.safetensors")}), tmp_path / "run")
+    assert read_run(tmp_path / "run")["checks"]["changed"] <= given.count
+    masks.random(torch.nn.Linear(2, 2), 0.5, seed=3).save(tmp_path / "m.safetensors")
+    with pytest.raises(RequestError, match="does not fit: the mask has"):
+        run(recipe(model, square, mask={"kind": str(tmp_path / "m.safetensors")}), tmp_path / "other")
+    with pytest.raises(RequestError, match="--mask sailent: not a readable mask"):
+        run(recipe(model, square, mask={"kind": "sailent"}), tmp_path / "third")
+
+
+def test_a_run_keeps_the_mask_it_began_with(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    masks.random(tiny.unet, 0.1, seed=3).save(file)
+    with_mask = recipe(model, square, mask={"kind": str(file)})
+    for event in erase(with_mask, tmp_path / "run"):
+        if getattr(event, "step", 0) == 3:
+            break
+    masks.random(tiny.unet, 0.1, seed=4).save(file)
+    run(with_mask, tmp_path / "run")
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+    assert Mask.load(tmp_path / "run" / "mask.safetensors").overlap(masks.random(tiny.unet, 0.1, seed=3)) == 1
+
+
+def test_a_wrong_request_leaves_the_folder_free(model: Path, square: Concept, tmp_path: Path) -> None:
+    for wrong in (
+        recipe(model, square, mask={"kind": "absent.safetensors"}),
+        recipe(model, square, data={"forget_images": "absent"}),
+        recipe(Path("absent"), square),
+    ):
+        with pytest.raises(RequestError):
+            run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RequestError, match=r"leaves none of .* weights to change"):
+        run(recipe(model, square, mask={"sparsity": 0.9999999}), tmp_path / "run")
+
+
+def test_random_label_refuses_control_masks(model: Path, square: Concept, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--mask random: random-label takes no mask"):
+        run(recipe(model, square, method="random-label", mask={"kind": "random"}), tmp_path / "run")
+    run(recipe(model, square, method="random-label"), tmp_path / "run")
+    run(recipe(model, square, mask={"kind": "none"}), tmp_path / "salun")
+    assert read_run(tmp_path / "run")["mask"] is None
+
+
+def test_the_check_sees_a_single_bit(tiny: Diffusion) -> None:
+    mask = masks.random(tiny.unet, 0.5, seed=0)
+    other = copy.deepcopy(tiny.unet)
+    with pytest.raises(EraseError, match="no weight changed"):
+        check_frozen(tiny.unet, other, mask)
+    name = "conv_in.weight"
+    frozen = (~mask.dense(name)).nonzero()[0].tolist()
+    with torch.no_grad():
+        other.conv_in.weight[tuple(frozen)] = torch.nextafter(other.conv_in.weight[tuple(frozen)], torch.tensor(9.0))
+    with pytest.raises(EraseError, match="1 weights outside the mask"):
+        check_frozen(tiny.unet, other, mask)
+    assert check_frozen(tiny.unet, other, None)["changed"] == 1
+
+
+def test_exports_are_the_erased_model(model: Path, square: Concept, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    run(recipe(model, square), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "unet.safetensors", "unet", "fp16")
+    erased = load(tmp_path / "run" / "pipeline")
+    account = read_run(tmp_path / "run")
+    with safe_open(tmp_path / "unet.safetensors", "pt") as file:
+        for name, value in erased.unet.state_dict().items():
+            assert torch.equal(file.get_tensor(name), value.half())
+        about = file.metadata()
+    assert about["mask_sha256"] == account["mask"]["sha256"]
+    assert about["base_unet_sha256"] == account["base"]["unet"]
+    assert "square" in about["recipe"]
+    export_run(tmp_path / "run", tmp_path / "copy", "diffusers", "fp32")
+    assert weights_hash(load(tmp_path / "copy").unet) == account["erased"]["unet"]
+    with pytest.raises(RequestError, match="exists already"):
+        export_run(tmp_path / "run", tmp_path / "copy", "diffusers", "fp32")

@@ -1,0 +1,110 @@
+"""The built-in model: what it is made of, that it draws what it is asked for, and that it forgets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import CLIPTokenizer
+
+from erase_concept.eval.accuracy import classify
+from erase_concept.eval.benchmark import benchmark
+from erase_concept.eval.emojinette import card
+from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.emojinette.classifier import load_classifier
+from erase_concept.pipelines.load import load
+from erase_concept.pipelines.sample import sample_images
+from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.prompts.promptset import emojinette_prompts
+from erase_concept.recipe import recipe_for
+from erase_concept.run import erase, read_run
+
+
+@pytest.fixture(scope="module")
+def model() -> Diffusion:
+    return load("emojinette")
+
+
+def test_has_stable_diffusions_parts(model: Diffusion) -> None:
+    schedule = model.scheduler.config
+    assert (schedule.beta_schedule, schedule.prediction_type) == ("scaled_linear", "epsilon")
+    assert (schedule.beta_start, schedule.beta_end) == (0.00085, 0.012)
+    names = {name.split(".")[0] for name, _ in model.unet.named_parameters()}
+    assert names == {
+        *("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
+    }
+    assert any(".attn2.to_k." in name for name, _ in model.unet.named_parameters())
+    assert type(model.pipeline()).__name__ == "StableDiffusionPipeline"
+
+
+def test_vocabulary_loads_without_tokenizer_json(model: Diffusion, tmp_path: Path) -> None:
+    """Older versions of transformers read vocab.json and merges.txt alone."""
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(emojinette.MODEL / "tokenizer" / name, tmp_path / name)
+    old = CLIPTokenizer.from_pretrained(tmp_path)
+    for row in emojinette_prompts(range(1), unseen=True).rows:
+        assert old(row.prompt).input_ids == model.tokenizer(row.prompt).input_ids
+
+
+def test_text_that_is_cut_or_empty_is_embedded_alike(model: Diffusion) -> None:
+    embedded = model.encode_prompts(["", "a church", "a church " * 30])
+    assert embedded.shape == (3, 24, model.unet.config.cross_attention_dim)
+
+
+def test_latents_are_normalised(model: Diffusion) -> None:
+    rows = emojinette_prompts(range(1)).rows[::4]
+    images = np.stack([image for _, image in sample_images(model, rows, steps=8, guidance=5.0)])
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = model.encode_images(tensors, torch.Generator().manual_seed(0))
+    assert latents.mean((0, 2, 3)).abs().max() < 0.5
+    assert 0.6 < latents.std((0, 2, 3)).min() <= latents.std((0, 2, 3)).max() < 1.6
+
+
+def test_draws_what_it_is_asked_for(model: Diffusion) -> None:
+    rows = emojinette_prompts(range(1), first_seed=77_000).rows[1::2]
+    images = np.zeros((len(rows), 64, 64, 3), np.uint8)
+    for place, image in sample_images(model, rows, steps=15, guidance=5.0):
+        images[place] = image
+    seen = classify(images, rows, load_classifier(emojinette.CLASSIFIER))
+    right = sum(a == row.object for a, row in zip(seen.objects, rows, strict=True))
+    styled = sum(a == row.style for a, row in zip(seen.styles, rows, strict=True))
+    # Of 40; the quality that the card states makes fewer than 36 a one in a thousand event.
+    assert right >= 36
+    assert styled >= 36
+
+
+def test_reference_holds_every_pair_and_the_classifier_knows_it() -> None:
+    with safe_open(emojinette.REFERENCE, "pt") as file:
+        features, objects, styles = (file.get_tensor(name) for name in ("features", "object", "style"))
+    pairs = torch.stack([objects, styles], 1)
+    assert len(pairs.unique(dim=0)) == len(OBJECT_LABELS) * len(STYLES)
+    with torch.no_grad():
+        object_logits, style_logits = load_classifier(emojinette.CLASSIFIER).heads(features.float())
+    assert (object_logits.argmax(1) == objects).float().mean() >= 0.995
+    assert (style_logits.argmax(1) == styles).float().mean() >= 0.995
+
+
+def test_card_says_what_was_measured() -> None:
+    quality = json.loads((emojinette.HOME / "quality.json").read_text(encoding="utf-8"))
+    training = json.loads((emojinette.HOME / "training.json").read_text(encoding="utf-8"))
+    assert (emojinette.HOME / "README.md").read_text(encoding="utf-8") == card(quality, training)
+
+
+@pytest.mark.slow
+def test_forgets_church_and_keeps_the_rest(model: Diffusion, tmp_path: Path) -> None:
+    recipe = recipe_for("emojinette", "church", data={"forget": 24, "retain": 48})
+    for _ in erase(recipe, tmp_path / "run"):
+        pass
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+    *_, report = benchmark(tmp_path / "run", out=tmp_path / "run", seeds=1)
+    ua, ira, cra = (report.score(name) for name in ("ua", "ira", "cra"))
+    assert ua.baseline <= 0.15
+    assert ua.value >= 0.9
+    assert ira.value >= 0.9 * ira.baseline
+    assert cra.value >= 0.9 * cra.baseline

@@ -1,0 +1,156 @@
+"""Loading: everything or a clear error. Saving: what other people's loaders open."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.export import save_pipeline, save_unet
+from erase_concept.pipelines.load import load
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny: Diffusion, tmp_path: Path) -> Path:
+    save_pipeline(tiny, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_comes_back_bit_for_bit(tiny: Diffusion, folder: Path) -> None:
+    back = load(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        assert weights_hash(getattr(back, part)) == weights_hash(getattr(tiny, part))
+    assert torch.equal(back.encode_prompts(["a church"]), tiny.encode_prompts(["a church"]))
+    assert not any(p.requires_grad for p in back.unet.parameters())
+    assert load(folder, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_a_fresh_process_draws_the_same_picture(tiny: Diffusion, folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy, torch; from diffusers import StableDiffusionPipeline as P\n"
+        "p = P.from_pretrained(sys.argv[1]); p.set_progress_bar_config(disable=True)\n"
+        "g = torch.Generator().manual_seed(3)\n"
+        "i = p('a prompt', num_inference_steps=3, generator=g, output_type='np', height=16, width=16).images\n"
+        "numpy.save(sys.argv[2], i)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "i.npy")], check=True, capture_output=True)
+    import numpy as np
+
+    pipeline = tiny.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "output_type": "np", "height": 16, "width": 16}
+    here = pipeline("a prompt", generator=torch.Generator().manual_seed(3), **settings).images
+    assert np.array_equal(np.load(tmp_path / "i.npy"), here)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_unet_alone_opens_in_diffusers(tiny: Diffusion, tmp_path: Path, dtype: torch.dtype) -> None:
+    from diffusers import UNet2DConditionModel
+    from safetensors import safe_open
+
+    save_unet(tiny.unet, tmp_path / WEIGHTS, dtype, {"concept": "church"})
+    tiny.unet.save_config(tmp_path)
+    back = UNet2DConditionModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    for name, value in tiny.unet.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value.to(dtype).float())
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata()["concept"] == "church"
+
+
+def test_saving_replaces_a_folder_as_a_whole(tiny: Diffusion, folder: Path) -> None:
+    (folder / "stale.txt").write_text("x")
+    save_pipeline(tiny, folder)
+    assert not (folder / "stale.txt").exists()
+    assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
+
+
+def damage(folder: Path, how: str) -> None:
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "missing tensor":
+        del tensors["conv_in.weight"]
+        save_file(tensors, file)
+    elif how == "wrong shape":
+        tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :2].contiguous()
+        save_file(tensors, file)
+    elif how == "no weights":
+        file.unlink()
+    elif how == "no index":
+        (folder / "model_index.json").unlink()
+    elif how == "bad index":
+        (folder / "model_index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("truncated", f"unet/{WEIGHTS} is damaged"),
+        ("missing tensor", "unet: conv_in.weight is missing"),
+        ("wrong shape", r"unet: conv_in.weight has shape \[8, 2, 3, 3\], its configuration asks for \[8, 4, 3, 3\]"),
+        ("no weights", "no weights in unet/"),
+        ("no index", "holds no model_index.json"),
+        ("bad index", "could not be loaded"),
+    ],
+)
+def test_what_does_not_load_whole_is_refused(folder: Path, how: str, problem: str) -> None:
+    damage(folder, how)
+    with pytest.raises(RequestError, match=problem):
+        load(folder)
+
+
+def test_attention_under_its_first_names_loads(tiny: Diffusion, folder: Path) -> None:
+    """As Stable Diffusion 1.x was published; diffusers renames it while loading."""
+    file = folder / "vae" / WEIGHTS
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for new, old in names.items():
+        tensors = {k.replace(f".{new}.", f".{old}.") if "attentions" in k else k: v for k, v in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    save_file(tensors, file)
+    assert weights_hash(load(folder).vae) == weights_hash(tiny.vae)
+
+
+def test_other_kinds_of_pipeline_are_refused(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(RequestError, match="is a StableDiffusionXLPipeline; a StableDiffusionPipeline is needed"):
+        load(folder)
+
+
+def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RequestError, match="MODEL nothing: no such model; allowed: a diffusers folder"):
+        load("nothing")
+    with pytest.raises(RequestError, match="no such model"):
+        load(tmp_path / "absent.safetensors")
+    with pytest.raises(RequestError, match="MODEL owner/absent: could not be loaded"):
+        load("owner/absent")
+
+
+def test_pickles_are_not_run(folder: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (folder / "unet" / WEIGHTS).unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"x": Trap()}))
+    with pytest.raises(RequestError, match="could not be loaded"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_stated_and_real_tokenizer_files_are_both_there(folder: Path) -> None:
+    assert json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"] == 16

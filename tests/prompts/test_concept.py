@@ -1,0 +1,85 @@
+"""Concepts: their prompts, their checks, and their way in and out of YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from erase_concept.errors import RequestError
+from erase_concept.prompts import emojinette
+from erase_concept.prompts.concept import Concept, concept, concepts, fill, parse
+
+
+def test_fill_finds_the_article() -> None:
+    assert fill("see {o} and the {O}", "church") == "see a church and the church"
+    assert fill("{o}", "umbrella") == "an umbrella"
+    assert fill("{o}", "ukulele") == "a ukulele"
+    assert fill("{o}", "oak") == "an oak"
+
+
+def test_a_name_with_braces_is_text() -> None:
+    assert fill("an image of {O}", "{x} {o}") == "an image of {x} {o}"
+
+
+@pytest.mark.parametrize("key", [*emojinette.OBJECT_LABELS, *emojinette.STYLES, "nudity"])
+def test_every_built_in_concept_is_sound(key: str) -> None:
+    found = concept(key)
+    names = (found.name, *found.synonyms)
+    assert all(any(name in prompt for name in names) for prompt in found.forget_prompts)
+    for asked, becomes in zip(found.forget_prompts, found.remapped_to(found.anchor), strict=True):
+        assert any(fill(t, found.anchor) == becomes and asked in [fill(t, n) for n in names] for t in found.templates)
+    assert not set(found.forget_prompts) & set(found.retain_prompts)
+    assert len(set(found.retain_prompts)) == len(found.retain_prompts)
+    assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+
+
+def test_objects_and_styles_cover_one_another() -> None:
+    church, sketch = concept("church"), concept("sketch")
+    assert set(church.retain) == set(emojinette.OBJECT_LABELS) - {"church"}
+    assert church.anchor == "horn"
+    assert "a sketch church" in church.forget_prompts
+    assert "a sketch chapel" in sketch.forget_prompts
+    assert "a church" in sketch.retain_prompts
+    assert sketch.prompts_for("flat")[0] == sketch.forget_prompts[0].replace("sketch", "flat")
+
+
+def test_unknown_concept_names_the_nearest() -> None:
+    with pytest.raises(RequestError, match=r"--concept chruch: unknown concept; did you mean church"):
+        concept("chruch")
+    with pytest.raises(RequestError, match="allowed: fish, dog"):
+        concept("qqqq")
+
+
+def test_a_yaml_file_describes_a_concept(tmp_path: Path) -> None:
+    file = tmp_path / "rocket.yaml"
+    file.write_text("name: blue rocket\nkind: custom\nanchor: rocket\ntemplates: ['a {O}']\nretain: [car]\n")
+    assert concept(str(file)).forget_prompts == ("a blue rocket",)
+    for text, problem in (
+        ("name: x\nkind: custom\nanchor: y\ntemplates: ['a thing']\nretain: [z]\n", "has no place for the name"),
+        ("name: x\nkind: custom\nanchor: y\ntemplates: ['a {O}']\n", "something to retain"),
+        ("name: x\nkind: animal\nanchor: y\ntemplates: ['a {O}']\nretain: [z]\n", "kind"),
+        ("name: [", "not a readable concept"),
+    ):
+        file.write_text(text)
+        with pytest.raises(RequestError, match=problem):
+            concept(str(file))
+    with pytest.raises(RequestError, match=r"absent\.yaml"):
+        concept(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize("retain", [("x",), ("y", "x")])
+def test_what_is_erased_cannot_be_retained(retain: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="be retained"):
+        Concept("x", "custom", "y", ("a {O}",), retain)
+
+
+def test_evaluation_asks_in_other_words_than_the_erasing() -> None:
+    asked = {*emojinette.EVAL_OBJECT, *emojinette.EVAL_STYLED, *emojinette.EVAL_STYLE}
+    asked |= {*emojinette.UNSEEN_OBJECT, *emojinette.UNSEEN_STYLED}
+    used = {*emojinette.ERASE_OBJECT, *emojinette.ERASE_STYLED, *emojinette.ERASE_STYLE}
+    used |= {*emojinette.ERASE_STYLED_MORE}
+    assert not asked & used
+    assert len({name for names in emojinette.OBJECTS for name in vars(names).values()}) == 60
+    assert len(concepts()) == 25
