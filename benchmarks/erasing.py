@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
 from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.report import Report, read_report
 from erase_concept.eval.score import wilson
@@ -35,13 +37,13 @@ SEEDS = {"object": 1, "style": 2}
 LOWEST_UA = 0.95  # of any single target
 
 
-def cell(concept: str, mask: str, seed: int, out: Path, preset: str) -> Report:
+def cell(concept: str, mask: str, seed: int, out: Path, preset: str, settings: dict[str, Any]) -> Report:
     """Run one cell, or read its report when it is there."""
     folder = out / f"{concept.replace(' ', '-')}_{mask}_{seed}"
     if (folder / "report.json").is_file():
         return read_report(folder)
     began = time.perf_counter()
-    recipe = recipe_for("emojinette", concept, preset_name=preset, mask={"kind": mask}, seed=seed)
+    recipe = recipe_for("emojinette", concept, preset_name=preset, mask={"kind": mask}, settings=settings, seed=seed)
     for _ in erase(recipe, folder):
         pass
     base = out / "base" / f"{concept.replace(' ', '-')}_{seed}"
@@ -122,12 +124,14 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=["salient"], choices=MASK_KINDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings; choose another --out")
     args = parser.parse_args()
+    settings = {key: yaml.safe_load(value) for key, value in (text.split("=", 1) for text in args.set)}
     groups: dict[str, list[Report]] = defaultdict(list)
     for seed in args.seeds:
         for concept in args.concepts:
             for mask in args.masks:
-                report = cell(concept, mask, seed, args.out, args.preset)
+                report = cell(concept, mask, seed, args.out, args.preset, settings)
                 groups[f"{report.kind}/{mask}"].append(report)
     results = {name: summary(cells) for name, cells in sorted(groups.items(), reverse=False)}
     checked = {name: {**found, "holds": holds(name.split("/")[0], found)} for name, found in results.items()}

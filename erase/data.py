@@ -63,15 +63,9 @@ class ForgetRetain:
     empty: Tensor
 
     def forget_batch(
-        self,
-        model: Diffusion,
-        rows: Tensor,
-        generator: torch.Generator,
-        *,
-        random_remap: bool = False,
-        first_timestep: int = 0,
+        self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, random_remap: bool = False
     ) -> Batch:
-        """Noise the given forget rows, and behind them anchor rows, to ``first_timestep`` or beyond.
+        """Noise the given forget rows, behind which the anchor rows are counted on.
 
         Remaps to the anchor, or each row to a random one of the retained names.
         """
@@ -81,7 +75,7 @@ class ForgetRetain:
             names = torch.randint(0, len(self.remap), which.shape, generator=generator)
         latents = torch.cat([self.forget_latents, self.anchor_latents])[rows]
         remapped = self.remap[names, which]
-        return _noised(model, latents, self.forget[which], remapped, generator, first_timestep)
+        return _noised(model, latents, self.forget[which], remapped, generator)
 
     def retain_batch(self, model: Diffusion, rows: Tensor, generator: torch.Generator) -> Batch:
         """Noise the given retain rows."""
@@ -115,17 +109,12 @@ def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _noised(
-    model: Diffusion,
-    latents: Tensor,
-    embeddings: Tensor,
-    remapped: Tensor,
-    generator: torch.Generator,
-    first_timestep: int = 0,
+    model: Diffusion, latents: Tensor, embeddings: Tensor, remapped: Tensor, generator: torch.Generator
 ) -> Batch:
     """Draw noise and time steps on the CPU, so that they do not depend on the device, and move all to the model's."""
     noise = torch.randn(latents.shape, generator=generator)
     last = model.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(first_timestep, last, (len(latents),), generator=generator)
+    timesteps = torch.randint(0, last, (len(latents),), generator=generator)
     latents, noise, timesteps = (t.to(model.device) for t in (latents, noise, timesteps))
     noisy = model.add_noise(latents, noise, timesteps)
     return Batch(latents, noise, noisy, timesteps, embeddings.to(model.device), remapped.to(model.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,17 @@ class SalUnConfig(Training):
     remap: Literal["anchor", "random"] = "anchor"  # c' is the anchor, or a random retained name for each row
     target: Literal["current", "base"] = "current"  # which model predicts the forget target
     retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
-    first_timestep: int = 0  # of the forget term; late time steps decide what a picture shows
+    guidance: float = 0.0  # how far the target goes on beyond c', away from the concept
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        for name in ("alpha", "guidance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.guidance and self.target != "base":
+            # The current model's own prediction, pushed on and on, would have no end.
+            raise ValueError("guidance needs target=base")
 
 
 @method("salun", SalUnConfig)
@@ -46,6 +57,9 @@ def salun(
     the same noisy latents x_t in both predictions of the first term, and no gradient through the second one, e'.
     e' is the current model, as in the reference, or the frozen base model. With ``retain_target`` "base" the noise in
     the second term is replaced by the base model's prediction of it, whose gradient vanishes while nothing has moved.
+    With ``guidance`` w > 0 the first term's target is e'(x_t, c') + w (e'(x_t, c') - e'(x_t, c_f)), ESD's negative
+    guidance (arXiv 2303.07345) from c' instead of the empty prompt: a fit always stops short of its target, and what
+    is left of the concept would be multiplied by the guidance scale of the sampling.
     Without a mask this is random labelling.
     """
     frozen = "base" in (config.target, config.retain_target)
@@ -53,13 +67,14 @@ def salun(
 
     def loss(model: Diffusion, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rows = draw(len(data.forget_latents) + len(data.anchor_latents), config.batch_size, generator)
-        forget = data.forget_batch(
-            model, rows, generator, random_remap=config.remap == "random", first_timestep=config.first_timestep
-        )
+        forget = data.forget_batch(model, rows, generator, random_remap=config.remap == "random")
         retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
         with torch.no_grad():
             teacher = base if config.target == "base" else model
             target = teacher.predict(forget.noisy, forget.timesteps, forget.remapped)
+            if config.guidance:
+                concept = teacher.predict(forget.noisy, forget.timesteps, forget.embeddings)
+                target = target + config.guidance * (target - concept)
             if config.retain_target == "base":
                 retained = base.predict(retain.noisy, retain.timesteps, retain.embeddings)
             else:

@@ -30,12 +30,14 @@ def alphas(timesteps: torch.Tensor) -> torch.Tensor:
     return torch.cumprod(1 - betas, 0)[timesteps].view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("target", ["current", "base"])
+@pytest.mark.parametrize(("target", "guidance"), [("current", 0.0), ("base", 0.0), ("base", 1.5)])
+@pytest.mark.parametrize("retain_target", ["data", "base"])
 @pytest.mark.parametrize("remap", ["anchor", "random"])
 def test_two_steps_equal_the_formulas(
-    tiny: Diffusion, square: Concept, data: ForgetRetain, target: str, remap: str
+    tiny: Diffusion, square: Concept, data: ForgetRetain, target: str, guidance: float, retain_target: str, remap: str
 ) -> None:
-    config = SalUnConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25, target=target, remap=remap)
+    terms = {"alpha": 0.25, "target": target, "guidance": guidance, "retain_target": retain_target, "remap": remap}
+    config = SalUnConfig(steps=2, batch_size=3, lr=1e-2, **terms)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet), copy.deepcopy(tiny.unet)
     records = list(salun(tiny, data, mask, config, seed=7))
@@ -60,9 +62,11 @@ def test_two_steps_equal_the_formulas(
         x_f = alphas(t_f).sqrt() * data.forget_latents[rows] + (1 - alphas(t_f)).sqrt() * noise_f
         x_r = alphas(t_r).sqrt() * data.retain_latents[retain_rows] + (1 - alphas(t_r)).sqrt() * noise_r
         with torch.no_grad():
-            wanted = (unet if target == "current" else base)(x_f, t_f, c_new).sample
+            teacher = unet if target == "current" else base
+            wanted = (1 + guidance) * teacher(x_f, t_f, c_new).sample - guidance * teacher(x_f, t_f, c_f).sample
+            kept = noise_r if retain_target == "data" else base(x_r, t_r, c_r).sample
         forget = (unet(x_f, t_f, c_f).sample - wanted).square().mean()
-        retain = (unet(x_r, t_r, c_r).sample - noise_r).square().mean()
+        retain = (unet(x_r, t_r, c_r).sample - kept).square().mean()
         loss = forget + 0.25 * retain
         assert records[step].loss == pytest.approx(loss.item(), rel=1e-4)
         assert records[step].terms == pytest.approx({"forget": forget.item(), "retain": retain.item()}, rel=1e-4)
@@ -162,8 +166,17 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("steps", 0), ("batch_size", 0), ("lr", -1.0), ("lr", float("nan")), ("max_grad_norm", 0.0)]
+    ("name", "value"),
+    [
+        *(("steps", 0), ("batch_size", 0), ("lr", -1.0), ("lr", float("nan")), ("max_grad_norm", 0.0)),
+        *(("alpha", -1.0), ("guidance", float("inf"))),
+    ],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         SalUnConfig(**{name: value})
+
+
+def test_guidance_is_for_a_target_that_stands_still() -> None:
+    with pytest.raises(ValueError, match="guidance needs target=base"):
+        SalUnConfig(guidance=1.0)
