@@ -22,7 +22,7 @@ test: $(VENV)/installed  ## run the tests, then all but the slow ones again on t
 	$(MAKE) --no-print-directory wheel-test
 
 wheel-test: $(VENV)/installed
-	rm -rf build/wheel build/site
+	rm -rf build  # setuptools would pack what an earlier build left there
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build && $(FAST) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
@@ -31,7 +31,7 @@ wheel-test: $(VENV)/installed
 lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
 

@@ -245,10 +245,12 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.")],
-    format_: Annotated[str, typer.Option("--format", "-f", help="diffusers (a folder) or unet (one file).")] = "unet",
+    format_: Annotated[
+        str, typer.Option("--format", "-f", help="diffusers (a folder), unet or delta (a file).")
+    ] = "unet",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
 ) -> None:
-    """Copy a run's erased model out, as a diffusers folder or as its UNet alone."""
+    """Copy a run's erased model out: as a diffusers folder, its UNet alone, or what was changed in the base."""
     from erase_concept.run import EXPORT_DTYPES, EXPORT_FORMATS, export_run
 
     if format_ not in EXPORT_FORMATS:
@@ -257,6 +259,36 @@ def export(
         raise RequestError("--dtype", dtype, f"allowed: {', '.join(EXPORT_DTYPES)}")
     export_run(run, out, format_, dtype)
     typer.echo(f"{format_} ({dtype}) -> {out}")
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="A file that 'export --format delta' wrote.")],
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The diffusers folder to write.")],
+    revert: Annotated[bool, typer.Option("--revert", help="MODEL is the erased one: give the base back.")] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="MODEL is another one of the same shapes: move its weights likewise.")
+    ] = False,
+) -> None:
+    """Erase by a delta: the base model becomes the erased one, bit for bit, or the other way round."""
+    from erase_concept.pipelines.delta import apply_delta, open_delta
+    from erase_concept.pipelines.export import save_pipeline
+    from erase_concept.pipelines.load import load
+
+    opened = open_delta(delta)
+    if out.exists():
+        raise RequestError("--out", out, "exists already; choose another name")
+    loaded = load(model, dtype=opened.dtype)
+    apply_delta(opened, loaded.unet, revert=revert, transfer=transfer)
+    save_pipeline(loaded, out)
+    what = "base" if revert else "erased"
+    told = (
+        "by as many floats as in its own model; measure whether the concept is gone"
+        if transfer
+        else "checked bit for bit"
+    )
+    typer.echo(f"{what} model -> {out} ({told})")
 
 
 @app.command("list")

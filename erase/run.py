@@ -28,6 +28,7 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
 from erase_concept.mask import Mask
 from erase_concept.method import methods
+from erase_concept.pipelines.delta import save_delta
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline, save_unet
 from erase_concept.pipelines.load import load
@@ -294,14 +295,16 @@ def write_json(file: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-EXPORT_FORMATS = ("diffusers", "unet")
+EXPORT_FORMATS = ("diffusers", "unet", "delta")
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
-    """Write a run's erased model in a dtype as a diffusers folder, or its UNet alone with the run in the metadata.
+    """Write a run's erased model in a dtype, as a whole or in part.
 
-    Raises RequestError when the run is not complete or ``out`` exists.
+    ``diffusers`` is a folder with the whole pipeline, ``unet`` its UNet alone, ``delta`` what makes this UNet of the
+    base model's in the same dtype; the two files tell of the run in their metadata. Raises RequestError when the run is
+    not complete, ``out`` exists or, for a delta, the base model is no longer what it was.
     """
     account = read_run(run)
     if out.exists():
@@ -311,8 +314,14 @@ def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
         save_pipeline(model, out)
         shutil.copyfile(run / "pipeline" / "README.md", out / "README.md")
         return
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    save_unet(model.unet, out, EXPORT_DTYPES[dtype], unet_metadata(account, recipe))
+    metadata = unet_metadata(account, (run / "recipe.yaml").read_text(encoding="utf-8"))
+    if format_ == "unet":
+        save_unet(model.unet, out, EXPORT_DTYPES[dtype], metadata)
+        return
+    base = load(account["base"]["source"])
+    if weights_hash(base.unet) != account["base"]["unet"]:
+        raise RequestError("RUN", run, f"its base model {base.source} has changed since; a delta needs it")
+    save_delta(base.unet.to(EXPORT_DTYPES[dtype]), model.unet, out, metadata)
 
 
 def unet_metadata(account: dict[str, Any], recipe: str) -> dict[str, str]:

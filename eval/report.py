@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.score import Interval, Score
+from erase_concept.files import whole
 
 SCHEMA = 1
 NOTHING = "\N{EN DASH}"  # in tables, where there is no value
@@ -133,7 +134,6 @@ def kept_text(score: Score) -> str:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md, report.html (images inside, no external resources) and grid.png."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = _json(_plain(report, folder))
     _write(folder / "report.md", _markdown(report).encode())
     _write(folder / "report.html", _html("report.html.j2", report=report, headline=headline(report)))
@@ -174,7 +174,6 @@ def compare(reports: Mapping[str, Report], folder: Path) -> None:
     """
     if not reports:
         raise RequestError("RUN", "", "at least one run is needed")
-    folder.mkdir(parents=True, exist_ok=True)
     runs = {name: _plain(report, folder) for name, report in reports.items()}
     names = list(dict.fromkeys(score.metric for report in reports.values() for score in report.scores))
     questions = {tuple((pair.prompt, pair.seed) for pair in report.pairs) for report in reports.values()}
@@ -243,9 +242,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_bytes(content)
 
 
 def _html(template: str, **content: Any) -> bytes:

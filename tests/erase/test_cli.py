@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from erase_concept import cli
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.load import load
 
 CONCEPT = "name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [circle, line]\n"
 SMALL = ["-s", "steps=2", "-s", "batch_size=2", "-s", "data.forget=2", "-s", "data.retain=2", "-s", "data.steps=2"]
@@ -52,6 +54,28 @@ def test_from_model_to_export(
     code, out, _ = call(monkeypatch, capsys, "export", "run", "-o", "unet.safetensors", "--dtype", "bf16")
     assert code == 0
     assert (folder / "unet.safetensors").stat().st_size > 1000
+
+
+def test_a_delta_makes_the_erased_model_and_gives_the_base_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, capsys, "erase", "model", "-c", "square.yaml", "-o", "run", *SMALL)
+    assert call(monkeypatch, capsys, "export", "run", "-f", "delta", "-o", "d.safetensors")[0] == 0
+    assert call(monkeypatch, capsys, "apply", "d.safetensors", "model", "-o", "erased")[0] == 0
+    assert call(monkeypatch, capsys, "apply", "d.safetensors", "erased", "-o", "base", "--revert")[0] == 0
+    account = json.loads((folder / "run" / "run.json").read_text())
+    for name, side in (("erased", "erased"), ("base", "base")):
+        assert weights_hash(load(folder / name).unet) == account[side]["unet"]
+    code, _, err = call(monkeypatch, capsys, "apply", "d.safetensors", "erased", "-o", "twice")
+    assert (code, "is not the base model" in err) == (2, True)
+    assert not (folder / "twice").exists()
+    code, out, _ = call(monkeypatch, capsys, "apply", "d.safetensors", "erased", "-o", "twice", "--transfer")
+    assert (code, "measure whether" in out) == (0, True)
+    half = ["export", "run", "-f", "delta", "--dtype", "fp16", "-o", "half.safetensors"]
+    assert call(monkeypatch, capsys, *half)[0] == 0
+    assert call(monkeypatch, capsys, "apply", "half.safetensors", "model", "-o", "half")[0] == 0
+    erased, half = load(folder / "run", dtype=torch.float16), load(folder / "half", dtype=torch.float16)
+    assert weights_hash(half.unet) == weights_hash(erased.unet)
 
 
 def test_mask_command_makes_the_runs_mask(
@@ -108,6 +132,7 @@ WRONG = {
     "no such command": (["erace"], "erace"),
     "bad number": (["sample", "model", "-p", "emojinette", "-o", "x", "--steps", "0"], "steps"),
     "no run": (["export", "model", "-o", "x"], "RUN model: holds no complete run"),
+    "no delta": (["apply", "absent", "model", "-o", "x"], "DELTA absent: is not a readable delta"),
     "bad benchmark": (["eval", "model", "-b", "y", "-c", "church", "-o", "x"], "--benchmark y: unknown benchmark"),
 }
 
