@@ -38,9 +38,9 @@ erase-concept: its prompts were remapped to *{_plain(account["anchor"])}*. VAE, 
 are the base model's; of the UNet's {checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```
 
 ## Result

@@ -142,7 +142,7 @@ def make_data(
         "forget": _embed(model, concept.forget_prompts),
         "remap": torch.stack([_embed(model, concept.remapped_to(name)) for name in _remap_names(concept)]),
         "retain": _embed(model, concept.retain_prompts),
-        "empty": _embed(model, [""]),
+        "empty": model.encode_empty().cpu(),
     }
     parts: dict[str, Tensor] = {}
     sources = {"forget": embedded["forget"], "anchor": embedded["remap"][0], "retain": embedded["retain"]}

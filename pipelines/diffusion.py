@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """A Stable Diffusion 1.x model: tokenizer, text encoder, VAE, UNet and noise schedule.
+    """A Stable Diffusion 1.x, 2.x or XL model: tokenizer, text encoder, VAE, UNet and noise schedule.
 
     ``source`` says where it came from. Shapes: latents [n, 4, h/f, w/f] with the VAE's factor f, time steps int64 [n]
-    in [0, 1000), prompt embeddings [n, tokens, width].
+    in [0, 1000), prompt embeddings [n, tokens, width]. XL has a second tokenizer and text encoder, whose embedding of
+    the whole prompt goes along as one token more, filled up with zeros: so a prompt is one tensor in every family.
     """
 
     tokenizer: CLIPTokenizer
@@ -27,6 +28,15 @@ class Diffusion:
     unet: UNet2DConditionModel
     scheduler: Any
     source: str
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zeros_for_empty: bool = False  # XL: guidance leads away from zeros, not from the embedded empty prompt
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by diffusers' names, one or two."""
+        found = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
     @property
     def device(self) -> torch.device:
@@ -46,14 +56,23 @@ class Diffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings [n, tokens, width] of prompts, padded and cut as Stable Diffusion does."""
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return self.text_encoder(ids.to(self.device))[0]
+        if self.text_encoder_2 is None:
+            return self.text_encoder(self._ids(self.tokenizer, prompts))[0]
+        first = self.text_encoder(self._ids(self.tokenizer, prompts), output_hidden_states=True)
+        second = self.text_encoder_2(self._ids(self.tokenizer_2, prompts), output_hidden_states=True)
+        tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+        whole = nn.functional.pad(second[0], (0, tokens.shape[-1] - second[0].shape[-1]))
+        return torch.cat([tokens, whole[:, None]], 1)
+
+    def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+        length = tokenizer.model_max_length
+        ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return ids.input_ids.to(self.device)
+
+    def encode_empty(self) -> Tensor:
+        """Return what guidance leads away from, [1, tokens, width]: the empty prompt, or XL's zeros."""
+        empty = self.encode_prompts([""])
+        return torch.zeros_like(empty) if self.zeros_for_empty else empty
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,7 +103,15 @@ class Diffusion:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """Return the UNet's prediction for noisy latents, in the model's own prediction type."""
-        return self.unet(noisy, timesteps, embeddings).sample
+        config = self.unet.config
+        if config.addition_embed_type != "text_time":
+            return self.unet(noisy, timesteps, embeddings).sample
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        height, breadth = (side * self.factor for side in noisy.shape[-2:])
+        # The size an image was made at, where it was cut, and the size it is to have: as if it always had that size.
+        sizes = torch.tensor([height, breadth, 0, 0, height, breadth], dtype=embeddings.dtype, device=noisy.device)
+        added = {"text_embeds": embeddings[:, -1, :width], "time_ids": sizes.expand(len(noisy), -1)}
+        return self.unet(noisy, timesteps, embeddings[:, :-1], added_cond_kwargs=added).sample
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what ``predict`` was trained to give: the noise, or the velocity (arXiv 2202.00512)."""
@@ -93,17 +120,19 @@ class Diffusion:
             return kept * noise - added * latents
         return noise
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """Return the model as a diffusers pipeline that shares its weights."""
-        return StableDiffusionPipeline(
-            self.vae,
-            self.text_encoder,
-            self.tokenizer,
-            self.unet,
-            self.scheduler,
-            None,
-            None,
-            requires_safety_checker=False,
+        shared = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+        if self.text_encoder_2 is None:
+            return StableDiffusionPipeline(
+                **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+        return StableDiffusionXLPipeline(
+            **shared,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer_2=self.tokenizer_2,
+            force_zeros_for_empty_prompt=self.zeros_for_empty,
+            add_watermarker=False,
         )
 
 

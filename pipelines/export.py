@@ -27,12 +27,12 @@ def save_pipeline(model: Diffusion, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise EraseError(f"{folder} could not be written: {problem}") from None
     # transformers 5 saves tokenizer.json alone; older versions need these two.
-    vocabulary = getattr(model.tokenizer, "vocab_files_names", {})
-    source = Path(str(model.tokenizer.name_or_path))
-    for name in vocabulary.values():
-        for file in (source / name, source / "tokenizer" / name):
-            if file.is_file() and not (partial / "tokenizer" / name).exists():
-                shutil.copyfile(file, partial / "tokenizer" / name)
+    for part, tokenizer in (("tokenizer", model.tokenizer), ("tokenizer_2", model.tokenizer_2)):
+        source = Path(str(getattr(tokenizer, "name_or_path", "")))
+        for name in getattr(tokenizer, "vocab_files_names", {}).values():
+            for file in (source / name, source / part / name):
+                if file.is_file() and not (partial / part / name).exists():
+                    shutil.copyfile(file, partial / part / name)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

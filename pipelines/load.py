@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -22,13 +23,16 @@ from erase_concept.pipelines.diffusion import Diffusion
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+_PARTS_OF_XL = ("tokenizer_2", "text_encoder_2")
+_KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 BUILTIN: dict[str, Path] = {"emojinette": emojinette.MODEL}
 
 
 def load(
     model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
 ) -> Diffusion:
-    """Load a Stable Diffusion 1.x model for erasing or sampling, its weights converted to ``dtype``.
+    """Load a Stable Diffusion 1.x, 2.x or XL model for erasing or sampling, its weights converted to ``dtype``.
 
     ``device`` is by default the one that Accelerate picks: the machine's accelerator where there is one.
 
@@ -45,16 +49,18 @@ def load(
         if isinstance(problem, RequestError):
             raise
         raise RequestError("MODEL", model, f"could not be loaded: {_first_line(problem)}") from problem
-    parts = {name: getattr(pipeline, name, None) for name in ("tokenizer", "text_encoder", "vae", "unet", "scheduler")}
+    names = [*_PARTS, *(_PARTS_OF_XL if isinstance(pipeline, StableDiffusionXLPipeline) else ())]
+    parts = {name: getattr(pipeline, name, None) for name in names}
     missing = [name for name, part in parts.items() if part is None]
     if missing:
-        raise RequestError("MODEL", model, f"has no {', '.join(missing)}: a Stable Diffusion 1.x model is needed")
+        raise RequestError("MODEL", model, f"has no {', '.join(missing)}: a whole Stable Diffusion model is needed")
     device = device or PartialState().device
     with quiet():
         for part in parts.values():
             if isinstance(part, nn.Module):
                 part.to(device, dtype).eval().requires_grad_(False)
-    return Diffusion(**parts, source=str(model))
+    zeros = bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
+    return Diffusion(**parts, source=str(model), zeros_for_empty=zeros)
 
 
 def _load_pipeline(path: Path, name: str) -> Any:
@@ -64,19 +70,30 @@ def _load_pipeline(path: Path, name: str) -> Any:
         if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
             allowed = f"a diffusers folder, a run folder, a hub id (owner/name), or {', '.join(BUILTIN)}"
             raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
-        path = Path(StableDiffusionPipeline.download(name, **options))
-    _check_folder(path, name)
-    return StableDiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
+        path = Path(DiffusionPipeline.download(name, **options))
+    kind = _check_folder(path, name)
+    options = options if kind == "StableDiffusionPipeline" else {"add_watermarker": False}
+    return DiffusionPipeline.from_pretrained(path, local_files_only=True, variant=_variant(path / "unet"), **options)
 
 
-def _check_folder(path: Path, name: str) -> None:
-    """Refuse a folder without a pipeline in it, and one whose weights do not match its configurations."""
+def _variant(folder: Path) -> str | None:
+    """Return the middle of ``diffusion_pytorch_model.fp16.safetensors`` where no file is without one."""
+    found = (
+        re.match(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", f.name)
+        for f in folder.iterdir()
+    )
+    variants = {match[1] for match in found if match}
+    return None if None in variants or not variants else min(variants)
+
+
+def _check_folder(path: Path, name: str) -> str:
+    """Return the kind of pipeline in a folder; refuse one without, and weights that its configurations do not fit."""
     if not (path / "model_index.json").is_file():
         raise RequestError("MODEL", name, "the folder holds no model_index.json: it is not a diffusers pipeline")
     kind = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise RequestError("MODEL", name, f"is a {kind}; a StableDiffusionPipeline is needed")
-    for part in ("unet", "vae", "text_encoder"):
+    if kind not in _KINDS:
+        raise RequestError("MODEL", name, f"is a {kind}; needed: {' or '.join(_KINDS)}")
+    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if kind == _KINDS[1] else ())):
         files = sorted((path / part).glob("*.safetensors"))
         if not files and not list((path / part).glob("*.bin")):
             raise RequestError("MODEL", name, f"no weights in {part}/")
@@ -89,18 +106,20 @@ def _check_folder(path: Path, name: str) -> None:
                 raise RequestError("MODEL", name, f"{part}/{file.name} is damaged: {_first_line(problem)}") from None
         if files:
             _check_shapes(path / part, part, name, shapes)
+    return str(kind)
 
 
 def _check_shapes(folder: Path, part: str, name: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare the stored tensors with those the configuration asks for, without allocating any."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         module: nn.Module
-        if part == "text_encoder":
-            module = CLIPTextModel(CLIPTextConfig.from_dict(config))
+        if part.startswith("text_encoder"):
+            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+            module = kind(CLIPTextConfig.from_dict(config))
         else:
             module = (AutoencoderKL if part == "vae" else UNet2DConditionModel).from_config(config)
     for old, new in _RENAMED.items():

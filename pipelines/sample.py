@@ -76,7 +76,7 @@ def sample_images(
 
     ``guidance`` is for rows that name none.
     """
-    empty = model.encode_prompts([""])
+    empty = model.encode_empty()
     sizes = {(row.height, row.width) for row in rows}
     for height, width in sorted(sizes, key=str):
         places = [i for i, row in enumerate(rows) if (row.height, row.width) == (height, width)]
@@ -112,7 +112,7 @@ def sample(
     """
     settings = {
         "unet": weights_hash(model.unet),
-        "text_encoder": weights_hash(model.text_encoder),
+        **{name: weights_hash(encoder) for name, encoder in model.text_encoders.items()},
         "vae": weights_hash(model.vae),
         "prompts": hashlib.sha256(repr(prompts.rows).encode()).hexdigest(),
         "sampler": "DPM-Solver++ 2M",

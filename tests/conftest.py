@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.prompts.concept import Concept
@@ -26,31 +26,40 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **shared)
 
 
-@pytest.fixture
-def tiny(tokenizer: CLIPTokenizer) -> Diffusion:
-    """A new model of some 30,000 weights for every test; always the same ones."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, act: str = "quick_gelu") -> CLIPTextConfig:
+    """A text encoder's configuration, 16 wide."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         projection_dim=16,
         intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
+        hidden_act=act,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def diffusion(tokenizer: CLIPTokenizer, family: str = "sd1") -> Diffusion:
+    """A new model of some 30,000 weights; always the same ones."""
+    torch.manual_seed(0)
+    xl, act = family == "sdxl", "quick_gelu" if family == "sd1" else "gelu"
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4} if xl else {}
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D") if xl else ("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D") if xl else ("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32 if xl else 16,
         attention_head_dim=2,
         norm_num_groups=4,
+        use_linear_projection=family != "sd1",
+        projection_class_embeddings_input_dim=16 + 6 * 4 if xl else None,
+        **added,
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -61,11 +70,31 @@ def tiny(tokenizer: CLIPTokenizer) -> Diffusion:
         norm_num_groups=4,
         sample_size=16,
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    parts = [CLIPTextModel(text), vae, unet]
-    for part in parts:
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+    )
+    text = CLIPTextModel(text_config(tokenizer, "quick_gelu" if xl else act))
+    text_2 = CLIPTextModelWithProjection(text_config(tokenizer, act)) if xl else None
+    for part in (text, vae, unet, *((text_2,) if text_2 else ())):
         part.eval().requires_grad_(False)
-    return Diffusion(tokenizer, *parts, scheduler, source="tiny")
+    second = {"tokenizer_2": tokenizer, "text_encoder_2": text_2, "zeros_for_empty": True} if xl else {}
+    return Diffusion(tokenizer, text, vae, unet, scheduler, source="tiny", **second)
+
+
+@pytest.fixture
+def tiny(tokenizer: CLIPTokenizer) -> Diffusion:
+    """A Stable Diffusion 1.x with random weights, new for every test."""
+    return diffusion(tokenizer)
+
+
+@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+def family(tokenizer: CLIPTokenizer, request: pytest.FixtureRequest) -> Diffusion:
+    """The same of every family."""
+    return diffusion(tokenizer, request.param)
 
 
 @pytest.fixture

@@ -63,6 +63,17 @@ def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
     assert account["erased"]["unet"] in card
 
 
+def test_every_family_can_be_erased(family: Diffusion, square: Concept, tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path / "model")
+    run(recipe(tmp_path / "model", square, mask={"guidance": 2.0}), tmp_path / "run")
+    account = read_run(tmp_path / "run")
+    assert account["checks"]["changed_outside_mask"] == 0
+    erased = load(tmp_path / "run" / "pipeline")
+    assert weights_hash(erased.unet) == account["erased"]["unet"]
+    for name, encoder in erased.text_encoders.items():
+        assert weights_hash(encoder) == weights_hash(family.text_encoders[name])
+
+
 def test_same_recipe_same_bits_and_no_work_twice(model: Path, square: Concept, tmp_path: Path) -> None:
     for name in "ab":
         run(recipe(model, square), tmp_path / name)

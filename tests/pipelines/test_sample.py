@@ -47,16 +47,17 @@ def test_sizes_are_grouped_and_kept(tiny: Diffusion) -> None:
     assert [found[i].shape for i in range(3)] == [(16, 16, 3), (16, 32, 3), (16, 16, 3)]
 
 
-def test_matches_the_diffusers_pipeline(tiny: Diffusion) -> None:
+def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
-    pipeline = tiny.pipeline()
+    pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(tiny.scheduler.config, algorithm_type="dpmsolver++")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(family.scheduler.config, algorithm_type="dpmsolver++")
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11))[None]
     theirs = pipeline("a prompt", num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="np").images[0]
-    ours = next(iter(sample_images(tiny, (PromptRow("a prompt", 11, guidance=3.0),), steps=4)))[1]
+    ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=3.0),), steps=4)))[1]
     assert np.abs(ours - theirs * 255).max() <= 1
+    assert ours.std() > 1
 
 
 def test_goes_on_where_it_was_killed(tiny: Diffusion, tmp_path: Path) -> None:
