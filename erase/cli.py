@@ -26,7 +26,10 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A diffusers folder, a run folder, a hub id or a built-in name.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A diffusers folder, a checkpoint file, a run folder, a hub id or a built-in name."
+    ),
 ]
 ConceptOption = Annotated[
     str, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
@@ -250,7 +253,7 @@ def export(
     ] = "unet",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
 ) -> None:
-    """Copy a run's erased model out: as a diffusers folder, its UNet alone, or what was changed in the base."""
+    """Copy a run's erased model out: as a diffusers folder, one file, its UNet alone, or what was changed."""
     from erase_concept.run import EXPORT_DTYPES, EXPORT_FORMATS, export_run
 
     if format_ not in EXPORT_FORMATS:

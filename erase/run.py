@@ -30,7 +30,7 @@ from erase_concept.mask import Mask
 from erase_concept.method import methods
 from erase_concept.pipelines.delta import save_delta
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline, save_unet
+from erase_concept.pipelines.export import save_original, save_pipeline, save_unet
 from erase_concept.pipelines.load import load
 from erase_concept.recipe import Recipe, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
@@ -295,16 +295,17 @@ def write_json(file: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-EXPORT_FORMATS = ("diffusers", "unet", "delta")
+EXPORT_FORMATS = ("diffusers", "unet", "single-file", "delta")
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
     """Write a run's erased model in a dtype, as a whole or in part.
 
-    ``diffusers`` is a folder with the whole pipeline, ``unet`` its UNet alone, ``delta`` what makes this UNet of the
-    base model's in the same dtype; the two files tell of the run in their metadata. Raises RequestError when the run is
-    not complete, ``out`` exists or, for a delta, the base model is no longer what it was.
+    ``diffusers`` is a folder with the whole pipeline, ``unet`` its UNet alone, ``single-file`` all in the original
+    layout (where the base model was such a file, a copy of it with its own dtypes), ``delta`` what makes this UNet of
+    the base model's in the same dtype. Files tell of the run in their metadata. Raises RequestError when the run is not
+    complete, ``out`` exists, or the base model is needed and no longer what it was.
     """
     account = read_run(run)
     if out.exists():
@@ -318,9 +319,16 @@ def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
     if format_ == "unet":
         save_unet(model.unet, out, EXPORT_DTYPES[dtype], metadata)
         return
+    if format_ == "single-file" and not Path(account["base"]["source"]).is_file():
+        save_original(model, out, EXPORT_DTYPES[dtype], metadata)
+        return
     base = load(account["base"]["source"])
     if weights_hash(base.unet) != account["base"]["unet"]:
-        raise RequestError("RUN", run, f"its base model {base.source} has changed since; a delta needs it")
+        raise RequestError("RUN", run, f"its base model {base.source} has changed since; {format_} needs it")
+    if format_ == "single-file":
+        base.unet.load_state_dict(load(run / "pipeline").unet.state_dict())
+        save_original(base, out, EXPORT_DTYPES[dtype], metadata)
+        return
     save_delta(base.unet.to(EXPORT_DTYPES[dtype]), model.unet, out, metadata)
 
 

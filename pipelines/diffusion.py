@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from erase_concept.pipelines.single_file import Family
+
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
@@ -37,6 +39,18 @@ class Diffusion:
         """The text encoders by diffusers' names, one or two."""
         found = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
         return {name: encoder for name, encoder in found.items() if encoder is not None}
+
+    @property
+    def family(self) -> Family:
+        """Which Stable Diffusion this is, told by its text encoders: OpenAI's, OpenCLIP's, or one of each."""
+        if self.text_encoder_2 is not None:
+            return "sdxl"
+        return "sd2" if self.text_encoder.config.hidden_act == "gelu" else "sd1"
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of every part by diffusers' names."""
+        parts = {"unet": self.unet, "vae": self.vae, **self.text_encoders}
+        return {name: part.state_dict() for name, part in parts.items()}
 
     @property
     def device(self) -> torch.device:

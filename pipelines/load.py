@@ -1,4 +1,4 @@
-"""Loading a model by built-in name, diffusers folder, run folder or hub id: whole, or not at all."""
+"""Loading a model by built-in name, diffusers folder, single file, run folder or hub id: whole, or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from erase_concept.errors import RequestError
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.from_single_file import SUFFIXES, load_parts
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -44,36 +45,39 @@ def load(
         path /= "pipeline"
     try:
         with quiet():
-            pipeline = _load_pipeline(path, str(model))
+            parts = load_parts(path) if path.is_file() else _load_pipeline(path, str(model))
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as problem:
         if isinstance(problem, RequestError):
             raise
         raise RequestError("MODEL", model, f"could not be loaded: {_first_line(problem)}") from problem
-    names = [*_PARTS, *(_PARTS_OF_XL if isinstance(pipeline, StableDiffusionXLPipeline) else ())]
-    parts = {name: getattr(pipeline, name, None) for name in names}
-    missing = [name for name, part in parts.items() if part is None]
-    if missing:
-        raise RequestError("MODEL", model, f"has no {', '.join(missing)}: a whole Stable Diffusion model is needed")
     device = device or PartialState().device
     with quiet():
         for part in parts.values():
             if isinstance(part, nn.Module):
                 part.to(device, dtype).eval().requires_grad_(False)
-    zeros = bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
-    return Diffusion(**parts, source=str(model), zeros_for_empty=zeros)
+    return Diffusion(**parts, source=str(model))
 
 
-def _load_pipeline(path: Path, name: str) -> Any:
-    """Load a folder, or download a hub id into the hub's cache and load that folder."""
+def _load_pipeline(path: Path, name: str) -> dict[str, Any]:
+    """Return the parts of a folder's model, or of a hub id's, which is downloaded into the hub's cache."""
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     if not path.is_dir():
         if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
-            allowed = f"a diffusers folder, a run folder, a hub id (owner/name), or {', '.join(BUILTIN)}"
+            allowed = f"a diffusers folder, a {' or '.join(SUFFIXES)} file, a run folder, a hub id (owner/name), or "
+            allowed += ", ".join(BUILTIN)
             raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
         path = Path(DiffusionPipeline.download(name, **options))
     kind = _check_folder(path, name)
     options = options if kind == "StableDiffusionPipeline" else {"add_watermarker": False}
-    return DiffusionPipeline.from_pretrained(path, local_files_only=True, variant=_variant(path / "unet"), **options)
+    options["variant"] = _variant(path / "unet")
+    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
+    xl = kind == "StableDiffusionXLPipeline"
+    names = [*_PARTS, *(_PARTS_OF_XL if xl else ())]
+    parts: dict[str, Any] = {part: getattr(pipeline, part, None) for part in names}
+    missing = [part for part, value in parts.items() if value is None]
+    if missing:
+        raise RequestError("MODEL", name, f"has no {', '.join(missing)}: a whole Stable Diffusion model is needed")
+    return parts | {"zeros_for_empty": xl and bool(pipeline.config.force_zeros_for_empty_prompt)}
 
 
 def _variant(folder: Path) -> str | None:

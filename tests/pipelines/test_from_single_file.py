@@ -1,0 +1,162 @@
+"""Single files: loaded without a hub, erased, and written back with nothing else changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.export import save_original, save_pipeline
+from erase_concept.pipelines.from_single_file import predicts_noise
+from erase_concept.pipelines.load import load
+from erase_concept.pipelines.single_file import ema_key
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import make_recipe
+from erase_concept.run import erase, export_run, read_run
+
+UNET = "model.diffusion_model."
+
+
+@pytest.fixture
+def file(family: Diffusion, tmp_path: Path) -> Path:
+    """A checkpoint in one file, and beside it the folder that says what its parts are made of."""
+    save_original(family, tmp_path / "model.safetensors", torch.float32, {})
+    save_pipeline(family, tmp_path / "model")
+    for weights in (tmp_path / "model").rglob("*.safetensors"):
+        weights.unlink()
+    return tmp_path / "model.safetensors"
+
+
+def test_is_the_model_that_was_saved(family: Diffusion, file: Path) -> None:
+    back = load(file)
+    for part, state in family.states().items():
+        other = back.states()[part]
+        assert state.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in state.items()), part
+    assert torch.equal(back.encode_prompts(["a church"]), family.encode_prompts(["a church"]))
+    assert torch.equal(back.encode_empty(), family.encode_empty())
+    assert back.scheduler.config.prediction_type == family.scheduler.config.prediction_type
+    assert (back.family, back.size, back.factor) == (family.family, family.size, family.factor)
+
+
+def test_pickled_checkpoints_load_and_their_code_does_not_run(family: Diffusion, file: Path, tmp_path: Path) -> None:
+    import pickle
+
+    torch.save({"state_dict": load_file(file), "global_step": 3}, file.with_suffix(".ckpt"))
+    assert weights_hash(load(file.with_suffix(".ckpt")).unet) == weights_hash(family.unet)
+
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    file.with_suffix(".ckpt").write_bytes(pickle.dumps({"x": Trap()}))
+    with pytest.raises(RequestError, match=r"model\.ckpt: is damaged or no file of weights"):
+        load(file.with_suffix(".ckpt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_erased_file_differs_in_its_unet_alone(
+    family: Diffusion, file: Path, square: Concept, tmp_path: Path
+) -> None:
+    tensors = load_file(file)
+    extra = {"alphas_cumprod": torch.rand(10, dtype=torch.float64), "model_ema.num_updates": torch.tensor(7)}
+    averages = {ema_key(key): value.clone() for key, value in tensors.items() if key.startswith(UNET)}
+    save_file({**tensors, **extra, **averages}, file, {"modelspec.title": "mine"})
+    data = {"forget": 2, "retain": 2, "steps": 2}
+    settings = {"steps": 2, "batch_size": 2, "lr": 1e-3}
+    for _ in erase(
+        make_recipe({"model": str(file), "concept": square, "data": data, "settings": settings}), tmp_path / "run"
+    ):
+        pass
+    source = file.read_bytes()
+    export_run(tmp_path / "run", tmp_path / "erased.safetensors", "single-file", "fp32")
+    assert file.read_bytes() == source
+    erased = load_file(tmp_path / "erased.safetensors")
+    differing = {key for key, value in load_file(file).items() if not torch.equal(value, erased[key])}
+    assert differing
+    assert {ema_key(key) if key.startswith(UNET) else key for key in differing} <= averages.keys()
+    shutil.copytree(file.with_suffix(""), tmp_path / "erased")
+    account = read_run(tmp_path / "run")
+    assert weights_hash(load(tmp_path / "erased.safetensors").unet) == account["erased"]["unet"]
+    export_run(tmp_path / "run", tmp_path / "d.safetensors", "delta", "fp32")
+    save_file({**load_file(file), "model_ema.num_updates": torch.tensor(8)}, file)
+    export_run(tmp_path / "run", tmp_path / "again.safetensors", "single-file", "fp32")
+    with torch.no_grad():
+        tensors[f"{UNET}out.2.bias"] += 1
+    save_file(tensors, file)
+    with pytest.raises(RequestError, match="has changed since; single-file needs it"):
+        export_run(tmp_path / "run", tmp_path / "third.safetensors", "single-file", "fp32")
+
+
+def test_the_averages_of_the_training_are_preferred(family: Diffusion, file: Path) -> None:
+    tensors = load_file(file)
+    averages = {ema_key(key): value + 1 for key, value in tensors.items() if key.startswith(UNET)}
+    save_file(tensors | averages, file)
+    back = load(file)
+    assert torch.equal(back.unet.conv_in.weight, family.unet.conv_in.weight + 1)
+    assert weights_hash(back.vae) == weights_hash(family.vae)
+
+
+WRONG = {
+    "lora": ({"lora_unet_mid.lora_up.weight": torch.zeros(2)}, "is a LoRA; a whole checkpoint is needed"),
+    "vae": ({"first_stage_model.encoder.conv_in.weight": torch.zeros(2)}, "is a VAE alone"),
+    "unet": ({"model.diffusion_model.out.2.bias": torch.zeros(2)}, "holds no text encoder"),
+    "part": (
+        {"cond_stage_model.transformer.text_model.x": torch.zeros(2)},
+        "is missing: this is no whole checkpoint of sd1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_files_are_refused_by_what_they_are(tmp_path: Path, case: str) -> None:
+    tensors, problem = WRONG[case]
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(RequestError, match=problem):
+        load(tmp_path / "x.safetensors")
+
+
+def test_truncated_and_empty_files_are_refused(tiny: Diffusion, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_original(tiny, file, torch.float16, {})
+    for content in (file.read_bytes()[:-10], b""):
+        file.write_bytes(content)
+        with pytest.raises(RequestError, match=r"model\.safetensors: is damaged"):
+            load(file)
+
+
+def test_without_a_tokenizer_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
+    save_original(tiny, tmp_path / "model.safetensors", torch.float32, {})
+    save_pipeline(tiny, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "tokenizer")
+    with pytest.raises(RequestError, match=r"put its vocab\.json and merges.txt into a folder 'tokenizer' beside"):
+        load(tmp_path / "model.safetensors")
+    save_pipeline(tiny, tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "tokenizer")
+    assert torch.equal(load(tmp_path / "model.safetensors").encode_prompts(["a"]), tiny.encode_prompts(["a"]))
+
+
+def test_a_file_without_a_folder_is_made_as_its_family_is(tiny: Diffusion, tmp_path: Path) -> None:
+    save_original(tiny, tmp_path / "model.safetensors", torch.float32, {})
+    with pytest.raises(RequestError, match=r"is missing|sd1 needs \[320, 4, 3, 3\]"):
+        load(tmp_path / "model.safetensors")
+
+
+def test_what_is_predicted_shows_in_pure_noise() -> None:
+    model = load("emojinette")
+    assert predicts_noise(model.unet)
+    forward = model.unet.forward
+
+    def velocity(noisy: torch.Tensor, timestep: int, embeddings: torch.Tensor) -> object:
+        """The image, negated: what is left of the velocity at the last time step."""
+        found = forward(noisy, timestep, embeddings)
+        found.sample = found.sample - noisy
+        return found
+
+    model.unet.forward = velocity
+    assert not predicts_noise(model.unet)
