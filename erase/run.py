@@ -31,7 +31,7 @@ from erase_concept.method import methods
 from erase_concept.pipelines.delta import save_delta
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_original, save_pipeline, save_unet
-from erase_concept.pipelines.load import load
+from erase_concept.pipelines.load import load, quiet
 from erase_concept.recipe import Recipe, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
@@ -329,7 +329,9 @@ def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
         base.unet.load_state_dict(load(run / "pipeline").unet.state_dict())
         save_original(base, out, EXPORT_DTYPES[dtype], metadata)
         return
-    save_delta(base.unet.to(EXPORT_DTYPES[dtype]), model.unet, out, metadata)
+    with quiet():
+        base.unet.to(EXPORT_DTYPES[dtype])
+    save_delta(base.unet, model.unet, out, metadata)
 
 
 def unet_metadata(account: dict[str, Any], recipe: str) -> dict[str, str]:

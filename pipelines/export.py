@@ -35,6 +35,8 @@ def save_pipeline(model: Diffusion, folder: Path) -> None:
             for file in (source / name, source / part / name):
                 if file.is_file() and not (partial / part / name).exists():
                     shutil.copyfile(file, partial / part / name)
+    for weights in partial.rglob("*.safetensors"):
+        weights.chmod((partial / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

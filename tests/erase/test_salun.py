@@ -68,8 +68,10 @@ def test_two_steps_equal_the_formulas(
         forget = (unet(x_f, t_f, c_f).sample - wanted).square().mean()
         retain = (unet(x_r, t_r, c_r).sample - kept).square().mean()
         loss = forget + 0.25 * retain
-        assert records[step].loss == pytest.approx(loss.item(), rel=1e-4)
-        assert records[step].terms == pytest.approx({"forget": forget.item(), "retain": retain.item()}, rel=1e-4)
+        # After a step of Adam, which divides by the gradient's own size, rounding shows where a gradient is next to 0.
+        near = (1e-5, 1e-3)[step]
+        assert records[step].loss == pytest.approx(loss.item(), rel=near)
+        assert records[step].terms == pytest.approx({"forget": forget.item(), "retain": retain.item()}, rel=near)
         gradients = torch.autograd.grad(loss, list(unet.parameters()))
         with torch.no_grad():
             for (name, p), g, (m, v) in zip(unet.named_parameters(), gradients, moments, strict=True):
@@ -78,7 +80,6 @@ def test_two_steps_equal_the_formulas(
                 update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
                 p -= 0.01 * update * mask.dense(name)
     for (name, p), q in zip(tiny.unet.named_parameters(), unet.parameters(), strict=True):
-        # Adam divides by the gradient's own size, so rounding shows fully where the gradient is next to nothing.
         close = torch.isclose(p, q, rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.99, name
 
