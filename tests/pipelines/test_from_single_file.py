@@ -152,10 +152,13 @@ def test_what_is_predicted_shows_in_pure_noise() -> None:
     assert predicts_noise(model.unet)
     forward = model.unet.forward
 
+    kept = model.scheduler.alphas_cumprod[999]
+
     def velocity(noisy: torch.Tensor, timestep: int, embeddings: torch.Tensor) -> object:
-        """The image, negated: what is left of the velocity at the last time step."""
+        """The same model's velocity: sqrt(a) noise - sqrt(1 - a) image."""
         found = forward(noisy, timestep, embeddings)
-        found.sample = found.sample - noisy
+        image = (noisy - (1 - kept).sqrt() * found.sample) / kept.sqrt()
+        found.sample = kept.sqrt() * found.sample - (1 - kept).sqrt() * image
         return found
 
     model.unet.forward = velocity
