@@ -35,7 +35,7 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
 
-bench: $(VENV)/installed  ## measure what the defaults erase and what they keep (some 30 minutes on two cores)
+bench: $(VENV)/installed  ## measure what the defaults erase and what they keep (some 35 minutes on two cores)
 	$(FAST) $(BIN)/python benchmarks/erasing.py --out runs/erasing
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)

@@ -5,7 +5,7 @@
 
 Every cell (concept, mask, seed) is a run of the ordinary command, in a folder of its own, and its report stays there;
 killed and started again, the grid goes on with the first cell that has none. Prints a Markdown table and writes
-``erasing.json`` beside the cells. Two cells a minute on two cores; the allocator settings of ``make bench`` help.
+``erasing.json`` beside the cells. A cell takes over a minute on two cores; the settings of ``make bench`` help.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def export(
     format_: Annotated[
         str, typer.Option("--format", "-f", help="diffusers (a folder), unet or delta (a file).")
     ] = "unet",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; a single file keeps its base's.")] = "fp32",
 ) -> None:
     """Copy a run's erased model out: as a diffusers folder, one file, its UNet alone, or what was changed."""
     from erase_concept.run import EXPORT_DTYPES, EXPORT_FORMATS, export_run

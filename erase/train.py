@@ -146,5 +146,5 @@ def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
 
 def _restore(masked: MaskedOptimizer, file: Path) -> int:
     with safe_open(file, "pt") as tensors:
-        masked.restore({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+        masked.restore({name: tensors.get_tensor(name) for name in tensors.keys()})
         return int(tensors.metadata()["step"])

@@ -102,7 +102,7 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
         raise RequestError("MODEL", f"(UNet {weights_hash(unet)[:16]})", f"is not the {which} ({wanted[:16]})")
     try:
         with safe_open(delta.file, "pt") as tensors, torch.no_grad():
-            for name in sorted({key.rpartition(":")[0] for key in tensors.keys()}):  # noqa: SIM118
+            for name in sorted({key.rpartition(":")[0] for key in tensors.keys()}):
                 value = state[name]
                 packed, narrow, wide = (
                     tensors.get_tensor(f"{name}:{part}").numpy() for part in ("changed", "steps", "wide")

@@ -96,7 +96,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as stored:
-                return {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
+                return {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]

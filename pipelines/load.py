@@ -105,7 +105,7 @@ def _check_folder(path: Path, name: str) -> str:
         for file in files:
             try:
                 with safe_open(file, "pt") as tensors:
-                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
             except (SafetensorError, OSError) as problem:
                 raise RequestError("MODEL", name, f"{part}/{file.name} is damaged: {_first_line(problem)}") from None
         if files:

@@ -235,7 +235,7 @@ def replace_unet(source: Path, unet: Mapping[str, Tensor], file: Path, metadata:
     try:
         with safe_open(source, "pt") as stored:
             about: dict[str, str] = dict(stored.metadata() or {})
-            tensors: dict[str, Tensor] = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            tensors: dict[str, Tensor] = {key: stored.get_tensor(key) for key in stored.keys()}
     except (OSError, SafetensorError) as problem:
         raise RequestError("MODEL", source, f"is not a readable safetensors file: {problem}") from None
     for key in (*replacing, *(key for key in tensors if key.startswith(_UNET))):

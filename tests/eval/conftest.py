@@ -21,7 +21,7 @@ from erase_concept.prompts.promptset import PromptRow
 
 @pytest.fixture(scope="session")
 def classifier() -> EmojinetteClassifier:
-    """Return an untrained classifier, the same in every session."""
+    """Return an untrained classifier, always the same one."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return EmojinetteClassifier().eval().requires_grad_(False)
