@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.files import whole
+from erase_concept.pipelines.delta import Delta
 
 
 def write_card(run: Path, account: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
@@ -52,7 +53,7 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | base | {_plain(account["base"]["source"])} |
-| base UNet, SHA-256 | `{account["base"]["unet"]}` |
+{_loaded(account["base"])}| base UNet, SHA-256 | `{account["base"]["unet"]}` |
 | erased UNet, SHA-256 | `{account["erased"]["unet"]}` |
 | seed | {account["seed"]} |
 | versions | {", ".join(f"{name} {number}" for name, number in account["versions"].items())} |
@@ -60,6 +61,45 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 ```yaml
 {recipe.rstrip().replace("```", "` ` `")}
 ```
+"""
+
+
+def delta_card(delta: Delta, model: str, *, revert: bool, transfer: bool) -> str:
+    """Return the Markdown of the card of a model that a delta was applied to, from what the delta says of itself."""
+    source, concept = _plain(model), _plain(delta.about.get("concept", "a concept"))
+    title = f"{source}, {concept} given back" if revert else f"{source} without {concept}"
+    method = f" with `{_plain(delta.about['method'])}` of erase-concept" if "method" in delta.about else ""
+    way = "took the steps of that erasing back" if revert else "made the same steps, float by float,"
+    if transfer:
+        result = (
+            "**Transferred:** the delta was made for another model of the same shapes. Each weight moved by as many "
+            "floats as there. Whether the concept is gone, and what else, is not known before it is measured."
+        )
+    else:
+        which = "base model" if revert else "erased model"
+        result = f"Checked bit for bit: the UNet is the {which} that the delta was made from."
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [concept-erasure, machine-unlearning]
+---
+# {title}
+
+*{concept}* was erased{method} from the model that the delta names as its base. `erase-concept apply` {way} in the UNet
+of {source}; VAE, text encoder, tokenizer and scheduler are its own.
+
+{result}
+
+## Provenance
+
+| | |
+|---|---|
+| model | {source} |
+| delta | {_plain(delta.file.name)} |
+| reverted | {"yes" if revert else "no"} |
+| transferred | {"yes" if transfer else "no"} |
+| the delta's base UNet, SHA-256 | `{delta.base}` |
+| the delta's erased UNet, SHA-256 | `{delta.erased}` |
 """
 
 
@@ -73,6 +113,13 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
         value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
         lines.append(f"| {score['metric']} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
     return "\n".join(lines)
+
+
+def _loaded(base: dict[str, str]) -> str:
+    """Return the table's line on what the base model is; accounts of the first runs do not say."""
+    words = {"family": "", "prediction_type": "prediction type ", "dtype": "weights in "}
+    told = ", ".join(word + base[key] for key, word in words.items() if base.get(key))
+    return f"| base, loaded as | {_plain(told)} |\n" if told else ""
 
 
 def _plain(text: str) -> str:

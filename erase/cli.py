@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -44,6 +43,7 @@ SetOption = Annotated[
 ]
 MaskOption = Annotated[str | None, typer.Option("--mask", help="salient, none, random, least-salient, or a mask file.")]
 SparsityOption = Annotated[float | None, typer.Option(help="Share of the weights that stay frozen.")]
+_EMA = typer.Option("--ema/--no-ema", help="Of a single file with both, take the UNet's averaged or its live weights.")
 BatchOption = Annotated[int, typer.Option(min=1, help="Images sampled together; each keeps its own noise.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 
@@ -69,13 +69,14 @@ def demo(
 ) -> None:
     """Erase a concept from the built-in model, measure base and erased model, and write the report."""
     from erase_concept.eval.benchmark import emojinette_benchmark
+    from erase_concept.terminal import print_report
 
     recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, seed, None, None)
     emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
     report = _evaluate(str(out), None, None, out, seeds=2, batch_size=16)
-    _print_report(report, out, json_)
+    print_report(report.to_dict(), out, json_)
 
 
 @app.command()
@@ -95,23 +96,26 @@ def erase(
     ] = None,
     forget_images: Annotated[Path | None, typer.Option(help="Folder of images of the concept.")] = None,
     retain_images: Annotated[Path | None, typer.Option(help="Folder of images of what is to stay.")] = None,
+    ema: Annotated[bool | None, _EMA] = None,
     seed: SeedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json_: JsonOption = False,
 ) -> None:
     """Erase a concept from a model: a run folder with the erased pipeline in it."""
+    from erase_concept.terminal import print_json, print_plan
+
     recipe = _recipe(
-        model, concept, method, preset, mask, sparsity, set_, recipe_file, seed, forget_images, retain_images
+        model, concept, method, preset, mask, sparsity, set_, recipe_file, seed, forget_images, retain_images, ema
     )
     if dry_run:
-        _print_plan(recipe, out, json_)
+        print_plan(recipe, out, json_)
         return
     _erase(recipe, out)
     from erase_concept.run import read_run
 
     account = read_run(out)
     if json_:
-        _print_json(account)
+        print_json(account)
         return
     checks = account["checks"]
     typer.echo(
@@ -129,23 +133,25 @@ def mask(
     sparsity: SparsityOption = None,
     set_: SetOption = None,
     preset: PresetOption = "default",
+    ema: Annotated[bool, _EMA] = True,
     seed: SeedOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Compute the saliency mask of a concept."""
     if kind not in ("salient", "random", "least-salient"):
         raise RequestError("--kind", kind, "allowed: salient, random, least-salient")
-    recipe = _recipe(model, concept, None, preset, kind, sparsity, set_, None, seed, None, None)
+    recipe = _recipe(model, concept, None, preset, kind, sparsity, set_, None, seed, None, None, ema)
     from erase_concept.mask import describe
     from erase_concept.pipelines.diffusion import weights_hash
     from erase_concept.pipelines.load import load
     from erase_concept.run import make_data_for, make_mask
+    from erase_concept.terminal import print_json
 
-    loaded = load(model)
+    loaded = load(model, ema=ema)
     made = make_mask(recipe, loaded, make_data_for(recipe, loaded), weights_hash(loaded.unet))
     made.save(out)
     if json_:
-        _print_json(describe(made))
+        print_json(describe(made))
     else:
         typer.echo(f"{made.count:,} of {made.total:,} weights ({made.density:.2%}) -> {out}")
 
@@ -156,22 +162,23 @@ def mask_info(
 ) -> None:
     """Describe masks: density by kind of layer, provenance, and overlap where several are given."""
     from erase_concept.mask import Mask, describe
+    from erase_concept.terminal import print_json, print_table
 
     masks = {str(file): Mask.load(file, argument="FILE") for file in files}
     overlaps = {(a, b): masks[a].overlap(masks[b]) for a, b in combinations(masks, 2)}
     if json_:
         listed = [{"masks": pair, "jaccard": share} for pair, share in overlaps.items()]
-        _print_json({"masks": {file: describe(m) for file, m in masks.items()}, "overlaps": listed})
+        print_json({"masks": {file: describe(m) for file, m in masks.items()}, "overlaps": listed})
         return
     for file, m in masks.items():
         about = describe(m)
         rows = [[kind, f"{share:.1%}"] for kind, share in about["kinds"].items()]
         rows.append(["all", f"{m.density:.1%} ({m.count:,} of {m.total:,})"])
         rows += [[key, value] for key, value in m.provenance.items()]
-        _print_table(file, ["", ""], rows)
+        print_table(file, ["", ""], rows)
     if overlaps:
         pairs = [[f"{a} and {b}", f"{share:.3f}"] for (a, b), share in overlaps.items()]
-        _print_table("overlap", ["masks", "Jaccard"], pairs)
+        print_table("overlap", ["masks", "Jaccard"], pairs)
 
 
 @app.command()
@@ -181,6 +188,7 @@ def sample(
     out: OutOption,
     steps: StepsOption = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale of rows that name none.")] = 7.5,
+    ema: Annotated[bool, _EMA] = True,
     batch_size: BatchOption = 16,
     json_: JsonOption = False,
 ) -> None:
@@ -188,13 +196,14 @@ def sample(
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.sample import sample as sample_set
     from erase_concept.prompts.promptset import prompts as find_prompts
+    from erase_concept.terminal import print_json, progress
 
     found = find_prompts(prompts)
-    loaded = load(model)
+    loaded = load(model, ema=ema)
     made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size)
-    count = sum(1 for _ in _progress(made, f"sampling {found.name}", len(found.rows)))
+    count = sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows)))
     if json_:
-        _print_json({"out": str(out), "images": len(found.rows), "made": count})
+        print_json({"out": str(out), "images": len(found.rows), "made": count})
     else:
         typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")
 
@@ -219,8 +228,10 @@ def evaluate(
         from erase_concept.eval.benchmark import BENCHMARKS
 
         raise RequestError("--benchmark", benchmark, f"unknown benchmark; allowed: {', '.join(BENCHMARKS)}")
+    from erase_concept.terminal import print_report
+
     report = _evaluate(model, concept, baseline, out, seeds=seeds, batch_size=batch_size)
-    _print_report(report, out, json_)
+    print_report(report.to_dict(), out, json_)
 
 
 @app.command()
@@ -231,11 +242,12 @@ def report(
 ) -> None:
     """Write the report of one run again, or lay several side by side."""
     from erase_concept.eval.report import compare, read_report, write_report
+    from erase_concept.terminal import print_report
 
     reports = [read_report(folder) for folder in folders]
     if len(reports) == 1:
         write_report(reports[0], out)
-        _print_report(reports[0], out, json_)
+        print_report(reports[0].to_dict(), out, json_)
         return
     compare({str(folder): r for folder, r in zip(folders, reports, strict=True)}, out)
     if json_:
@@ -249,19 +261,31 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.")],
     format_: Annotated[
-        str, typer.Option("--format", "-f", help="diffusers (a folder), unet or delta (a file).")
+        str, typer.Option("--format", "-f", help="diffusers (a folder), unet, single-file, lora or delta (a file).")
     ] = "unet",
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; a single file keeps its base's.")] = "fp32",
+    rank: Annotated[int | None, typer.Option(help="Rank of a LoRA. (default: 64)")] = None,
+    lora_style: Annotated[str | None, typer.Option(help="Keys of a LoRA: kohya or diffusers. (default: kohya)")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this repository of the hub, a private one.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see the repository.")] = False,
 ) -> None:
-    """Copy a run's erased model out: as a diffusers folder, one file, its UNet alone, or what was changed."""
-    from erase_concept.run import EXPORT_DTYPES, EXPORT_FORMATS, export_run
+    """Copy a run's erased model out: a diffusers folder, one file, the UNet alone, a LoRA, or what was changed."""
+    from erase_concept.export import check_hub, export_run, push
 
-    if format_ not in EXPORT_FORMATS:
-        raise RequestError("--format", format_, f"allowed: {', '.join(EXPORT_FORMATS)}")
-    if dtype not in EXPORT_DTYPES:
-        raise RequestError("--dtype", dtype, f"allowed: {', '.join(EXPORT_DTYPES)}")
-    export_run(run, out, format_, dtype)
-    typer.echo(f"{format_} ({dtype}) -> {out}")
+    if public and push_to_hub is None:
+        raise RequestError("--public", "(given)", "goes with --push-to-hub")
+    if push_to_hub is not None:
+        check_hub(push_to_hub, public=public)
+    fit = export_run(run, out, format_, dtype, rank=rank, lora_style=lora_style)
+    typer.echo(f"{format_} ({dtype}) -> {out} (read back and compared)")
+    if fit is not None:
+        missed = ", ".join(f"{error:.1%} at rank {rank}" for rank, error in fit.errors.items())
+        typer.echo(f"Of the change, by its Frobenius norm, a LoRA misses {missed}.")
+        typer.echo(f"{fit.left_out:.1%} of it is in biases and norms, which no LoRA carries.")
+    if push_to_hub is not None:
+        typer.echo(f"Uploaded to {push(out, push_to_hub, public=public)}")
 
 
 @app.command()
@@ -275,16 +299,17 @@ def apply(
     ] = False,
 ) -> None:
     """Erase by a delta: the base model becomes the erased one, bit for bit, or the other way round."""
+    from erase_concept.card import delta_card
+    from erase_concept.export import check_out
     from erase_concept.pipelines.delta import apply_delta, open_delta
     from erase_concept.pipelines.export import save_pipeline
     from erase_concept.pipelines.load import load
 
     opened = open_delta(delta)
-    if out.exists():
-        raise RequestError("--out", out, "exists already; choose another name")
+    check_out(out, Path(model), Path(model) / "pipeline")
     loaded = load(model, dtype=opened.dtype)
     apply_delta(opened, loaded.unet, revert=revert, transfer=transfer)
-    save_pipeline(loaded, out)
+    save_pipeline(loaded, out, delta_card(opened, model, revert=revert, transfer=transfer))
     what = "base" if revert else "erased"
     told = (
         "by as many floats as in its own model; measure whether the concept is gone"
@@ -300,14 +325,16 @@ def list_(
     json_: JsonOption = False,
 ) -> None:
     """List what there is, with a line on each."""
+    from erase_concept.terminal import print_json, print_table
+
     listing = _LISTINGS.get(what)
     if listing is None:
         raise RequestError("WHAT", what, f"allowed: {', '.join(_LISTINGS)}")
     found = listing()
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
-        _print_table(what, ["name", ""], [[name, about] for name, about in found.items()])
+        print_table(what, ["name", ""], [[name, about] for name, about in found.items()])
 
 
 def _list_models() -> dict[str, str]:
@@ -369,12 +396,13 @@ def _recipe(
     seed: int | None,
     forget_images: Path | None,
     retain_images: Path | None,
+    ema: bool | None = None,
 ) -> Recipe:
     """Lay the options over the recipe file, and both over the preset."""
     from erase_concept.recipe import merge, read_recipe, recipe_for
 
     values: dict[str, Any] = {} if file is None else read_recipe(file)
-    given: dict[str, Any] = {"method": method, "seed": seed}
+    given: dict[str, Any] = {"method": method, "seed": seed, "ema": ema}
     given["mask"] = {"kind": mask, "sparsity": sparsity}
     given["data"] = {"forget_images": forget_images, "retain_images": retain_images}
     given["settings"] = {}
@@ -414,16 +442,17 @@ def _value(text: str) -> Any:
 def _erase(recipe: Recipe, out: Path) -> None:
     """Run the recipe with a progress bar on stderr."""
     from erase_concept.run import erase as run
-    from erase_concept.train import Record
+    from erase_concept.terminal import bar
+    from erase_concept.train import Record, Taught
 
-    with _bar() as bar:
-        task = bar.add_task("start", total=None)
+    with bar() as shown:
+        task = shown.add_task("start", total=None)
         for event in run(recipe, out):
-            if isinstance(event, Record):
-                text = f"erase  loss {event.loss:.4f}"
-                bar.update(task, description=text, completed=event.step, total=event.steps)
+            if isinstance(event, Record | Taught):
+                text = f"erase  loss {event.loss:.4f}" if isinstance(event, Record) else "targets of the base model"
+                shown.update(task, description=text, completed=event.step, total=event.steps)
             else:
-                bar.update(task, description=event, completed=0, total=None)
+                shown.update(task, description=event, completed=0, total=None)
 
 
 def _evaluate(
@@ -432,14 +461,15 @@ def _evaluate(
     """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result."""
     from erase_concept.eval.benchmark import benchmark
     from erase_concept.eval.report import Report
+    from erase_concept.terminal import bar
 
-    with _bar() as bar:
-        task = bar.add_task("sample", total=None)
+    with bar() as shown:
+        task = shown.add_task("sample", total=None)
         for event in benchmark(model, concept, baseline, out=out, seeds=seeds, batch_size=batch_size):
             if isinstance(event, Report):
                 result = event
             else:
-                bar.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
+                shown.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
     if (Path(model) / "run.json").is_file():
         from erase_concept.card import write_card
         from erase_concept.run import read_run
@@ -448,67 +478,6 @@ def _evaluate(
         if result.concept == account["concept"] and result.base is not None:
             write_card(Path(model), account, result.to_dict()["scores"])
     return result
-
-
-def _print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
-    import yaml
-
-    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out)}
-    if json_:
-        _print_json(plan)
-    else:
-        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
-
-
-def _print_report(report: Report, out: Path, json_: bool) -> None:
-    if json_:
-        _print_json(report.to_dict())
-        return
-    rows = [
-        [
-            score.metric,
-            "" if score.baseline is None else f"{score.baseline:.3f}",
-            f"{score.value:.3f}",
-            f"{score.ci95[0]:.3f} to {score.ci95[1]:.3f}",
-            str(score.n),
-        ]
-        for score in report.scores
-    ]
-    _print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
-    typer.echo(f"Report: {out / 'report.html'}")
-
-
-def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", show_header=any(header))
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _progress(items: Any, text: str, total: int) -> Any:
-    with _bar() as bar:
-        task = bar.add_task(text, total=total)
-        for item in items:
-            bar.advance(task)
-            yield item
 
 
 def main() -> None:

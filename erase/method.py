@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from erase_concept.train import Record
+from erase_concept.train import Record, Taught
 
 
 class Run(Protocol):
@@ -16,7 +16,7 @@ class Run(Protocol):
 
     def __call__(
         self, model: Any, data: Any, mask: Any, config: Any, *, seed: int, checkpoint: Any = None
-    ) -> Iterator[Record]:
+    ) -> Iterator[Record | Taught]:
         """Run the method."""
 
 
@@ -36,7 +36,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-_F = TypeVar("_F", bound=Callable[..., Iterator[Record]])
+_F = TypeVar("_F", bound=Callable[..., Iterator[Record | Taught]])
 
 
 def method(name: str, config: Any, *, masked: bool = True) -> Callable[[_F], _F]:

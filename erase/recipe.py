@@ -17,6 +17,14 @@ from erase_concept.prompts.concept import Concept, concept, parse
 PRESETS = Path(__file__).parent / "presets.yaml"
 
 
+# What a run's memory presets set.
+MEMORY: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"settings": {"recompute": True, "state": "bf16"}, "mask": {"recompute": True}},
+    "low": {"settings": {"recompute": True, "state": "8bit"}, "mask": {"recompute": True, "offload": True}},
+}
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +38,8 @@ class MaskRecipe(_Part):
     guidance: float = Field(0.0, ge=0)  # w of the guided prediction in the saliency loss; the reference uses 7.5
     passes: int = Field(1, ge=1)  # times each forget row is seen, with new noise
     batch_size: int = Field(8, ge=1)
+    recompute: bool = False  # activations in the backward pass: less memory, a third more time, the same bits
+    offload: bool = False  # keep the sums of gradients in main memory
 
 
 class DataRecipe(_Part):
@@ -48,6 +58,7 @@ class Recipe(_Part):
     """A whole run. ``settings`` are the method's own, see ``erase-concept list methods``."""
 
     model: str
+    ema: bool = True  # of a single file with both, take the UNet's averaged weights and not the live ones
     concept: Concept
     method: str = "salun"
     settings: dict[str, Any] = {}

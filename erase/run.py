@@ -6,13 +6,13 @@ The folder holds ``recipe.yaml``, ``run.json`` (versions, hashes, seeds, times, 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from erase_concept import mask as masks
 from erase_concept.card import write_card
@@ -28,19 +31,18 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
 from erase_concept.mask import Mask
 from erase_concept.method import methods
-from erase_concept.pipelines.delta import save_delta
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_original, save_pipeline, save_unet
-from erase_concept.pipelines.load import load, quiet
+from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.load import load
 from erase_concept.recipe import Recipe, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
-from erase_concept.train import Record
+from erase_concept.train import Record, Taught
 
 MASK_KINDS = ("salient", "none", "random", "least-salient")
 
 
-def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | str]:
+def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | Taught | str]:
     """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
 
     When it is exhausted, ``out/pipeline`` holds the erased model and ``out/run.json`` the account of the run. A run
@@ -56,7 +58,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         return
     if model is None:
         yield "load"
-        model = load(recipe.model)
+        model = load(recipe.model, ema=recipe.ema)
     if given is not None:
         given.check(model.unet)
     # From here on the request is known to be sound: only now does the folder become the run's.
@@ -64,29 +66,35 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     recipe.save(out / "recipe.yaml")
     times: dict[str, float] = {}
     began = time.perf_counter()
-    base_hash = weights_hash(model.unet)
-    base = copy.deepcopy(model.unet)
+    about = model.describe()
+    base_hash = about["unet"]
+    base = out / "base-unet.safetensors"  # until the end, for the comparison
+    with whole(base) as partial:
+        save_file(model.unet.state_dict(), partial)
 
     yield "data"
     data = _data(recipe, model, base_hash, out)
     times["data"] = time.perf_counter() - began
 
-    mask = None
-    if method.masked and recipe.mask.kind != "none":
-        yield "mask"
-        mask = _mask(recipe, given, model, data, base_hash, out)
-    times["mask"] = time.perf_counter() - began - times["data"]
+    # Everything is encoded: only the UNet is needed until the pipeline is written.
+    with parked([model.vae, *model.text_encoders.values()], out / "parked"):
+        mask = None
+        if method.masked and recipe.mask.kind != "none":
+            yield "mask"
+            mask = _mask(recipe, given, model, data, base_hash, out)
+        times["mask"] = time.perf_counter() - began - times["data"]
 
-    yield "erase"
-    seed = stage_seed(recipe.seed, "method", recipe.method)
-    checkpoint = out / "checkpoints" / "last.safetensors"
-    _keep_log(out / "log.jsonl", checkpoint)
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for record in method.run(model, data, mask, config, seed=seed, checkpoint=checkpoint):
-            log.write(json.dumps(asdict(record)) + "\n")
-            log.flush()
-            yield record
-    times["erase"] = time.perf_counter() - began - times["data"] - times["mask"]
+        yield "erase"
+        seed = stage_seed(recipe.seed, "method", recipe.method)
+        checkpoint = out / "checkpoints" / "last.safetensors"
+        _keep_log(out / "log.jsonl", checkpoint)
+        with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+            for record in method.run(model, data, mask, config, seed=seed, checkpoint=checkpoint):
+                if isinstance(record, Record):
+                    log.write(json.dumps(asdict(record)) + "\n")
+                    log.flush()
+                yield record
+        times["erase"] = time.perf_counter() - began - times["data"] - times["mask"]
 
     yield "export"
     account = {
@@ -98,7 +106,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
         "settings": asdict(config),
-        "base": {"source": model.source, "unet": base_hash},
+        "base": about,
         "erased": {"unet": weights_hash(model.unet)},
         "mask": mask and {"kind": recipe.mask.kind, "sha256": mask_hash(mask), "density": mask.density},
         "checks": check_frozen(base, model.unet, mask),
@@ -107,7 +115,28 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     }
     save_pipeline(model, out / "pipeline")
     write_card(out, account)
+    base.unlink()
     write_json(out / "run.json", account)  # last: it says that the run is complete
+
+
+@contextmanager
+def parked(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
+    """Keep modules' weights in files for a while, where they take no memory, and bring them back the same."""
+    places = [(module, next(module.parameters()).device) for module in modules]
+    for i, (module, _) in enumerate(places):
+        with whole(folder / f"{i}.safetensors") as partial:
+            save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
+        for p in module.parameters():
+            p.data = p.data.new_empty(0)
+    try:
+        yield
+    finally:
+        for i, (module, device) in enumerate(places):
+            with safe_open(folder / f"{i}.safetensors", "pt") as stored:
+                for name, p in module.named_parameters():
+                    # A copy, for what safetensors gives is the file itself, and that goes.
+                    p.data = stored.get_tensor(name).clone().to(device)
+        shutil.rmtree(folder)
 
 
 def _check(recipe: Recipe, *, masked: bool) -> Mask | None:
@@ -230,7 +259,12 @@ def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> dict[str, 
                     )
                 )
 
-    return accumulate(model.unet, losses(), settings.accumulate)
+    if settings.recompute:
+        model.unet.enable_gradient_checkpointing()
+    try:
+        return accumulate(model.unet, losses(), settings.accumulate, offload=settings.offload)
+    finally:
+        model.unet.disable_gradient_checkpointing()
 
 
 def mask_hash(mask: Mask) -> str:
@@ -242,19 +276,20 @@ def mask_hash(mask: Mask) -> str:
     return digest.hexdigest()
 
 
-def check_frozen(base: torch.nn.Module, erased: torch.nn.Module, mask: Mask | None) -> dict[str, Any]:
-    """Compare two UNets bit by bit and return how many weights changed, in all and outside the mask.
+def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, Any]:
+    """Compare a UNet bit by bit with a file of its base and return how many weights changed, in all and outside a mask.
 
     Raises EraseError when a weight outside the mask changed, or none at all.
     """
     changed = outside = total = 0
-    after = dict(erased.named_parameters())
-    for name, before in base.named_parameters():
-        differs = before.detach().cpu().view(torch.int32) != after[name].detach().cpu().view(torch.int32)
-        changed += int(differs.sum())
-        total += differs.numel()
-        if mask is not None:
-            outside += int((differs & ~mask.dense(name)).sum())
+    with safe_open(base, "pt") as stored:
+        for name, after in erased.named_parameters():
+            before = stored.get_tensor(name)
+            differs = before.view(torch.int32) != after.detach().cpu().view(torch.int32)
+            changed += int(differs.sum())
+            total += differs.numel()
+            if mask is not None:
+                outside += int((differs & ~mask.dense(name)).sum())
     if outside:
         raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
     if not changed:
@@ -269,8 +304,6 @@ def _keep_log(log: Path, checkpoint: Path) -> None:
     if not checkpoint.exists():
         log.unlink()
         return
-    from safetensors import safe_open
-
     with safe_open(checkpoint, "pt") as tensors:
         step = int(tensors.metadata()["step"])
     kept = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True)[:step] if line.endswith("\n")]
@@ -293,54 +326,3 @@ def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON."""
     with whole(file) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-EXPORT_FORMATS = ("diffusers", "unet", "single-file", "delta")
-EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def export_run(run: Path, out: Path, format_: str, dtype: str) -> None:
-    """Write a run's erased model in a dtype, as a whole or in part.
-
-    ``diffusers`` is a folder with the whole pipeline, ``unet`` its UNet alone, ``single-file`` all in the original
-    layout (where the base model was such a file, a copy of it with its own dtypes), ``delta`` what makes this UNet of
-    the base model's in the same dtype. Files tell of the run in their metadata. Raises RequestError when the run is not
-    complete, ``out`` exists, or the base model is needed and no longer what it was.
-    """
-    account = read_run(run)
-    if out.exists():
-        raise RequestError("--out", out, "exists already; choose another name")
-    model = load(run / "pipeline", dtype=EXPORT_DTYPES[dtype])
-    if format_ == "diffusers":
-        save_pipeline(model, out)
-        shutil.copyfile(run / "pipeline" / "README.md", out / "README.md")
-        return
-    metadata = unet_metadata(account, (run / "recipe.yaml").read_text(encoding="utf-8"))
-    if format_ == "unet":
-        save_unet(model.unet, out, EXPORT_DTYPES[dtype], metadata)
-        return
-    if format_ == "single-file" and not Path(account["base"]["source"]).is_file():
-        save_original(model, out, EXPORT_DTYPES[dtype], metadata)
-        return
-    base = load(account["base"]["source"])
-    if weights_hash(base.unet) != account["base"]["unet"]:
-        raise RequestError("RUN", run, f"its base model {base.source} has changed since; {format_} needs it")
-    if format_ == "single-file":
-        base.unet.load_state_dict(load(run / "pipeline").unet.state_dict())
-        save_original(base, out, EXPORT_DTYPES[dtype], metadata)
-        return
-    with quiet():
-        base.unet.to(EXPORT_DTYPES[dtype])
-    save_delta(base.unet, model.unet, out, metadata)
-
-
-def unet_metadata(account: dict[str, Any], recipe: str) -> dict[str, str]:
-    """Return what an exported UNet says of itself: method, concept, hashes of mask and base, and the recipe."""
-    return {
-        "method": account["method"],
-        "concept": account["concept"],
-        "mask_sha256": account["mask"]["sha256"] if account["mask"] else "none",
-        "base_unet_sha256": account["base"]["unet"],
-        "erased_unet_sha256": account["erased"]["unet"],
-        "recipe": recipe,
-    }

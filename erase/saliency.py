@@ -14,23 +14,25 @@ Accumulate = Literal["signed", "absolute"]
 
 
 def accumulate(
-    module: nn.Module, losses: Iterable[Callable[[], Tensor]], how: Accumulate = "signed"
+    module: nn.Module, losses: Iterable[Callable[[], Tensor]], how: Accumulate = "signed", *, offload: bool = False
 ) -> dict[str, Tensor]:
     """Return each parameter's saliency over a sequence of losses, one per batch, in fp32.
 
     ``signed`` is the paper's |sum of gradients|, in which batches may cancel; ``absolute`` is the sum of |gradient|.
-    Works one parameter at a time during the backward pass, so no batch's gradients ever exist in full beside the sums.
+    Works one parameter at a time during the backward pass, so no batch's gradients ever exist in full beside the sums,
+    which with ``offload`` are kept in main memory.
     The module's weights and ``requires_grad`` flags come out as they went in; gradients that it had are dropped.
     """
     parameters = dict(module.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    where = {"device": "cpu"} if offload else {}
+    sums = {name: torch.zeros_like(p, dtype=torch.float32, **where) for name, p in parameters.items()}
 
     def collect(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None  # autograd calls this after it has set the gradient
-            sums[name] += gradient.abs() if how == "absolute" else gradient
+            sums[name] += (gradient.abs() if how == "absolute" else gradient).to(sums[name])
             parameter.grad = None
 
         return hook
@@ -61,13 +63,11 @@ def forgetting_loss(
     """Return the forgetting loss, minus the training loss on the concept's own latents and prompts.
 
     With ``guidance`` w > 0 the prediction is (1 + w) e(x_t, c) - w e(x_t, empty), as in the reference code, which
-    uses w = 7.5; 0 leaves the plain prediction. ``empty`` is [1, tokens, width].
+    uses w = 7.5: guidance of scale 1 + w; 0 leaves the plain prediction. ``empty`` is [1, tokens, width].
     """
     noisy = model.add_noise(latents, noise, timesteps)
     if guidance == 0:
         predicted = model.predict(noisy, timesteps, embeddings)
     else:
-        both = torch.cat([embeddings, empty.expand_as(embeddings)])
-        given, without = model.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-        predicted = (1 + guidance) * given - guidance * without
+        predicted = model.guided(noisy, timesteps, embeddings, empty, 1 + guidance)
     return -nn.functional.mse_loss(predicted, model.target(latents, noise, timesteps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,12 +19,15 @@ from torch import Tensor
 from erase_concept.errors import EraseError
 from erase_concept.files import whole
 from erase_concept.mask import Mask
-from erase_concept.optim import MaskedOptimizer
+from erase_concept.optim import MaskedOptimizer, State
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.seed import stage_generator
 
-# Given the model and a step's own generator: the loss, and the terms that it is made of, for the log.
-Loss = Callable[[Diffusion, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+Tensors = tuple[Tensor, ...]
+# Given the model and a step's own generator: what the model as it is now predicts for the step.
+Teach = Callable[[Diffusion, torch.Generator], Tensors]
+# Given the same and what was taught: the loss, and the terms that it is made of, for the log.
+Loss = Callable[[Diffusion, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Training:
     accumulation: int = 1  # batches whose gradients are averaged in one step
     max_grad_norm: float | None = None
     precision: Literal["no", "bf16"] = "no"
+    state: State = "fp32"  # of the optimizer
+    recompute: bool = False  # activations in the backward pass: less memory, a third more time, the same bits
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
@@ -73,6 +79,14 @@ class Record:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Taught:
+    """For how many steps, of all, the base model has made its predictions."""
+
+    step: int
+    steps: int
+
+
 def train(
     model: Diffusion,
     loss: Loss,
@@ -81,19 +95,38 @@ def train(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record]:
+    teach: Teach | None = None,
+) -> Iterator[Record | Taught]:
     """Minimise a loss over the salient weights of the model's UNet, in place, yielding a record after every step.
 
     Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
     on from its checkpoint ends with the same bits as one that was never stopped. With several processes the gradients
-    are averaged. Raises EraseError when the loss is not finite: the weights are then those of the last good step, and
-    the checkpoint is kept.
+    are averaged. Where nothing else is asked for, the step is taken inside the backward pass, and no gradient outlives
+    its parameter's update; accumulation, clipping and several processes need all gradients at once.
+
+    ``teach`` is called for every step before any weight moves, so a loss can be drawn to what the base model predicts
+    without a second model in memory. Raises EraseError when the loss is not finite: the weights are then those of the
+    last good step, and the checkpoint is kept.
     """
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
     )
     # torch's own autocast: Accelerate's precision is set once for a whole process, and left in the UNet's forward.
     lower = torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    began = time.perf_counter()
+    resumed = checkpoint if checkpoint is not None and checkpoint.exists() else None
+    first = _steps(resumed) if resumed else 0
+
+    def generator(step: int, part: int) -> torch.Generator:
+        return stage_generator(seed, "step", step, part, accelerator.process_index)
+
+    taught: dict[tuple[int, int], Tensors] = {}
+    if teach is not None:
+        for step in range(first, settings.steps):
+            for part in range(settings.accumulation):
+                with torch.no_grad(), lower:
+                    taught[step, part] = tuple(t.cpu() for t in teach(model, generator(step, part)))
+            yield Taught(step + 1, settings.steps)
     masked = MaskedOptimizer(
         model.unet,
         mask,
@@ -101,30 +134,34 @@ def train(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
+        state=settings.state,
     )
-    first = _restore(masked, checkpoint) if checkpoint is not None and checkpoint.exists() else 0
-    unet, optimizer = accelerator.prepare(model.unet, masked.inner)
+    if resumed:
+        _restore(masked, resumed)
+    at_once = settings.accumulation == accelerator.num_processes == 1 and settings.max_grad_norm is None
+    unet = accelerator.prepare(model.unet)
     wrapped = replace(model, unet=unet)
-    began = time.perf_counter()
+    if settings.recompute:
+        model.unet.enable_gradient_checkpointing()
     try:
         for step in range(first, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr_at(step)
+            masked.lr = settings.lr_at(step)
             mean, terms = 0.0, dict[str, float]()
             for part in range(settings.accumulation):
                 with accelerator.accumulate(unet):
-                    generator = stage_generator(seed, "step", step, part, accelerator.process_index)
                     with lower:
-                        value, parts = loss(wrapped, generator)
-                    accelerator.backward(value)
+                        known = tuple(t.to(model.device) for t in taught.pop((step, part), ()))
+                        value, parts = loss(wrapped, generator(step, part), known)
                     mean += accelerator.reduce(value.detach(), "mean").item() / settings.accumulation
-                    if part + 1 == settings.accumulation and math.isfinite(mean):
-                        optimizer.step()
+                    if not math.isfinite(mean):
+                        kept = checkpoint is not None and checkpoint.exists()
+                        advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" * kept)
+                        raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
+                    with masked.in_backward() if at_once else nullcontext():
+                        accelerator.backward(value)
                 terms = {k: terms.get(k, 0.0) + v.item() / settings.accumulation for k, v in parts.items()}
-            if not math.isfinite(mean):
-                kept = checkpoint is not None and checkpoint.exists()
-                advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" if kept else "")
-                raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
+            if not at_once:
+                masked.step()
             seconds = time.perf_counter() - began
             yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), seconds)
             # After the yield, so that a step in the checkpoint is always in the caller's log.
@@ -132,6 +169,7 @@ def train(
             if checkpoint is not None and accelerator.is_main_process and due:
                 _save(masked, checkpoint, step + 1)
     finally:
+        model.unet.disable_gradient_checkpointing()
         model.unet.requires_grad_(False)
         for parameter in model.unet.parameters():
             parameter.grad = None
@@ -144,7 +182,12 @@ def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
         save_file(tensors, partial, {"step": str(step)})
 
 
-def _restore(masked: MaskedOptimizer, file: Path) -> int:
+def _steps(file: Path) -> int:
+    """Return how many steps a checkpoint has behind it."""
+    with safe_open(file, "pt") as tensors:
+        return int(tensors.metadata()["step"])
+
+
+def _restore(masked: MaskedOptimizer, file: Path) -> None:
     with safe_open(file, "pt") as tensors:
         masked.restore({name: tensors.get_tensor(name) for name in tensors.keys()})
-        return int(tensors.metadata()["step"])

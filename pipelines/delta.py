@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,10 @@ class Delta:
 
 
 def save_delta(base: nn.Module, erased: nn.Module, file: Path, about: dict[str, str]) -> None:
-    """Write the way from ``base`` to ``erased``, two UNets of the same shapes and the same dtype.
+    """Write the way from ``base`` to ``erased``, two UNets of the same shapes and the same dtype, and go it once.
 
-    Raises ValueError when they differ in more than their weights' values or when the dtype is none of fp32, fp16, bf16.
+    Raises ValueError when they differ in more than their weights' values or when the dtype is none of fp32, fp16, bf16,
+    and EraseError, leaving no file, when what is read back does not lead to ``erased``, bit for bit.
     """
     tensors: dict[str, Tensor] = {}
     before, after = base.state_dict(), erased.state_dict()
@@ -63,6 +65,15 @@ def save_delta(base: nn.Module, erased: nn.Module, file: Path, about: dict[str, 
     hashes = {"base_unet_sha256": weights_hash(base), "erased_unet_sha256": weights_hash(erased)}
     with whole(file) as partial:
         save_file(tensors, partial, {**about, **own, **hashes})
+        with safe_open(partial, "pt") as stored:
+            moved = _changed(stored)
+            for name, value in before.items():
+                try:
+                    led = _moved(stored, name, value) if name in moved else _ordered(value)
+                except (SafetensorError, ValueError):
+                    led = None
+                if led is None or not np.array_equal(led, _ordered(after[name])):
+                    raise EraseError(f"{file}: {name} was not written as it is; what was written is removed")
 
 
 def open_delta(file: Path, *, argument: str = "DELTA") -> Delta:
@@ -102,16 +113,9 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
         raise RequestError("MODEL", f"(UNet {weights_hash(unet)[:16]})", f"is not the {which} ({wanted[:16]})")
     try:
         with safe_open(delta.file, "pt") as tensors, torch.no_grad():
-            for name in sorted({key.rpartition(":")[0] for key in tensors.keys()}):
-                value = state[name]
-                packed, narrow, wide = (
-                    tensors.get_tensor(f"{name}:{part}").numpy() for part in ("changed", "steps", "wide")
-                )
-                flat = _ordered(value)
-                changed = np.unpackbits(packed, count=flat.size).astype(bool)
-                steps = _widened(narrow, wide, flat.dtype)
-                flat[changed] += -steps if revert else steps
-                value.copy_(_floats(flat, delta.dtype).view(value.shape))
+            for name in sorted(_changed(tensors)):
+                flat = _moved(tensors, name, state[name], revert=revert)
+                state[name].copy_(_floats(flat, delta.dtype).view(state[name].shape))
     except (OSError, SafetensorError, KeyError, ValueError) as problem:
         raise RequestError("DELTA", delta.file, f"is damaged: {problem}") from None
     if transfer:
@@ -119,6 +123,20 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
             raise EraseError(f"{delta.file} leads this model to weights that are no numbers: it does not transfer")
     elif weights_hash(unet) != promised:
         raise EraseError(f"{delta.file} led to another model than it promised: it is damaged")
+
+
+def _changed(tensors: Any) -> set[str]:
+    """Return the names of the parameters that an opened delta file moves."""
+    return {key.rpartition(":")[0] for key in tensors.keys()}
+
+
+def _moved(tensors: Any, name: str, value: Tensor, *, revert: bool = False) -> np.ndarray:
+    """Return a parameter after its steps, or before them, as integers in the order of the floats, flat."""
+    packed, narrow, wide = (tensors.get_tensor(f"{name}:{part}").numpy() for part in ("changed", "steps", "wide"))
+    flat = _ordered(value)
+    steps = _widened(narrow, wide, flat.dtype)
+    flat[np.unpackbits(packed, count=flat.size).astype(bool)] += -steps if revert else steps
+    return flat
 
 
 def _ordered(value: Tensor) -> np.ndarray:

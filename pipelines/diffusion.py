@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,22 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from erase_concept.pipelines.single_file import Family
 
+FAMILIES: dict[Family, str] = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+}
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
     """A Stable Diffusion 1.x, 2.x or XL model: tokenizer, text encoder, VAE, UNet and noise schedule.
 
-    ``source`` says where it came from. Shapes: latents [n, 4, h/f, w/f] with the VAE's factor f, time steps int64 [n]
-    in [0, 1000), prompt embeddings [n, tokens, width]. XL has a second tokenizer and text encoder, whose embedding of
-    the whole prompt goes along as one token more, filled up with zeros: so a prompt is one tensor in every family.
+    ``source`` says where it came from, and ``stored`` which dtype its UNet had there. Shapes: latents [n, 4, h/f, w/f]
+    with the VAE's factor f, time steps int64 [n] in [0, 1000), prompt embeddings [n, tokens, width]. XL has a second
+    tokenizer and text encoder, whose embedding of the whole prompt goes along as one token more, filled up with zeros:
+    so a prompt is one tensor in every family.
     """
 
     tokenizer: CLIPTokenizer
@@ -33,6 +41,7 @@ class Diffusion:
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zeros_for_empty: bool = False  # XL: guidance leads away from zeros, not from the embedded empty prompt
+    stored: str = "unknown"  # such as "float16"; "float16, float32" where weights of both are mixed
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -46,6 +55,16 @@ class Diffusion:
         if self.text_encoder_2 is not None:
             return "sdxl"
         return "sd2" if self.text_encoder.config.hidden_act == "gelu" else "sd1"
+
+    def describe(self) -> dict[str, str]:
+        """Return what was loaded: source, SHA-256 of the UNet's weights, family, prediction type and stored dtype."""
+        return {
+            "source": self.source,
+            "unet": weights_hash(self.unet),
+            "family": FAMILIES[self.family],
+            "prediction_type": str(self.scheduler.config.prediction_type),
+            "dtype": self.stored,
+        }
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights of every part by diffusers' names."""
@@ -127,6 +146,19 @@ class Diffusion:
         added = {"text_embeds": embeddings[:, -1, :width], "time_ids": sizes.expand(len(noisy), -1)}
         return self.unet(noisy, timesteps, embeddings[:, :-1], added_cond_kwargs=added).sample
 
+    def guided(
+        self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, empty: Tensor, scale: float | Tensor
+    ) -> Tensor:
+        """Return the prediction with classifier-free guidance (arXiv 2207.12598), from one call on 2 n rows.
+
+        That is e(x, empty) + scale (e(x, c) - e(x, empty)), so scale 1 is no guidance. ``timesteps`` are [n], or one
+        for all; ``empty`` is [1, tokens, width], and ``scale`` a number or [n, 1, 1, 1].
+        """
+        both = torch.cat([empty.expand_as(embeddings), embeddings])
+        twice = timesteps.to(noisy.device).expand(len(noisy)).repeat(2)
+        without, given = self.predict(torch.cat([noisy, noisy]), twice, both).chunk(2)
+        return without + scale * (given - without)
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return what ``predict`` was trained to give: the noise, or the velocity (arXiv 2202.00512)."""
         if self.scheduler.config.prediction_type == "v_prediction":
@@ -148,6 +180,38 @@ class Diffusion:
             force_zeros_for_empty_prompt=self.zeros_for_empty,
             add_watermarker=False,
         )
+
+
+def check_fit(parts: Mapping[str, Any]) -> None:
+    """Raise ValueError when parts, by diffusers' names, do not make a model together: their configurations tell."""
+    unet, vae = parts["unet"].config, parts["vae"].config
+    if unet.in_channels == 9:
+        raise ValueError("it is an inpainting model (its UNet takes 9 channels); a text-to-image model is needed")
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        has = f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}"
+        raise ValueError(f"{has}, the VAE's latents have {vae.latent_channels}")
+    encoders = [parts[name].config for name in ("text_encoder", "text_encoder_2") if name in parts]
+    width = sum(encoder.hidden_size for encoder in encoders)
+    if unet.cross_attention_dim != width:
+        has = f"the UNet takes prompts {unet.cross_attention_dim} wide, the text encoder gives {width}"
+        raise ValueError(f"{has}: they are of different families")
+    needs = unet.addition_embed_type == "text_time"
+    whole = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim if needs else 0
+    given = encoders[1].projection_dim if len(encoders) == 2 else 0
+    if whole != given:
+        raise ValueError(f"the UNet takes whole prompts {whole} wide, the text encoder gives {given}")
+    scheduler = parts["scheduler"]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"the scheduler is a {type(scheduler).__name__}, which is none of Stable Diffusion's")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        has = f"the scheduler's prediction type is {scheduler.config.prediction_type}"
+        raise ValueError(f"{has}; allowed: {', '.join(PREDICTION_TYPES)}")
+
+
+def dtype_names(tensors: Iterable[Tensor]) -> str:
+    """Return the dtype of weights in words, such as "float16"; where they are mixed, all of them."""
+    names = {str(value.dtype).removeprefix("torch.") for value in tensors if value.is_floating_point()}
+    return ", ".join(sorted(names))
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,17 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import check_fit, dtype_names
 from erase_concept.pipelines.single_file import Family, ema_key, from_original
 
 SUFFIXES = (".safetensors", ".ckpt")
 TOKENIZER = "openai/clip-vit-large-patch14"
+WORDS = ("vocab.json", "tokenizer.json")  # one of them makes a tokenizer
 _CLIP = {"model_max_length": 77, "pad_token": "<|endoftext|>"}
 MAKES: dict[str, Any] = {
     "unet": UNet2DConditionModel.from_config,
@@ -35,8 +39,11 @@ MAKES: dict[str, Any] = {
 }
 
 
-def load_parts(file: Path) -> dict[str, Any]:
-    """Return the parts of a model by diffusers' names: weights as they are in the file, the UNet's averages if it has.
+def load_parts(file: Path, *, ema: bool = True) -> dict[str, Any]:
+    """Return the parts of a model by diffusers' names, with weights as they are in the file.
+
+    Where the file has the UNet's weights twice, live and averaged over the last of the training, ``ema`` takes the
+    averages, with which a model is meant to be used; where it has them once, either choice takes these.
 
     Raises RequestError when the file cannot be read, is something else than a whole checkpoint of a known family, or
     when there is no tokenizer.
@@ -47,15 +54,18 @@ def load_parts(file: Path) -> dict[str, Any]:
     makes = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text(encoding="utf-8"))
     told = about.get("modelspec.prediction_type", "")
     configs = _configs(beside) or makes["sd2-v" if family == "sd2" and told.startswith("v") else family]
-    # A model is used with the average of its UNet's weights over the last of its training, where the file has both.
-    tensors |= {key: tensors[ema_key(key)] for key in tensors if ema_key(key) in tensors}
+    configs["unet"] |= _seen(tensors)
+    if ema:
+        tensors |= {key: tensors[ema_key(key)] for key in tensors if ema_key(key) in tensors}
     parts: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(configs.pop("scheduler"))}
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {part: MAKES[part](config) for part, config in configs.items()}
     try:
+        check_fit(parts | modules)
         states = from_original(tensors, {part: module.state_dict() for part, module in modules.items()}, family)
     except ValueError as problem:
         raise RequestError("MODEL", file, str(problem)) from None
+    parts["stored"] = dtype_names(states["unet"].values())
     for part, module in modules.items():
         module.load_state_dict(states[part], assign=True)
         for name, buffer in list(module.named_buffers()):
@@ -93,14 +103,26 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises RequestError when it is damaged or holds anything but tensors.
     """
+    if file.stat().st_size == 0:
+        raise RequestError("MODEL", file, "is an empty file")
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as stored:
                 return {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as problem:
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise RequestError("MODEL", file, f"is damaged or no file of weights: {first}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's age
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as problem:  # whatever unpickling may run into in a file that is no pickle
+        if out_of_memory(problem):
+            raise
+        if code := re.search(r"GLOBAL (\S+)", str(problem)):
+            what = f"asks for {code[1]}, which is no tensor; code in a file is not run, and a .safetensors has none"
+        elif isinstance(problem, pickle.UnpicklingError):  # its text is advice on how to run the code after all
+            what = "is damaged or no file of weights: it must be a pickle of tensors alone"
+        else:
+            first = re.split(r"\. |\n", str(problem).strip() or type(problem).__name__)[0]
+            what = f"is damaged or no file of weights: {first}"
+        raise RequestError("MODEL", file, what) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}, {}
 
@@ -125,21 +147,51 @@ def family_of(file: Path, tensors: Mapping[str, Tensor]) -> Family:
     raise RequestError("MODEL", file, f"{what}; a whole checkpoint is needed")
 
 
+def out_of_memory(problem: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, says that there was too little memory, on the machine or a device."""
+    while problem is not None:
+        if isinstance(problem, MemoryError) or re.search("allocate memory|out of memory", str(problem)):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a configuration; raises RequestError when it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise RequestError("MODEL", file, f"is damaged: {problem}") from None
+    if not isinstance(found, dict):
+        raise RequestError("MODEL", file, "is damaged: it holds no mapping")
+    return found
+
+
+def _seen(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the widths that a UNet's own tensors tell, so that one of another kind is refused for what it is."""
+    unet, found = "model.diffusion_model.", {}
+    for key, value in tensors.items():
+        if key == f"{unet}input_blocks.0.0.weight":
+            found["in_channels"] = value.shape[1]
+        elif key.startswith(unet) and key.endswith(".attn2.to_k.weight"):
+            found["cross_attention_dim"] = value.shape[1]
+    return found
+
+
 def _configs(folder: Path) -> dict[str, Any]:
     """Return the configurations of the diffusers folder that bears the file's name, or nothing."""
     if not (folder / "model_index.json").is_file():
         return {}
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
     files = {part: folder / part / "config.json" for part in MAKES if part in index}
     files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
-    return {part: json.loads(file.read_text(encoding="utf-8")) for part, file in files.items()}
+    return {part: read_json(file) for part, file in files.items()}
 
 
 def _tokenizer(file: Path, name: str, *, open_clip: bool) -> CLIPTokenizer:
     """Return CLIP's tokenizer; OpenCLIP's has the same words, and fills up with the first of them."""
     own, shared = file.with_suffix("") / name, file.parent / "tokenizer"
-    words = ("vocab.json", "tokenizer.json")
-    folder = next((folder for folder in (own, shared) if any((folder / word).is_file() for word in words)), None)
+    folder = next((folder for folder in (own, shared) if any((folder / word).is_file() for word in WORDS)), None)
     try:
         if folder is None:
             # By file: the library's own loader asks the hub for many more, and waits for each of them in vain.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,129 +12,146 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.from_single_file import SUFFIXES, load_parts
+from erase_concept.pipelines.diffusion import Diffusion, check_fit, dtype_names
+from erase_concept.pipelines.from_single_file import MAKES, SUFFIXES, WORDS, load_parts, out_of_memory, read, read_json
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-_PARTS_OF_XL = ("tokenizer_2", "text_encoder_2")
+# What a pipeline is made of, and the file of each part's folder, or one of several, without which it is nothing.
+_PARTS = {"tokenizer": WORDS, "scheduler": ("scheduler_config.json",)}
+_PARTS |= dict.fromkeys(("text_encoder", "vae", "unet"), ("config.json",))
+_PARTS_OF_XL = {"tokenizer_2": WORDS, "text_encoder_2": ("config.json",)}
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+_NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
 BUILTIN: dict[str, Path] = {"emojinette": emojinette.MODEL}
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    ema: bool = True,
 ) -> Diffusion:
     """Load a Stable Diffusion 1.x, 2.x or XL model for erasing or sampling, its weights converted to ``dtype``.
 
-    ``device`` is by default the one that Accelerate picks: the machine's accelerator where there is one.
+    ``device`` is by default the one that Accelerate picks: the machine's accelerator where there is one. Where a single
+    file has the UNet's weights twice, ``ema`` takes their averages over the training, and its opposite the live ones;
+    any other model gives what is there with either choice.
 
-    Raises RequestError when there is no such model, a file of it is damaged, or its weights do not fit its
-    configuration: a model that loads only in part is not a model.
+    Raises RequestError when there is no such model, a file of it is damaged, its weights do not fit its configuration,
+    or its parts do not fit each other: a model that loads only in part is not a model. Raises EraseError when there is
+    too little memory for it.
     """
     path = BUILTIN.get(str(model), Path(model))
     if (path / "run.json").is_file():
         path /= "pipeline"
     try:
         with quiet():
-            parts = load_parts(path) if path.is_file() else _load_pipeline(path, str(model))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError) as problem:
-        if isinstance(problem, RequestError):
-            raise
+            parts = load_parts(path, ema=ema) if path.is_file() else _load_pipeline(path, str(model))
+            for part in parts.values():
+                if isinstance(part, nn.Module):
+                    part.to(device or PartialState().device, dtype).eval().requires_grad_(False)
+    except RequestError:
+        raise
+    except (MemoryError, OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError) as problem:
+        if out_of_memory(problem):
+            raise EraseError(f"{model}: there is too little memory to load it") from problem
         raise RequestError("MODEL", model, f"could not be loaded: {_first_line(problem)}") from problem
-    device = device or PartialState().device
-    with quiet():
-        for part in parts.values():
-            if isinstance(part, nn.Module):
-                part.to(device, dtype).eval().requires_grad_(False)
     return Diffusion(**parts, source=str(model))
 
 
 def _load_pipeline(path: Path, name: str) -> dict[str, Any]:
     """Return the parts of a folder's model, or of a hub id's, which is downloaded into the hub's cache."""
-    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     if not path.is_dir():
         if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
             allowed = f"a diffusers folder, a {' or '.join(SUFFIXES)} file, a run folder, a hub id (owner/name), or "
             allowed += ", ".join(BUILTIN)
             raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
-        path = Path(DiffusionPipeline.download(name, **options))
-    kind = _check_folder(path, name)
-    options = options if kind == "StableDiffusionPipeline" else {"add_watermarker": False}
-    options["variant"] = _variant(path / "unet")
-    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **options)
-    xl = kind == "StableDiffusionXLPipeline"
-    names = [*_PARTS, *(_PARTS_OF_XL if xl else ())]
-    parts: dict[str, Any] = {part: getattr(pipeline, part, None) for part in names}
-    missing = [part for part, value in parts.items() if value is None]
-    if missing:
-        raise RequestError("MODEL", name, f"has no {', '.join(missing)}: a whole Stable Diffusion model is needed")
-    return parts | {"zeros_for_empty": xl and bool(pipeline.config.force_zeros_for_empty_prompt)}
+        path = _download(name)
+    names = _part_names(path, name)
+    xl = "text_encoder_2" in names
+    weights = {part: _check_weights(path / part, name) for part in names if part in MAKES}
+    variant, stored = weights["unet"]
+    options = {"add_watermarker": False} if xl else _NO_CHECKER
+    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, variant=variant or None, **options)
+    parts: dict[str, Any] = {part: getattr(pipeline, part) for part in names}
+    check_fit(parts)
+    return parts | {"stored": stored, "zeros_for_empty": xl and bool(pipeline.config.force_zeros_for_empty_prompt)}
 
 
-def _variant(folder: Path) -> str | None:
-    """Return the middle of ``diffusion_pytorch_model.fp16.safetensors`` where no file is without one."""
-    found = (
-        re.match(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", f.name)
-        for f in folder.iterdir()
-    )
-    variants = {match[1] for match in found if match}
-    return None if None in variants or not variants else min(variants)
+def _download(name: str) -> Path:
+    """Return the folder of a hub id's model in the hub's cache; raises RequestError that says what to do instead."""
+    try:
+        return Path(DiffusionPipeline.download(name, **_NO_CHECKER))
+    except Exception as problem:  # among them those of the HTTP library, which is another one in each version
+        cause = problem if isinstance(problem, HfHubHTTPError) else problem.__cause__ or problem
+        closed = getattr(getattr(cause, "response", None), "status_code", None) in (401, 403)
+        login = "log in with 'hf auth login' or set HF_TOKEN"
+        if isinstance(cause, GatedRepoError):
+            what = f"is gated: accept its terms at https://huggingface.co/{name}, and {login}"
+        elif isinstance(cause, RepositoryNotFoundError) or closed:
+            what = f"is not on the hub, or is closed to you there: {login}"
+        elif isinstance(cause, OfflineModeIsEnabled):
+            what = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
+        else:
+            what = f"is not in the hub's cache and could not be downloaded: {_first_line(cause)}"
+        raise RequestError("MODEL", name, what) from problem
 
 
-def _check_folder(path: Path, name: str) -> str:
-    """Return the kind of pipeline in a folder; refuse one without, and weights that its configurations do not fit."""
+def _part_names(path: Path, name: str) -> list[str]:
+    """Return what the pipeline in a folder is made of; refuse a folder without one, or one that lacks a part."""
     if not (path / "model_index.json").is_file():
         raise RequestError("MODEL", name, "the folder holds no model_index.json: it is not a diffusers pipeline")
-    kind = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    index = read_json(path / "model_index.json")
+    kind = index.get("_class_name")
     if kind not in _KINDS:
         raise RequestError("MODEL", name, f"is a {kind}; needed: {' or '.join(_KINDS)}")
-    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if kind == _KINDS[1] else ())):
-        files = sorted((path / part).glob("*.safetensors"))
-        if not files and not list((path / part).glob("*.bin")):
-            raise RequestError("MODEL", name, f"no weights in {part}/")
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            try:
-                with safe_open(file, "pt") as tensors:
-                    shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-            except (SafetensorError, OSError) as problem:
-                raise RequestError("MODEL", name, f"{part}/{file.name} is damaged: {_first_line(problem)}") from None
-        if files:
-            _check_shapes(path / part, part, name, shapes)
-    return str(kind)
+    parts = _PARTS | (_PARTS_OF_XL if kind == _KINDS[1] else {})
+    for part, files in parts.items():
+        if not any(index.get(part) or ()) or not any((path / part / file).is_file() for file in files):
+            needed = f"{' or '.join(files)} in {part}/ and a line in model_index.json"
+            raise RequestError("MODEL", name, f"has no {part}: a whole Stable Diffusion model needs {needed}")
+    return list(parts)
 
 
-def _check_shapes(folder: Path, part: str, name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare the stored tensors with those the configuration asks for, without allocating any."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def _check_weights(folder: Path, name: str) -> tuple[str, str]:
+    """Return the variant and the dtype of a part's weights; refuse those that are not what its configuration asks for.
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        module: nn.Module
-        if part.startswith("text_encoder"):
-            kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-            module = kind(CLIPTextConfig.from_dict(config))
-        else:
-            module = (AutoencoderKL if part == "vae" else UNet2DConditionModel).from_config(config)
+    The variant is the middle of ``diffusion_pytorch_model.fp16.safetensors``, or "" where a file is without one.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if match := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(match[1] or "", []).append(file)
+    if not found:
+        raise RequestError("MODEL", name, f"no weights in {folder.name}/")
+    variant = min(found)
+    files = [file for file in found[variant] if file.suffix == ".safetensors"] or found[variant]
+    stored = {key: value for file in files for key, value in read(file)[0].items()}
     for old, new in _RENAMED.items():
-        shapes = {key.replace(old, new) if "attentions" in key else key: shape for key, shape in shapes.items()}
+        stored = {key.replace(old, new) if "attentions" in key else key: value for key, value in stored.items()}
+    with torch.device("meta"):
+        module: nn.Module = MAKES[folder.name](read_json(folder / "config.json"))
     for key, value in module.state_dict().items():
         # transformers 5 dropped the prefix "text_model." from the names; files of either kind load.
-        stored = shapes.get(key) or shapes.get(f"text_model.{key}") or shapes.get(key.removeprefix("text_model."))
-        if stored is None and key.endswith("position_ids"):
+        names = (key, f"text_model.{key}", key.removeprefix("text_model."))
+        have = next((list(stored[other].shape) for other in names if other in stored), None)
+        if have is None and key.endswith("position_ids"):
             continue
-        if stored != tuple(value.shape):
-            has = "is missing" if stored is None else f"has shape {list(stored)}"
-            raise RequestError("MODEL", name, f"{part}: {key} {has}, its configuration asks for {list(value.shape)}")
+        if have != list(value.shape):
+            has = "is missing" if have is None else f"has shape {have}"
+            asked = f"its configuration asks for {list(value.shape)}"
+            raise RequestError("MODEL", name, f"{folder.name}: {key} {has}, {asked}")
+    return variant, dtype_names(stored.values())
 
 
 @contextmanager

@@ -61,11 +61,10 @@ def sample_latents(
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(embeddings) * scheduler.init_noise_sigma
     scale = torch.tensor(guidance, dtype=embeddings.dtype, device=embeddings.device).view(-1, 1, 1, 1)
-    both = torch.cat([empty.expand_as(embeddings), embeddings])
     for timestep in scheduler.timesteps:
         noisy = scheduler.scale_model_input(latents, timestep)
-        without, given = model.predict(torch.cat([noisy, noisy]), timestep, both).chunk(2)
-        latents = scheduler.step(without + scale * (given - without), timestep, latents).prev_sample
+        predicted = model.guided(noisy, timestep, embeddings, empty, scale)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
     return latents
 
 

@@ -10,7 +10,7 @@ from erase_concept.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnConfig, salun
 from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record
+from erase_concept.train import Record, Taught
 
 
 @method("random-label", SalUnConfig, masked=False)
@@ -22,7 +22,7 @@ def random_label(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record]:
+) -> Iterator[Record | Taught]:
     """Remap the concept's noise prediction to another prompt's, on all weights: SalUn without its mask.
 
     Raises ValueError when it is given a mask.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from erase_concept.data import ForgetRetain, draw
+from erase_concept.data import Batch, ForgetRetain, draw
 from erase_concept.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Training, train
+from erase_concept.train import Record, Taught, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def salun(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record]:
+) -> Iterator[Record | Taught]:
     """Remap the concept's noise prediction to another prompt's, on the salient weights alone.
 
     Minimises  E |e(x_t, c_f) - e'(x_t, c')|^2 + alpha * E |e(x_r,t, c_r) - noise|^2  over the weights of the mask, with
@@ -62,30 +61,46 @@ def salun(
     is left of the concept would be multiplied by the guidance scale of the sampling.
     Without a mask this is random labelling.
     """
-    frozen = "base" in (config.target, config.retain_target)
-    base = replace(model, unet=copy.deepcopy(model.unet)) if frozen else model
 
-    def loss(model: Diffusion, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = draw(len(data.forget_latents) + len(data.anchor_latents), config.batch_size, generator)
-        forget = data.forget_batch(model, rows, generator, random_remap=config.remap == "random")
-        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
-        with torch.no_grad():
-            teacher = base if config.target == "base" else model
-            target = teacher.predict(forget.noisy, forget.timesteps, forget.remapped)
-            if config.guidance:
-                concept = teacher.predict(forget.noisy, forget.timesteps, forget.embeddings)
-                target = target + config.guidance * (target - concept)
-            if config.retain_target == "base":
-                retained = base.predict(retain.noisy, retain.timesteps, retain.embeddings)
-            else:
-                retained = model.target(retain.latents, retain.noise, retain.timesteps)
+    def rows(model: Diffusion, generator: torch.Generator) -> tuple[Batch, Batch]:
+        count = len(data.forget_latents) + len(data.anchor_latents)
+        drawn = draw(count, config.batch_size, generator)
+        forget = data.forget_batch(model, drawn, generator, random_remap=config.remap == "random")
+        return forget, data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+
+    def remapped(model: Diffusion, forget: Batch) -> Tensor:
+        target = model.predict(forget.noisy, forget.timesteps, forget.remapped)
+        if config.guidance:
+            concept = model.predict(forget.noisy, forget.timesteps, forget.embeddings)
+            target = target + config.guidance * (target - concept)
+        return target
+
+    def teach(model: Diffusion, generator: torch.Generator) -> Tensors:
+        forget, retain = rows(model, generator)
+        known = (remapped(model, forget),) if config.target == "base" else ()
+        if config.retain_target == "base":
+            known += (model.predict(retain.noisy, retain.timesteps, retain.embeddings),)
+        return known
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget, retain = rows(model, generator)
+        if config.target == "base":
+            target = known[0]
+        else:
+            with torch.no_grad():
+                target = remapped(model, forget)
+        if config.retain_target == "base":
+            retained = known[-1]
+        else:
+            retained = model.target(retain.latents, retain.noise, retain.timesteps)
         predicted = model.predict(
             torch.cat([forget.noisy, retain.noisy]),
             torch.cat([forget.timesteps, retain.timesteps]),
             torch.cat([forget.embeddings, retain.embeddings]),
         )
-        forget_loss = mse_loss(predicted[: len(rows)], target)
-        retain_loss = mse_loss(predicted[len(rows) :], retained)
+        forget_loss = mse_loss(predicted[: len(target)], target)
+        retain_loss = mse_loss(predicted[len(target) :], retained)
         return forget_loss + config.alpha * retain_loss, {"forget": forget_loss, "retain": retain_loss}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    taught = teach if "base" in (config.target, config.retain_target) else None
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint, teach=taught)

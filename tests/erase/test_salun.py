@@ -17,6 +17,7 @@ from erase_concept.methods.salun import SalUnConfig, salun
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
+from erase_concept.train import Record, Taught
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_two_steps_equal_the_formulas(
     config = SalUnConfig(steps=2, batch_size=3, lr=1e-2, **terms)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet), copy.deepcopy(tiny.unet)
-    records = list(salun(tiny, data, mask, config, seed=7))
+    records = [event for event in salun(tiny, data, mask, config, seed=7) if isinstance(event, Record)]
 
     # The same in plain PyTorch: rows, noise and time steps come from the step's generator in the documented order.
     unet.requires_grad_(True)
@@ -97,10 +98,11 @@ def test_runs_twice_to_the_same_bits_and_resumes_to_them(tiny: Diffusion, data: 
         list(salun(model, data, mask, config, seed=7))
     file = tmp_path / "checkpoints" / "last.safetensors"
     interrupted = salun(replace(tiny, unet=copy.deepcopy(tiny.unet)), data, mask, config, seed=7, checkpoint=file)
+    assert [next(interrupted) for _ in range(6)] == [Taught(step, 6) for step in range(1, 7)]
     assert [next(interrupted).step for _ in range(5)] == [1, 2, 3, 4, 5]
     interrupted.close()
     records = list(salun(models[2], data, mask, config, seed=7, checkpoint=file))
-    assert [record.step for record in records] == [5, 6]
+    assert [(type(record), record.step) for record in records] == [(Taught, 5), (Taught, 6), (Record, 5), (Record, 6)]
     first = models[0].unet.state_dict()
     for model in models[1:]:
         assert all(torch.equal(first[name], value) for name, value in model.unet.state_dict().items())

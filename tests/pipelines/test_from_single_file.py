@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from erase_concept import cli
 from erase_concept.errors import RequestError
+from erase_concept.export import export_run
+from erase_concept.mask import Mask
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_original, save_pipeline
 from erase_concept.pipelines.from_single_file import predicts_noise
@@ -17,7 +21,7 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.single_file import ema_key
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
-from erase_concept.run import erase, export_run, read_run
+from erase_concept.run import erase, read_run
 
 UNET = "model.diffusion_model."
 
@@ -57,6 +61,9 @@ def test_pickled_checkpoints_load_and_their_code_does_not_run(family: Diffusion,
     file.with_suffix(".ckpt").write_bytes(pickle.dumps({"x": Trap()}))
     with pytest.raises(RequestError, match=r"model\.ckpt: is damaged or no file of weights"):
         load(file.with_suffix(".ckpt"))
+    torch.save({"state_dict": load_file(file), "x": Trap()}, file.with_suffix(".ckpt"))
+    with pytest.raises(RequestError, match=r"model\.ckpt: asks for \S+, which is no tensor; code in a file is not run"):
+        load(file.with_suffix(".ckpt"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -93,13 +100,66 @@ def test_an_erased_file_differs_in_its_unet_alone(
         export_run(tmp_path / "run", tmp_path / "third.safetensors", "single-file", "fp32")
 
 
-def test_the_averages_of_the_training_are_preferred(family: Diffusion, file: Path) -> None:
+def test_the_averages_of_the_training_are_preferred_to_the_live_weights(family: Diffusion, file: Path) -> None:
+    assert weights_hash(load(file, ema=False).unet) == weights_hash(load(file).unet) == weights_hash(family.unet)
     tensors = load_file(file)
     averages = {ema_key(key): value + 1 for key, value in tensors.items() if key.startswith(UNET)}
     save_file(tensors | averages, file)
-    back = load(file)
-    assert torch.equal(back.unet.conv_in.weight, family.unet.conv_in.weight + 1)
-    assert weights_hash(back.vae) == weights_hash(family.vae)
+    back, live = load(file), load(file, ema=False)
+    for name, value in family.unet.state_dict().items():
+        assert torch.equal(back.unet.state_dict()[name], value + 1), name
+    assert weights_hash(live.unet) == weights_hash(family.unet)
+    assert weights_hash(back.vae) == weights_hash(live.vae) == weights_hash(family.vae)
+
+
+def test_the_command_takes_the_weights_that_are_asked_for(
+    tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(tiny, Path("model"))
+    save_original(tiny, Path("model.safetensors"), torch.float32, {})
+    tensors = load_file("model.safetensors")
+    save_file(tensors | {ema_key(k): v + 1 for k, v in tensors.items() if k.startswith(UNET)}, "model.safetensors")
+    Path("p.csv").write_text("prompt,seed\na,1\n")
+    Path("square.yaml").write_text("name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [line]\n")
+    small = ["-s", "data.forget=2", "-s", "data.retain=2", "-s", "data.steps=2"]
+    plan = ["model.safetensors", "-c", "square.yaml", "-o", "run", "--dry-run", "--json"]
+    live, averaged = (weights_hash(load("model.safetensors", ema=ema).unet) for ema in (False, True))
+
+    def call(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["erase-concept", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not end.value.code, err
+        return out
+
+    for option, expected in (([], averaged), (["--ema"], averaged), (["--no-ema"], live)):
+        folder = f"images{option}"
+        call("sample", "model.safetensors", "-p", "p.csv", "-o", folder, "--steps", "1", *option)
+        assert json.loads((Path(folder) / "sampling.json").read_text())["unet"] == expected
+        call("mask", "model.safetensors", "-c", "square.yaml", "-o", "mask.safetensors", *small, *option)
+        assert Mask.load(Path("mask.safetensors")).provenance["base"] == expected
+        assert json.loads(call("erase", *plan, *option))["ema"] == (expected == averaged)
+    Path("recipe.yaml").write_text("ema: false\n")
+    assert json.loads(call("erase", *plan, "--recipe", "recipe.yaml"))["ema"] is False
+    assert json.loads(call("erase", *plan, "--recipe", "recipe.yaml", "--ema"))["ema"] is True
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, None])
+def test_says_in_what_type_its_unet_was_stored(tiny: Diffusion, tmp_path: Path, suffix: str, dtype: object) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    file = tmp_path / "model.safetensors"
+    save_original(tiny, file, dtype or torch.float16, {})
+    tensors = load_file(file)
+    if dtype is None:
+        tensors[f"{UNET}out.2.bias"] = tensors[f"{UNET}out.2.bias"].float()
+    save_file(tensors, file)
+    torch.save(tensors, file.with_suffix(".ckpt"))
+    back = load(file.with_suffix(suffix))
+    assert back.unet.dtype == torch.float32
+    assert back.describe()["dtype"] == (str(dtype).removeprefix("torch.") if dtype else "float16, float32")
 
 
 WRONG = {
@@ -124,10 +184,13 @@ def test_other_files_are_refused_by_what_they_are(tmp_path: Path, case: str) -> 
 def test_truncated_and_empty_files_are_refused(tiny: Diffusion, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_original(tiny, file, torch.float16, {})
-    for content in (file.read_bytes()[:-10], b""):
-        file.write_bytes(content)
-        with pytest.raises(RequestError, match=r"model\.safetensors: is damaged"):
-            load(file)
+    torch.save(load_file(file), file.with_suffix(".ckpt"))
+    for whole in (file, file.with_suffix(".ckpt")):
+        content = whole.read_bytes()
+        for part, problem in ((content[:-10], "is damaged"), (content[:9], "is damaged"), (b"", "is an empty file")):
+            whole.write_bytes(part)
+            with pytest.raises(RequestError, match=f"{whole.name}: {problem}"):
+                load(whole)
 
 
 def test_without_a_tokenizer_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
@@ -143,7 +206,7 @@ def test_without_a_tokenizer_it_says_what_to_do(tiny: Diffusion, tmp_path: Path)
 
 def test_a_file_without_a_folder_is_made_as_its_family_is(tiny: Diffusion, tmp_path: Path) -> None:
     save_original(tiny, tmp_path / "model.safetensors", torch.float32, {})
-    with pytest.raises(RequestError, match=r"is missing|sd1 needs \[320, 4, 3, 3\]"):
+    with pytest.raises(RequestError, match="UNet takes prompts 16 wide, the text encoder gives 768"):
         load(tmp_path / "model.safetensors")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from erase_concept.card import card
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline, save_unet
@@ -44,12 +45,57 @@ def test_every_family_comes_back_bit_for_bit(family: Diffusion, tmp_path: Path) 
     assert back.scheduler.config.prediction_type == family.scheduler.config.prediction_type
 
 
+def test_says_what_was_loaded(family: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path / "model")
+    words = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+    assert load(tmp_path / "model").describe() == {
+        "source": str(tmp_path / "model"),
+        "unet": weights_hash(family.unet),
+        "family": words[family.family],
+        "prediction_type": "v_prediction" if family.family == "sd2" else "epsilon",
+        "dtype": "float32",
+    }
+
+
+def test_the_model_card_says_what_was_loaded(tiny: Diffusion) -> None:
+    about = tiny.describe() | {"dtype": "float16"}
+    account = {
+        **{"method": "salun", "concept": "square", "kind": "object", "anchor": "circle", "seed": 0, "mask": None},
+        "checks": {"weights": 10, "changed": 5, "changed_outside_mask": 0},
+        "erased": {"unet": "0"},
+        "versions": {},
+    }
+    line = "| base, loaded as | Stable Diffusion 1.x, prediction type epsilon, weights in float16 |\n| base UNet"
+    assert line in card(account | {"base": about}, "", [])
+    old = {key: about[key] for key in ("source", "unet")}
+    assert "| base | tiny |\n| base UNet, SHA-256 |" in card(account | {"base": old}, "", [])
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5, torch.tensor([0.0, 1.0, 7.5]).view(-1, 1, 1, 1)])
+def test_guidance_leads_from_the_empty_prompt(family: Diffusion, scale: float | torch.Tensor) -> None:
+    """Against one call of the UNet for each prompt and row, and with one time step for all as with one for each."""
+    generator = torch.Generator().manual_seed(2)
+    noisy = torch.randn(3, 4, 8, 8, generator=generator)
+    given, empty = family.encode_prompts(["a", "b", "c"]), family.encode_empty()
+    with torch.no_grad():
+        found = family.guided(noisy, torch.tensor([500] * 3), given, empty, scale)
+        again = family.guided(noisy, torch.tensor(500), given, empty, scale)
+        rows = [(noisy[i : i + 1], torch.tensor([500])) for i in range(3)]
+        without = torch.cat([family.predict(x, t, empty) for x, t in rows])
+        with_prompt = torch.cat([family.predict(x, t, given[i : i + 1]) for i, (x, t) in enumerate(rows)])
+    torch.testing.assert_close(found, scale * with_prompt + (1 - scale) * without, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, again)
+
+
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
 def test_variants_and_shards_load(family: Diffusion, tmp_path: Path, size: str) -> None:
     family.pipeline().to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16", max_shard_size=size)
     assert (len(list((tmp_path / "model" / "unet").glob("*.fp16*.safetensors"))) > 1) == (size == "20KB")
     back = load(tmp_path / "model", dtype=torch.float16)
     assert weights_hash(back.unet) == weights_hash(family.unet)
+    assert back.stored == "float16"
+    family.pipeline().to(torch.float32).save_pretrained(tmp_path / "model", max_shard_size=size)
+    assert load(tmp_path / "model").stored == "float32"  # both are there now, and the one without a variant is loaded
 
 
 def test_a_fresh_process_draws_the_same_picture(tiny: Diffusion, folder: Path, tmp_path: Path) -> None:
@@ -113,12 +159,12 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "problem"),
     [
-        ("truncated", f"unet/{WEIGHTS} is damaged"),
+        ("truncated", f"unet/{WEIGHTS}: is damaged"),
         ("missing tensor", "unet: conv_in.weight is missing"),
         ("wrong shape", r"unet: conv_in.weight has shape \[8, 2, 3, 3\], its configuration asks for \[8, 4, 3, 3\]"),
         ("no weights", "no weights in unet/"),
         ("no index", "holds no model_index.json"),
-        ("bad index", "could not be loaded"),
+        ("bad index", r"model_index\.json: is damaged"),
     ],
 )
 def test_what_does_not_load_whole_is_refused(folder: Path, how: str, problem: str) -> None:
@@ -151,7 +197,7 @@ def test_names_that_are_no_model(tmp_path: Path) -> None:
         load("nothing")
     with pytest.raises(RequestError, match="no such model"):
         load(tmp_path / "absent.safetensors")
-    with pytest.raises(RequestError, match="MODEL owner/absent: could not be loaded"):
+    with pytest.raises(RequestError, match="MODEL owner/absent: is not in the hub's cache, and HF_HUB_OFFLINE forbids"):
         load("owner/absent")
 
 
@@ -164,7 +210,7 @@ def test_pickles_are_not_run(folder: Path, tmp_path: Path) -> None:
 
     (folder / "unet" / WEIGHTS).unlink()
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"x": Trap()}))
-    with pytest.raises(RequestError, match="could not be loaded"):
+    with pytest.raises(RequestError, match=r"diffusion_pytorch_model\.bin: is damaged or no file of weights"):
         load(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -1,0 +1,103 @@
+"""The masked optimizer's update for CPUs, compiled by numba: the same operations as in ``optim``, in one pass.
+
+In torch, picking half of the weights out of a vector and putting them back takes several times as long as the update
+itself. Here a block of weights goes through all of it while it is in the processor's cache. Nothing is contracted or
+reordered, so every operation rounds as torch's do.
+
+In both functions ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit. The
+salient ones among the weights from ``first``, a multiple of 8, to ``last`` are updated; ``place`` counts the salient
+weights before ``first``, and ``mean`` and ``square`` hold the moments of all salient weights in order. ``numbers`` are
+those of ``optim.Numbers``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+_BLOCK = 4096
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def update(
+    weights: Any, gradient: Any, mean: Any, square: Any, bits: Any, first: int, last: int, place: int, numbers: Any
+) -> None:
+    """Update weights whose moments are float32."""
+    where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    for start in range(first, last, _BLOCK):
+        n = _find(bits, start, min(start + _BLOCK, last), where)
+        _gather(weights, gradient, where, n, own, slope)
+        _adam(own, slope, mean[place : place + n], square[place : place + n], n, numbers)
+        _scatter(weights, where, n, own)
+        place += n
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def update_narrow(
+    weights: Any,
+    gradient: Any,
+    mean: Any,
+    square: Any,
+    bits: Any,
+    first: int,
+    last: int,
+    place: int,
+    numbers: Any,
+    seed: Any,
+) -> None:
+    """Update weights whose moments are bfloat16, given as uint16 and rounded at random by a hash of place and seed."""
+    where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    mean_bits, square_bits = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    for start in range(first, last, _BLOCK):
+        n = _find(bits, start, min(start + _BLOCK, last), where)
+        _gather(weights, gradient, where, n, own, slope)
+        for i in range(n):
+            mean_bits[i] = np.uint32(mean[place + i]) << np.uint32(16)
+            square_bits[i] = np.uint32(square[place + i]) << np.uint32(16)
+        _adam(own, slope, mean_bits.view(np.float32), square_bits.view(np.float32), n, numbers)
+        for i in range(n):
+            noise = np.uint32((np.uint32(place + i) ^ seed) * np.uint32(0x9E3779B1))
+            noise = np.uint32((noise ^ (noise >> np.uint32(15))) * np.uint32(0x85EBCA77))
+            noise = noise ^ (noise >> np.uint32(13))
+            mean[place + i] = (mean_bits[i] + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
+            square[place + i] = (square_bits[i] + (noise >> np.uint32(16))) >> np.uint32(16)
+        _scatter(weights, where, n, own)
+        place += n
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _find(bits: Any, start: int, stop: int, where: Any) -> int:
+    """Write the places of the salient weights to ``where`` and return how many there are."""
+    n = 0
+    for byte in range(start >> 3, (stop + 7) >> 3):
+        for k in range(8):
+            where[n] = (byte << 3) + k
+            n += (bits[byte] >> (7 - k)) & 1
+    return n
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _gather(weights: Any, gradient: Any, where: Any, n: int, own: Any, slope: Any) -> None:
+    for i in range(n):
+        own[i] = weights[where[i]]
+        slope[i] = gradient[where[i]]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _scatter(weights: Any, where: Any, n: int, own: Any) -> None:
+    for i in range(n):
+        weights[where[i]] = own[i]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _adam(weights: Any, gradient: Any, mean: Any, square: Any, n: int, numbers: Any) -> None:
+    beta1, rest1, beta2, rest2, rate, root, eps, scale, decay, shrink = numbers
+    for i in range(n):
+        g = gradient[i] * scale + weights[i] * decay
+        m = mean[i] * beta1 + g * rest1
+        v = square[i] * beta2 + g * g * rest2
+        mean[i] = m
+        square[i] = v
+        weights[i] = weights[i] * shrink - m * rate / (np.sqrt(v) * root + eps)

@@ -1,0 +1,76 @@
+"""What the command shows: tables, JSON and reports on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from erase_concept.recipe import Recipe
+
+
+def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
+    """Print what a recipe would do: its settings in full and the folder, in YAML or JSON."""
+    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out)}
+    if json_:
+        print_json(plan)
+    else:
+        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
+
+
+def print_report(report: dict[str, Any], out: Path, json_: bool) -> None:
+    """Print the scores of a report, given as it stands in report.json."""
+    if json_:
+        print_json(report)
+        return
+    rows = [
+        [
+            score["metric"],
+            "" if score["baseline"] is None else f"{score['baseline']:.3f}",
+            f"{score['value']:.3f}",
+            f"{score['ci95'][0]:.3f} to {score['ci95'][1]:.3f}",
+            str(score["n"]),
+        ]
+        for score in report["scores"]
+    ]
+    print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
+    typer.echo(f"Report: {out / 'report.html'}")
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table; what is in its cells is text, never markup."""
+    table = Table(title=Text(title), title_justify="left", show_header=any(header))
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, and what JSON does not know as text."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def bar() -> Progress:
+    """Return a progress bar for stderr, which is gone when its work is done."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def progress(items: Iterable[Any], text: str, total: int) -> Iterator[Any]:
+    """Give the items on, with a progress bar that counts them."""
+    with bar() as shown:
+        task = shown.add_task(text, total=total)
+        for item in items:
+            shown.advance(task)
+            yield item
