@@ -11,7 +11,7 @@ FAST := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[eval,imagenet,train,dev]'
+	$(BIN)/pip install --quiet -e '.[eval,imagenet,train,cpu,8bit,dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
@@ -35,8 +35,8 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
 
-bench: $(VENV)/installed  ## measure what the defaults erase and what they keep (some 35 minutes on two cores)
-	$(FAST) $(BIN)/python benchmarks/erasing.py --out runs/erasing
+bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (an hour on two cores)
+	$(BIN)/python benchmarks/run.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette

@@ -4,8 +4,9 @@
     python benchmarks/erasing.py --masks salient none random least-salient --seeds 0               the controls
 
 Every cell (concept, mask, seed) is a run of the ordinary command, in a folder of its own, and its report stays there;
-killed and started again, the grid goes on with the first cell that has none. Prints a Markdown table and writes
-``erasing.json`` beside the cells. A cell takes over a minute on two cores; the settings of ``make bench`` help.
+killed and started again, the grid goes on with the first cell that has none. Prints a JSON list of {name, value, unit,
+baseline, ratio, bar, holds}, and on stderr a Markdown table, and writes ``erasing.json`` beside the cells. A cell takes
+over a minute on two cores.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from statistics import mean
 from typing import Any
 
 import yaml
+from full_size import row
 
 from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.report import Report, read_report
@@ -116,6 +118,19 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rows(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results as lines of {name, value, unit, baseline, ratio, bar, holds}."""
+    lines = []
+    for name, found in results.items():
+        bars, held = BARS[name.split("/")[0]], holds(name.split("/")[0], found)
+        for metric in ("ua", "ira", "cra"):
+            value, base = found[metric]["value"], found[metric]["base"]
+            bar = f">= {bars[metric]:g}" + ("" if metric == "ua" else " of the base's")
+            line = row(f"{name} {metric}", value, "fraction", base, bar, holds=held[metric])
+            lines.append(line | {"ratio": found[metric]["kept"]})  # of a base that is 0, UA has none
+    return lines
+
+
 def main() -> None:
     """Run the grid."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -136,7 +151,8 @@ def main() -> None:
     results = {name: summary(cells) for name, cells in sorted(groups.items(), reverse=False)}
     checked = {name: {**found, "holds": holds(name.split("/")[0], found)} for name, found in results.items()}
     (args.out / "erasing.json").write_text(json.dumps(checked, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    print(table(results), file=sys.stderr)
+    print(json.dumps(rows(results), indent=1))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 import yaml
 from diffusers import DDIMScheduler
@@ -33,6 +35,15 @@ from erase_concept.recipe import MEMORY
 from erase_concept.train import Record
 
 TOKENS = 77
+# The Makefile's settings, for speed: memory that was had is kept.
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
@@ -146,7 +157,7 @@ def ours(args: argparse.Namespace) -> Iterator[float]:
     )
     settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
     bits = {
-        name: torch.randint(0, 256, (-(-p.numel() // 8),), dtype=torch.uint8)
+        name: torch.from_numpy(np.packbits(torch.randint(0, 2, (p.numel(),), dtype=torch.uint8).numpy()))
         for name, p in whole.unet.named_parameters()
     }
     mask = Mask(bits, {name: tuple(p.shape) for name, p in whole.unet.named_parameters()})
@@ -163,15 +174,19 @@ FLOWS = {flow.__name__: flow for flow in (bare, published, ours)}
 def measured(flow: str, *, fast: bool, **options: Any) -> dict[str, Any]:
     """Run a flow in a new process: ``seconds`` of each step but the first, ``peak`` and ``before`` in GiB.
 
-    ``fast`` sets the allocator as the Makefile does for speed; without it the memory is what a plain process takes.
+    ``fast`` sets the allocator as the Makefile does; without it the memory is what a plain process takes.
     """
     command = [sys.executable, __file__, flow, *(f"--{key}={value}" for key, value in options.items())]
-    names = ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
-    values = ("1", "0", "8589934592", "268435456", "glibc.malloc.hugetlb=1")
-    plain = {key: value for key, value in os.environ.items() if key not in (*names, "THP_MEM_ALLOC_ENABLE")}
-    chosen = dict(zip(names, values, strict=True)) | {"THP_MEM_ALLOC_ENABLE": "1"} if fast else {}
-    done = subprocess.run(command, env=plain | chosen, stdout=subprocess.PIPE, check=True, text=True)
+    plain = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    environment = plain | (ALLOCATOR if fast else {})
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(name: str, value: float, unit: str, baseline: float, bar: str = "", *, holds: bool = True) -> dict[str, Any]:
+    """Return a line of a benchmark's results; one without a bar holds."""
+    line = {"name": name, "value": value, "unit": unit, "baseline": baseline, "ratio": value / baseline}
+    return line | {"bar": bar, "holds": holds}
 
 
 def main() -> None:
@@ -185,9 +200,10 @@ def main() -> None:
     parser.add_argument("--memory", default="fast", choices=MEMORY)
     args = parser.parse_args()
     torch.manual_seed(0)
+    before = psutil.Process().memory_info().rss / 2**30
     seconds = list(FLOWS[args.flow](args))[1:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "before": before}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -97,15 +98,32 @@ def erase(
     forget_images: Annotated[Path | None, typer.Option(help="Folder of images of the concept.")] = None,
     retain_images: Annotated[Path | None, typer.Option(help="Folder of images of what is to stay.")] = None,
     ema: Annotated[bool | None, _EMA] = None,
+    memory: Annotated[
+        str, typer.Option(help="fast, balanced or low: how much memory the run may take, for more time.")
+    ] = "fast",
     seed: SeedOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, and what it would take, and stop.")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Erase a concept from a model: a run folder with the erased pipeline in it."""
     from erase_concept.terminal import print_json, print_plan
 
     recipe = _recipe(
-        model, concept, method, preset, mask, sparsity, set_, recipe_file, seed, forget_images, retain_images, ema
+        model,
+        concept,
+        method,
+        preset,
+        mask,
+        sparsity,
+        set_,
+        recipe_file,
+        seed,
+        forget_images,
+        retain_images,
+        ema,
+        memory,
     )
     if dry_run:
         print_plan(recipe, out, json_)
@@ -397,6 +415,7 @@ def _recipe(
     forget_images: Path | None,
     retain_images: Path | None,
     ema: bool | None = None,
+    memory: str = "fast",
 ) -> Recipe:
     """Lay the options over the recipe file, and both over the preset."""
     from erase_concept.recipe import merge, read_recipe, recipe_for
@@ -423,7 +442,7 @@ def _recipe(
     values.pop("model", None)
     if wanted is None:
         raise RequestError("--concept", "(not given)", "needed, here or in the recipe")
-    recipe = recipe_for(model, wanted, preset_name=preset, **values)
+    recipe = recipe_for(model, wanted, preset_name=preset, memory=memory, **values)
     recipe.config()
     return recipe
 
@@ -482,19 +501,26 @@ def _evaluate(
 
 def main() -> None:
     """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr."""
+    # Where it is installed, diffusers imports it, and it tells of what it lacks for things that we do not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except RequestError as problem:
         _fail(problem, 2)
-    except (EraseError, OSError, MemoryError) as problem:
+    except (EraseError, OSError) as problem:
         _fail(problem, 1)
     except Exception as problem:
         # The command line parser's own errors, whose class depends on the version of typer.
-        if not hasattr(problem, "format_message"):
+        if hasattr(problem, "format_message"):
+            _fail(problem, 2)
+        from erase_concept.pipelines.from_single_file import out_of_memory
+
+        if not out_of_memory(problem):
             raise
-        _fail(problem, 2)
+        advice = "a lower --memory or smaller batches may help, and 'erase --dry-run' tells what to expect"
+        _fail(EraseError(f"there is too little memory: {advice}"), 1)
     if code == 130:
         print("erase-concept: interrupted; the same command goes on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

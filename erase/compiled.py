@@ -17,7 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 
-_BLOCK = 4096
+_BLOCK = 1024  # weights: with their gradients and moments they fit into the first cache
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

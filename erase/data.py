@@ -130,14 +130,20 @@ def make_data(
     steps: int,
     guidance: float,
     seed: int,
+    size: int | None = None,
     forget_images: Path | None = None,
     retain_images: Path | None = None,
 ) -> ForgetRetain:
-    """Make the data: rows sampled in ``steps`` steps, or all images of the given folders.
+    """Make the data: rows sampled in ``steps`` steps, or all images of the given folders, ``size`` pixels a side.
 
     The prompts take turns in an order drawn from the seed; an image gets prompts about what it shows. Raises
-    RequestError when a folder has no images or not in the order that ``image_files`` asks for.
+    RequestError when a folder has no images or not in the order that ``image_files`` asks for, or the UNet cannot halve
+    images of that size as often as it must.
     """
+    size = size or model.size
+    unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    if size % unit:
+        raise RequestError("data.size", size, f"must be a multiple of {unit}")
     embedded = {
         "forget": _embed(model, concept.forget_prompts),
         "remap": torch.stack([_embed(model, concept.remapped_to(name)) for name in _remap_names(concept)]),
@@ -155,7 +161,7 @@ def make_data(
         if folder is None:
             which = draw(len(sources[part]), count, order)
             seeds = [stage_seed(seed, part, row) for row in range(count)]
-            latents = _sample(model, sources[part][which], embedded["empty"], seeds, guidance, steps)
+            latents = _sample(model, sources[part][which], embedded["empty"], seeds, guidance, steps, size)
         else:
             files = image_files(folder, concept, part=part)
             all_prompts = concept.forget_prompts if part == "forget" else concept.retain_prompts
@@ -164,7 +170,7 @@ def make_data(
                 rows = [row for row, other in enumerate(files.values()) if other == name]
                 own = torch.tensor([all_prompts.index(prompt) for prompt in concept.prompts_for(name)])
                 which[rows] = own[draw(len(own), len(rows), order)]
-            latents = _encode(model, list(files), stage_generator(seed, part, "posterior"))
+            latents = _encode(model, list(files), stage_generator(seed, part, "posterior"), size)
         parts |= {f"{part}_latents": latents, f"{part}_which": which}
     return ForgetRetain(**parts, **embedded)
 
@@ -178,17 +184,16 @@ def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
 
 
 def _sample(
-    model: Diffusion, embeddings: Tensor, empty: Tensor, seeds: list[int], guidance: float, steps: int
+    model: Diffusion, embeddings: Tensor, empty: Tensor, seeds: list[int], guidance: float, steps: int, size: int
 ) -> Tensor:
     """Sample latents, which are the data as they are: decoding them to images and back would only blur them."""
-    side = model.size // model.factor
+    side = size // model.factor
     parts = [torch.empty(0, model.unet.config.in_channels, side, side)]
     for i in range(0, len(seeds), _BATCH):
         batch = seeds[i : i + _BATCH]
-        rows = embeddings[i : i + _BATCH].to(model.device)
-        parts.append(
-            sample_latents(model, rows, empty.to(model.device), batch, [guidance] * len(batch), steps=steps).cpu()
-        )
+        rows = (embeddings[i : i + _BATCH].to(model.device), empty.to(model.device))
+        scales = [guidance] * len(batch)
+        parts.append(sample_latents(model, *rows, batch, scales, steps=steps, height=size, width=size).cpu())
     return torch.cat(parts)
 
 
@@ -221,11 +226,11 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
 
 
-def _encode(model: Diffusion, files: list[Path], generator: torch.Generator) -> Tensor:
+def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, size: int) -> Tensor:
     """Encode image files to latents, a batch in memory at a time."""
     parts = []
     for i in range(0, len(files), _BATCH):
-        images = torch.stack([_read(file, model.size) for file in files[i : i + _BATCH]])
+        images = torch.stack([_read(file, size) for file in files[i : i + _BATCH]])
         parts.append(model.encode_images(images, generator).cpu())
     return torch.cat(parts)
 

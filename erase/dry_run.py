@@ -1,17 +1,19 @@
 """What a run will take before it is begun: memory and time, from a model's configuration alone.
 
-The step is carried out on tensors without data, by the very UNet, while the bytes that live at once and the operations
-are counted. Nothing is downloaded or allocated; a full-size model takes some seconds.
+A step is carried out on tensors without data, by the very UNet, while the bytes that live at once and the operations
+are counted. No weights are read; a full-size model takes some seconds.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,11 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from erase_concept.optim import STATE_BYTES, TOGETHER
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.pipelines.from_single_file import MAKES
-from erase_concept.recipe import MaskRecipe
+from erase_concept.pipelines.load import configs
+from erase_concept.recipe import MaskRecipe, Recipe
 from erase_concept.train import Training
 
 GIB = 2**30
 _TOKENS = 77
+_CONTEXT = 600 << 20  # what CUDA takes for itself
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,30 @@ def predict_saliency(make: dict[str, Any], settings: MaskRecipe, *, size: int | 
         {"weights": weights, "sums": sums, "activations": peak, "gradients": largest, "workspace": 3 * largest},
         operations,
     )
+
+
+def expect(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe's mask and each step of its training are expected to take: GiB at most, and seconds.
+
+    Memory is that of the process on a CPU, and of the device on another. Seconds are the operations over what the
+    device is measured to do: good for a plan, not for a bar.
+    """
+    make, settings, device = configs(recipe.model), recipe.config(), PartialState().device
+    density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
+    size = recipe.data.size
+    stages = {"step": predict_step(make, settings, density, size=size)}
+    if recipe.mask.kind in ("salient", "least-salient"):
+        stages["mask, each batch"] = predict_saliency(make, recipe.mask, size=size)
+    process = psutil.Process().memory_info().rss if device.type == "cpu" else _CONTEXT
+    speed = operations_per_second(device)
+    return {
+        name: {
+            "peak_gib": round((stage.peak + process) / GIB, 2),
+            "seconds": round(stage.operations / speed, 1),
+            "of_which_gib": {part: round(size / GIB, 2) for part, size in (stage.bytes | {"process": process}).items()},
+        }
+        for name, stage in stages.items()
+    }
 
 
 def operations_per_second(device: torch.device) -> float:
@@ -166,8 +194,3 @@ class _Living(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
-
-
-def scaled(prediction: Prediction, **more: int) -> Prediction:
-    """Return a prediction with more bytes in it, by what they are for."""
-    return replace(prediction, bytes=prediction.bytes | more)

@@ -121,8 +121,11 @@ class Mask:
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as problem:
             raise RequestError(argument, file, f"not a readable mask: {problem}") from None
         for name, shape in shapes.items():
-            if bits[name].dtype != torch.uint8 or bits[name].numel() != -(-int(np.prod(shape)) // 8):
+            weights = int(np.prod(shape))
+            if bits[name].dtype != torch.uint8 or bits[name].numel() != -(-weights // 8):
                 raise RequestError(argument, file, f"damaged: {name} does not hold one bit per weight")
+            if weights % 8 and int(bits[name][-1]) & (0xFF >> weights % 8):
+                raise RequestError(argument, file, f"damaged: {name} has bits behind its last weight")
         return cls(bits, shapes, metadata)
 
 

@@ -25,7 +25,7 @@ _BLOCK = 256  # salient weights that share a scale in the 8-bit state
 _PIECE = 1 << 20  # weights that one thread updates at a time
 # Gradients that wait to be updated together. torch's threads go on spinning for a moment after each of its own
 # operations, in the way of ours: so we let them come to rest now and then, not for each parameter.
-TOGETHER = 64 << 20
+TOGETHER = 128 << 20
 
 
 class Numbers(NamedTuple):
@@ -135,15 +135,18 @@ class MaskedOptimizer:
         for key, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"weights must be fp32 to be trained, and {key} is {parameter.dtype}")
-            full = np.packbits(np.ones(parameter.numel(), bool)) if mask is None else mask.bits[key].numpy()
-            counts = np.unpackbits(full, count=parameter.numel())
-            count = int(counts.sum(dtype=np.int64))
+            if mask is None:
+                chosen = np.ones(parameter.numel(), np.uint8)
+            else:
+                chosen = np.unpackbits(mask.bits[key].numpy(), count=parameter.numel())
+            count = int(chosen.sum(dtype=np.int64))
             parameter.requires_grad_(count > 0)
             if count:
-                pieces = _pieces(counts)
-                bits, seed = torch.from_numpy(full).to(parameter.device), zlib.crc32(key.encode())
-                moments = (_zeros(count, state, parameter.device, signed=signed) for signed in (True, False))
-                self.salient[key] = _Salient(parameter, bits, count, *moments, pieces, seed)
+                pieces, seed = _pieces(chosen), zlib.crc32(key.encode())
+                # Packed anew, so that whatever stood behind the last weight is zero: the compiled update relies on it.
+                bits = torch.from_numpy(np.packbits(chosen)).to(parameter.device)
+                mean, square = (_zeros(count, state, parameter.device, signed=signed) for signed in (True, False))
+                self.salient[key] = _Salient(parameter, bits, count, mean, square, pieces, seed)
         if not self.salient:
             raise ValueError("the mask allows no weight to change")
 
@@ -182,7 +185,7 @@ class MaskedOptimizer:
         ready = [one for one in self.salient.values() if one.parameter.grad is not None]
         scale = 1.0
         if self.max_grad_norm is not None:
-            parts = [one.parameter.grad.view(-1)[one.where()] for one in ready]
+            parts = [_flat(one)[1][one.where()] for one in ready]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
             scale = min(1.0, self.max_grad_norm / (float(norm) + 1e-6))
         self._update(ready, scale)
@@ -293,14 +296,14 @@ def _together(work: Sequence[Callable[[], None]]) -> None:
 
 def _compiled(one: _Salient, moments: tuple[Tensor, Tensor], numbers: Numbers, seed: int) -> list[Callable[[], None]]:
     """Return the compiled update of each piece."""
-    from erase_concept.compiled import update, update_narrow
+    from erase_concept import compiled
 
     narrow = moments[0].dtype == torch.bfloat16
+    function: Any = compiled.update_narrow if narrow else compiled.update
     given = [m.view(torch.uint16) if narrow else m for m in moments]
     arrays = [tensor.numpy() for tensor in (*_flat(one), *given, one.bits)]
-    if narrow:
-        return [partial(update_narrow, *arrays, *piece, numbers, np.uint32(seed)) for piece in one.pieces]
-    return [partial(update, *arrays, *piece, numbers) for piece in one.pieces]
+    more = (np.uint32(seed),) if narrow else ()
+    return [partial(function, *arrays, *piece, numbers, *more) for piece in one.pieces]
 
 
 def _flat(one: _Salient) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ class DataRecipe(_Part):
     anchor: int = Field(0, ge=0)  # rows that show the anchor, for the forget term; the reference has none
     steps: int = Field(25, ge=1)
     guidance: float = Field(7.5, ge=0)
+    size: int | None = Field(None, ge=1)  # pixels a side, by default the model's; smaller takes less memory
     forget_images: Path | None = None
     retain_images: Path | None = None
 
@@ -144,9 +145,12 @@ def preset(name: str, model: str, kind: str) -> dict[str, Any]:
     return values.get(kind) or values["any"]
 
 
-def recipe_for(model: str, what: str | dict[str, Any], *, preset_name: str = "default", **values: Any) -> Recipe:
+def recipe_for(
+    model: str, what: str | dict[str, Any], *, preset_name: str = "default", memory: str = "fast", **values: Any
+) -> Recipe:
     """Return the recipe for erasing a concept from a model: the preset, with the given values laid over it.
 
+    ``memory`` is fast, balanced or low: how much of it the run may take, for more time.
     ``what`` is a concept's key, the path of a YAML file that describes one, or such a description as a mapping.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
     """
@@ -156,7 +160,9 @@ def recipe_for(model: str, what: str | dict[str, Any], *, preset_name: str = "de
         if isinstance(problem, RequestError):
             raise
         raise RequestError("concept", what, str(problem)) from None
-    start = preset(preset_name, model, found.kind)
+    if memory not in MEMORY:
+        raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
+    start = merge(preset(preset_name, model, found.kind), MEMORY[memory])
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
     # A preset's settings are SalUn's; another method takes those that it has too.
     given = values.get("settings", {})

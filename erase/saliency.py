@@ -25,8 +25,10 @@ def accumulate(
     """
     parameters = dict(module.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
-    where = {"device": "cpu"} if offload else {}
-    sums = {name: torch.zeros_like(p, dtype=torch.float32, **where) for name, p in parameters.items()}
+    sums = {
+        name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if offload else p.device)
+        for name, p in parameters.items()
+    }
 
     def collect(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:

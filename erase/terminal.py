@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
-    """Print what a recipe would do: its settings in full and the folder, in YAML or JSON."""
-    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out)}
+    """Print what a recipe would do, its settings in full, the folder, and what it would take, in YAML or JSON."""
+    from erase_concept.dry_run import expect
+
+    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out), "expected": expect(recipe)}
     if json_:
         print_json(plan)
     else:

@@ -51,9 +51,9 @@ def load_parts(file: Path, *, ema: bool = True) -> dict[str, Any]:
     tensors, about = read(file)
     family = family_of(file, tensors)
     beside = file.with_suffix("")
-    makes = yaml.safe_load((Path(__file__).parent / "families.yaml").read_text(encoding="utf-8"))
+    makes = _makes()
     told = about.get("modelspec.prediction_type", "")
-    configs = _configs(beside) or makes["sd2-v" if family == "sd2" and told.startswith("v") else family]
+    configs = make_up(beside) or makes["sd2-v" if family == "sd2" and told.startswith("v") else family]
     configs["unet"] |= _seen(tensors)
     if ema:
         tensors |= {key: tensors[ema_key(key)] for key in tensors if ema_key(key) in tensors}
@@ -178,8 +178,15 @@ def _seen(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found
 
 
-def _configs(folder: Path) -> dict[str, Any]:
-    """Return the configurations of the diffusers folder that bears the file's name, or nothing."""
+def _makes() -> dict[str, Any]:
+    return yaml.safe_load((Path(__file__).parent / "families.yaml").read_text(encoding="utf-8"))
+
+
+def make_up(path: Path) -> dict[str, Any]:
+    """Return the configurations of a model's parts: a diffusers folder's, or a file's; nothing where there is none."""
+    if path.is_file():
+        return make_up(path.with_suffix("")) or _makes()[family_of(path, read(path)[0])]
+    folder = path
     if not (folder / "model_index.json").is_file():
         return {}
     index = read_json(folder / "model_index.json")

@@ -20,7 +20,16 @@ from transformers.utils import logging as transformers_logging
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.diffusion import Diffusion, check_fit, dtype_names
-from erase_concept.pipelines.from_single_file import MAKES, SUFFIXES, WORDS, load_parts, out_of_memory, read, read_json
+from erase_concept.pipelines.from_single_file import (
+    MAKES,
+    SUFFIXES,
+    WORDS,
+    load_parts,
+    make_up,
+    out_of_memory,
+    read,
+    read_json,
+)
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -51,9 +60,7 @@ def load(
     or its parts do not fit each other: a model that loads only in part is not a model. Raises EraseError when there is
     too little memory for it.
     """
-    path = BUILTIN.get(str(model), Path(model))
-    if (path / "run.json").is_file():
-        path /= "pipeline"
+    path = _path(model)
     try:
         with quiet():
             parts = load_parts(path, ema=ema) if path.is_file() else _load_pipeline(path, str(model))
@@ -69,14 +76,37 @@ def load(
     return Diffusion(**parts, source=str(model))
 
 
+def configs(model: str | Path) -> dict[str, Any]:
+    """Return the configurations of a model's parts by diffusers' names, without loading any weights.
+
+    Raises RequestError when there is no such model, or it is on the hub and not in its cache.
+    """
+    path = _path(model)
+    if not path.is_file():
+        path = _folder(path, str(model))
+        _part_names(path, str(model))
+    return make_up(path)
+
+
+def _path(model: str | Path) -> Path:
+    path = BUILTIN.get(str(model), Path(model))
+    return path / "pipeline" if (path / "run.json").is_file() else path
+
+
+def _folder(path: Path, name: str) -> Path:
+    """Return the folder of a model, or of a hub id's, which is downloaded into the hub's cache."""
+    if path.is_dir():
+        return path
+    if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
+        allowed = f"a diffusers folder, a {' or '.join(SUFFIXES)} file, a run folder, a hub id (owner/name), or "
+        allowed += ", ".join(BUILTIN)
+        raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
+    return _download(name)
+
+
 def _load_pipeline(path: Path, name: str) -> dict[str, Any]:
-    """Return the parts of a folder's model, or of a hub id's, which is downloaded into the hub's cache."""
-    if not path.is_dir():
-        if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
-            allowed = f"a diffusers folder, a {' or '.join(SUFFIXES)} file, a run folder, a hub id (owner/name), or "
-            allowed += ", ".join(BUILTIN)
-            raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
-        path = _download(name)
+    """Return the parts of a folder's model, or of a hub id's."""
+    path = _folder(path, name)
     names = _part_names(path, name)
     xl = "text_encoder_2" in names
     weights = {part: _check_weights(path / part, name) for part in names if part in MAKES}

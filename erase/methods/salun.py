@@ -77,7 +77,7 @@ def salun(
 
     def teach(model: Diffusion, generator: torch.Generator) -> Tensors:
         forget, retain = rows(model, generator)
-        known = (remapped(model, forget),) if config.target == "base" else ()
+        known: Tensors = (remapped(model, forget),) if config.target == "base" else ()
         if config.retain_target == "base":
             known += (model.predict(retain.noisy, retain.timesteps, retain.embeddings),)
         return known

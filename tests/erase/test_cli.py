@@ -98,7 +98,29 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     code, out, _ = call(monkeypatch, capsys, "erase", "model", *options)
     plan = json.loads(out)
     assert (code, plan["settings"]["lr"], plan["mask"]["sparsity"]) == (0, 1e-4, 0.9)
+    step = plan["expected"]["step"]
+    assert step["peak_gib"] == pytest.approx(sum(step["of_which_gib"].values()), abs=0.05)
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_memory_presets_are_settings_that_others_overrule(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["erase", "model", "-c", "square.yaml", "-o", "run", "--dry-run", "--json", "--memory", "low"]
+    plan = json.loads(call(monkeypatch, capsys, *options)[1])
+    assert (plan["settings"]["state"], plan["settings"]["recompute"], plan["mask"]["offload"]) == ("8bit", True, True)
+    plan = json.loads(call(monkeypatch, capsys, *options, "-s", "state=bf16")[1])
+    assert (plan["settings"]["state"], plan["settings"]["recompute"]) == ("bf16", True)
+
+
+def test_too_little_memory_gets_one_line_and_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture of 2^19 pixels a side: torch's allocator refuses it at once."""
+    (folder / "p.csv").write_text("prompt,height,width\na,524288,524288\n")
+    code, _, err = call(monkeypatch, capsys, "sample", "model", "-p", "p.csv", "-o", "x", "--steps", "1")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "there is too little memory" in err
 
 
 def test_a_recipe_file_is_a_whole_request(
@@ -120,6 +142,7 @@ WRONG = {
     "no value": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lr"], "--set lr: must be KEY=VALUE"),
     "bad part": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "x.y=1"], "--set x.y=1: KEY is"),
     "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "mask.sparsity 2.0:"),
+    "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),
     "bad preset": (["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"], "--preset y: unknown preset"),
     "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
     "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),

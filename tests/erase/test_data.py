@@ -81,3 +81,11 @@ def test_bad_folders_are_named(tiny: Diffusion, square: Concept, tmp_path: Path)
     (tmp_path / "x.png").write_bytes(b"\x89PNG but not really")
     with pytest.raises(RequestError, match=r"x\.png: not readable"):
         make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+
+
+def test_data_of_another_size(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
+    data = make_data(tiny, square, forget=2, retain=3, steps=1, guidance=2.0, seed=1, size=8, forget_images=tmp_path)
+    assert (data.forget_latents.shape, data.retain_latents.shape) == ((1, 4, 4, 4), (3, 4, 4, 4))
+    with pytest.raises(RequestError, match=r"data.size 10: must be a multiple of 4"):
+        make_data(tiny, square, forget=2, retain=3, steps=1, guidance=2.0, seed=1, size=10)

@@ -167,3 +167,10 @@ def test_layers_add_up() -> None:
     layers = mask.layers()
     assert sum(ones for ones, _ in layers.values()) == 40
     assert {name: weights for name, (_, weights) in layers.items()} == {"a": 35, "b": 13, "c": 66}
+
+
+def test_bits_behind_the_last_weight_are_damage(tmp_path: Path) -> None:
+    file = tmp_path / "mask.safetensors"
+    Mask({"w": torch.tensor([0b10100001], dtype=torch.uint8)}, {"w": (3,)}).save(file)
+    with pytest.raises(RequestError, match="w has bits behind its last weight"):
+        Mask.load(file)

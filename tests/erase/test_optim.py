@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from erase_concept import mask as masks
+from erase_concept import optim
 from erase_concept.errors import RequestError
 from erase_concept.mask import Mask, top_k
 from erase_concept.optim import MaskedOptimizer
@@ -119,6 +121,127 @@ def test_parameters_without_salient_weights_ask_for_no_gradient() -> None:
     scores["2.weight"] += 1
     MaskedOptimizer(net, top_k(scores, 10), lr=0.1)
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"2.weight"}
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "plain"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the update is numba's or torch's."""
+    if request.param:
+        pytest.importorskip("numba", reason="the compiled update needs numba")
+    monkeypatch.setattr(optim, "_COMPILED", request.param)
+    return request.param
+
+
+def trained(settings: dict[str, Any], *, in_backward: bool) -> list[torch.Tensor]:
+    """Return the weights after five steps; the second layer is too wide for one piece of work."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 4 * 4, 30_001))
+    masked = MaskedOptimizer(net, masks.random(net, 0.5, seed=1), lr=0.01, **settings)
+    for step in range(5):
+        if in_backward:
+            with masked.in_backward():
+                loss_of(net, step).backward()
+        else:
+            loss_of(net, step).backward()
+            masked.step()
+    assert all(p.grad is None for p in net.parameters())
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "8bit"])
+def test_a_step_inside_the_backward_pass_gives_the_same_bits(
+    state: str, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if state == "8bit":
+        pytest.importorskip("bitsandbytes", reason="8-bit state needs bitsandbytes")
+    settings = {"name": name, "state": state, "weight_decay": 0.1}
+    after = trained(settings, in_backward=False)
+    for together in (0, 64 << 20):
+        monkeypatch.setattr(optim, "TOGETHER", together)
+        lean = trained(settings, in_backward=True)
+        assert all(torch.equal(p, q) for p, q in zip(after, lean, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_the_compiled_update_gives_torchs_bits(state: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the compiled update needs numba")
+    settings = {"name": name, "state": state, "weight_decay": 0.1}
+    both = []
+    for compiled in (True, False):
+        monkeypatch.setattr(optim, "_COMPILED", compiled)
+        both.append(trained(settings, in_backward=False))
+    assert all(torch.equal(p, q) for p, q in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize(("state", "near"), [("bf16", 0.02), ("8bit", 0.05)])
+def test_narrow_state_stays_near_the_exact_one(state: str, near: float, compiled: bool) -> None:
+    if state == "8bit":
+        pytest.importorskip("bitsandbytes", reason="8-bit state needs bitsandbytes")
+    start = [p.detach().clone() for p in trained({"name": "adam", "state": "fp32"}, in_backward=False)]
+    rough = trained({"name": "adam", "state": state}, in_backward=False)
+    # Adam's step is of the size of lr whatever the gradient: five of them move a weight by 0.05 at most.
+    apart = torch.cat([(p - q).abs().flatten() for p, q in zip(start, rough, strict=True)])
+    assert 0 < apart.mean() < near * 0.05
+
+
+def test_bf16_state_is_rounded_without_a_bias() -> None:
+    value = torch.full((200_000,), 1 + 2**-10)  # an eighth of the way from 1 to the next bfloat16
+    rounded = optim._rounded(value, optim._noise(len(value), 7, value.device) & 0xFFFF).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}
+    assert (rounded > 1).float().mean() == pytest.approx(1 / 8, abs=0.005)
+
+
+def test_a_slow_mean_of_squares_moves_in_bf16() -> None:
+    """Rounded to the nearest, an average that changes by a thousandth of itself would stand still for ever."""
+    weight = nn.Linear(1000, 1, bias=False)
+    masked = MaskedOptimizer(weight, None, lr=0.0, state="bf16")
+    for size, steps in ((1.0, 50), (0.1, 300)):
+        for _ in range(steps):
+            weight.weight.grad = torch.full_like(weight.weight, size)
+            masked.step()
+    expected = (1 - 0.999**50) * 0.999**300 + 0.01 * (1 - 0.999**300)
+    assert masked.state()["square.weight"].float().mean() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_narrow_state_goes_on_bit_for_bit(state: str) -> None:
+    if state == "8bit":
+        pytest.importorskip("bitsandbytes", reason="8-bit state needs bitsandbytes")
+    nets = [module(), module()]
+    mask = masks.random(nets[0], 0.4, seed=1)
+    first, second = (MaskedOptimizer(net, mask, lr=0.1, state=state) for net in nets)
+    for step in range(2):
+        loss_of(nets[0], step).backward()
+        first.step()
+    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    for net, masked in zip(nets, (first, second), strict=True):
+        loss_of(net, 2).backward()
+        masked.step()
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_bits_behind_the_last_weight_do_not_count() -> None:
+    """The compiled update would write past the end of its arrays."""
+    net = nn.Linear(3, 3, bias=False)
+    mask = Mask({"weight": torch.tensor([0b10000000, 0b01111111], dtype=torch.uint8)}, {"weight": (3, 3)})
+    masked = MaskedOptimizer(net, mask, lr=0.1)
+    before = net.weight.detach().clone()
+    net(torch.ones(1, 3)).sum().backward()
+    masked.step()
+    assert (net.weight != before).view(-1).tolist() == [True] + [False] * 8
+
+
+def test_the_step_inside_the_backward_pass_cannot_clip() -> None:
+    masked = MaskedOptimizer(module(), None, lr=0.1, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="norm"), masked.in_backward():
+        pass
+
+
+def test_refuses_weights_that_are_not_fp32() -> None:
+    with pytest.raises(ValueError, match="must be fp32"):
+        MaskedOptimizer(module().half(), None, lr=0.1)
 
 
 def test_refuses_an_empty_mask_and_one_of_another_model() -> None:

@@ -149,6 +149,31 @@ def test_bf16_is_for_the_arithmetic_alone(tiny: Diffusion, data: ForgetRetain) -
     assert torch.equal(*predictions)  # no autocast is left behind
 
 
+@pytest.mark.parametrize(("target", "guidance"), [("current", 0.0), ("base", 1.0)])
+def test_recomputed_activations_give_the_same_bits(
+    tiny: Diffusion, data: ForgetRetain, target: str, guidance: float
+) -> None:
+    config = SalUnConfig(steps=3, batch_size=2, lr=1e-3, target=target, guidance=guidance)
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    list(salun(tiny, data, mask, config, seed=7))
+    list(salun(other, data, mask, replace(config, recompute=True), seed=7))
+    state = other.unet.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in tiny.unet.state_dict().items())
+    assert not other.unet.is_gradient_checkpointing
+
+
+def test_clipping_far_above_the_norm_changes_no_bit(tiny: Diffusion, data: ForgetRetain) -> None:
+    """With a clip all gradients are kept until the backward pass is over: the plain path, beside the lean one."""
+    config = SalUnConfig(steps=3, batch_size=2, lr=1e-3)
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    list(salun(tiny, data, mask, config, seed=7))
+    list(salun(other, data, mask, replace(config, max_grad_norm=1e9), seed=7))
+    state = other.unet.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in tiny.unet.state_dict().items())
+
+
 def test_random_label_is_salun_without_a_mask(tiny: Diffusion, data: ForgetRetain) -> None:
     config = SalUnConfig(steps=2, batch_size=2, lr=1e-3)
     other = replace(tiny, unet=copy.deepcopy(tiny.unet))

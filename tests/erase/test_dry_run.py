@@ -1,0 +1,96 @@
+"""What a run is expected to take, against what its parts are and against a real step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from erase_concept.dry_run import predict_saliency, predict_step
+from erase_concept.methods.salun import SalUnConfig
+from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.load import configs
+from erase_concept.recipe import MaskRecipe
+
+
+@pytest.fixture(scope="module")
+def make() -> dict[str, Any]:
+    """Emojinette's configurations."""
+    return configs("emojinette")
+
+
+CONFIG = SalUnConfig(batch_size=2)
+
+
+def test_weights_and_state_are_counted(make: dict[str, Any]) -> None:
+    unet = UNet2DConditionModel.from_config(make["unet"])
+    weights = sum(p.numel() for p in unet.parameters())
+    expected = predict_step(make, CONFIG, 0.5).bytes
+    assert expected["weights"] == 4 * weights
+    for state, size in (("fp32", 8), ("bf16", 4)):
+        assert predict_step(make, replace(CONFIG, state=state), 0.25).bytes["optimizer"] == round(weights / 4 * size)
+    assert predict_step(make, replace(CONFIG, accumulation=2), 0.5).bytes["gradients"] == 4 * weights
+
+
+def test_operations_are_those_of_a_real_step(make: dict[str, Any]) -> None:
+    unet = UNet2DConditionModel.from_config(make["unet"])
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+
+    def rows(n: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(n, 4, side, side), torch.zeros(n, dtype=torch.int64), torch.randn(n, 77, width)
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            unet(*rows(2))
+        unet(*rows(4)).sample.square().mean().backward()
+    assert predict_step(make, CONFIG, 0.5).operations == counter.get_total_flops()
+
+
+def test_activations_are_what_autograd_saves(make: dict[str, Any]) -> None:
+    unet = UNet2DConditionModel.from_config(make["unet"])
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = unet(torch.randn(4, 4, side, side), torch.zeros(4, dtype=torch.int64), torch.randn(4, 77, width)).sample
+    expected = predict_step(make, CONFIG, 0.5).bytes["activations"]
+    assert out.requires_grad
+    # Beside what is saved, something is always being worked on.
+    assert sum(saved.values()) < expected < 1.3 * sum(saved.values())
+
+
+def test_recomputing_takes_less_memory_and_more_operations(make: dict[str, Any]) -> None:
+    plain, lean = (predict_step(make, replace(CONFIG, recompute=recompute), 0.5) for recompute in (False, True))
+    assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
+    assert 1.1 * plain.operations < lean.operations < 1.5 * plain.operations
+    plain, lean = (predict_saliency(make, MaskRecipe(recompute=recompute)) for recompute in (False, True))
+    assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
+
+
+def test_activations_grow_with_rows_and_pixels(make: dict[str, Any]) -> None:
+    one, four = (predict_step(make, replace(CONFIG, batch_size=n), 0.5).bytes["activations"] for n in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.05)
+    assert predict_step(make, replace(CONFIG, batch_size=1), 0.5, size=128).bytes["activations"] > 3 * one
+
+
+@pytest.mark.parametrize(("family", "millions"), [("sd1", 859.5), ("sd2", 865.9), ("sdxl", 2567.5)])
+def test_every_family_at_full_size(family: str, millions: float) -> None:
+    """No weights exist: 10 GB of them are predicted in seconds."""
+    text = (emojinette.MODEL.parents[1] / "families.yaml").read_text(encoding="utf-8")
+    expected = predict_step(yaml.safe_load(text)[family], SalUnConfig(batch_size=1, recompute=True), 0.5, size=256)
+    assert expected.bytes["weights"] / 4e6 == pytest.approx(millions, abs=0.1)
+    assert expected.peak == sum(expected.bytes.values())
+    assert math.isfinite(expected.operations)
