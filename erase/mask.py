@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
 
-_CHUNK = 1 << 22  # scores looked at together: bounds the memory above the scores to some 100 MB
+_CHUNK = 1 << 18  # scores looked at together: what is made of them stays in the cache, and needs no new pages
 _LOW_BITS = 16
 
 # Given one rank's counts int64 [m], return those of all ranks int64 [ranks, m], and this rank's place among them.
@@ -155,8 +155,8 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -
     total = int(exchange(torch.tensor([sum(s.numel() for s in scores.values())]))[0].sum())
     if not 0 <= k <= total:
         raise ValueError(f"k must be between 0 and {total}, not {k}")
-    high, above = _find(scores, k, exchange, lambda bits: bits >> _LOW_BITS, 1 << 15, check=True)
-    low, above = _find(
+    high, above, _ = _find(scores, k, exchange, lambda bits: bits >> _LOW_BITS, 1 << 15, check=True)
+    low, above, ties = _find(
         scores,
         k,
         exchange,
@@ -165,7 +165,6 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -
         already=above,
     )
     threshold = (high << _LOW_BITS) | low
-    ties = sum(int((bits == threshold).sum()) for s in scores.values() for bits in _patterns(s))
     all_ties, rank = exchange(torch.tensor([ties]))
     # Of the weights at the threshold, this many are taken here: what is left once earlier ranks took theirs.
     wanted = k - above - int(all_ties[:rank].sum())
@@ -198,8 +197,11 @@ def _find(
     *,
     already: int = 0,
     check: bool = False,
-) -> tuple[int, int]:
-    """Return the digit at which counting from the largest down reaches k, and how many scores lie above it."""
+) -> tuple[int, int, int]:
+    """Return the digit at which counting from the largest down reaches k, and how many scores lie above it.
+
+    And how many scores of this rank alone have it.
+    """
     counts = torch.zeros(size, dtype=torch.int64)
     infinity = 0x7F800000
     for name, score in scores.items():
@@ -207,12 +209,12 @@ def _find(
             if check and bool(((bits < 0) | (bits > infinity)).any()):
                 raise ValueError(f"scores must be numbers of at least 0, and {name} has others")
             counts += torch.bincount(digit(bits), minlength=size)
-    counts = exchange(counts)[0].sum(0)
+    own, counts = counts, exchange(counts)[0].sum(0)
     reached = already + counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(reached, k)) if k > already else 0
     place = min(place, size - 1)
     value = size - 1 - place
-    return value, int(reached[place]) - int(counts[value])
+    return value, int(reached[place]) - int(counts[value]), int(own[value])
 
 
 def random(model: nn.Module, density: float, seed: int) -> Mask:
