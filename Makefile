@@ -11,7 +11,7 @@ FAST := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[eval,imagenet,train,cpu,8bit,dev]'
+	$(BIN)/pip install --quiet -e '.[eval,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report

@@ -76,7 +76,7 @@ def demo(
     emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
-    report = _evaluate(str(out), None, None, out, seeds=2, batch_size=16)
+    report = _evaluate(str(out), None, None, out)
     print_report(report.to_dict(), out, json_)
 
 
@@ -202,10 +202,16 @@ def mask_info(
 @app.command()
 def sample(
     model: ModelArgument,
-    prompts: Annotated[str, typer.Option("--prompts", "-p", help="A CSV file or a built-in prompt set.")],
+    prompts: Annotated[
+        str, typer.Option("--prompts", "-p", help="A CSV file, a built-in prompt set or hub:OWNER/NAME.")
+    ],
     out: OutOption,
     steps: StepsOption = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Guidance scale of rows that name none.")] = 7.5,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="A scheduler of diffusers, such as DDIMScheduler. (default: DPM-Solver++ 2M)"),
+    ] = None,
     ema: Annotated[bool, _EMA] = True,
     batch_size: BatchOption = 16,
     json_: JsonOption = False,
@@ -218,7 +224,7 @@ def sample(
 
     found = find_prompts(prompts)
     loaded = load(model, ema=ema)
-    made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size)
+    made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler)
     count = sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows)))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count})
@@ -228,28 +234,99 @@ def sample(
 
 @app.command("eval")
 def evaluate(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|DIR", help="A model as everywhere, a run folder, or a folder of images."),
+    ],
     out: OutOption,
-    benchmark: Annotated[str, typer.Option("--benchmark", "-b", help="See 'list benchmarks'.")] = "emojinette",
+    benchmark: Annotated[
+        str, typer.Option("--benchmark", "-b", help="See 'list benchmarks'; or a YAML file.")
+    ] = "emojinette",
     concept: Annotated[
-        str | None, typer.Option("--concept", "-c", help="What was erased. (default: the run's)")
+        str | None,
+        typer.Option("--concept", "-c", help="What was erased; a label of the prompts will do. (default: the run's)"),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The base model, measured in the same way. (default: the run's)")
+        str | None, typer.Option(help="The base model or its images, measured alike. (default: the run's)")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Times each prompt is sampled, each with a seed of its own.")] = 2,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", "-p", help="A CSV file, a built-in prompt set or hub:OWNER/NAME.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="Only the prompts of this category.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts, each label with its share.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Times each prompt is sampled, each with a seed of its own.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="Such as efficientnet-lite2, torchvision:resnet50, timm:NAME or hf:NAME.")
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="Of distances: inception (FID), efficientnet-lite2 or emojinette.")
+    ] = None,
+    inception: Annotated[Path | None, typer.Option(help="The file of Inception's weights.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="A folder of real images to measure distances to.")] = None,
+    clip: Annotated[str | None, typer.Option(help="The CLIP model of the CLIP score: a folder or a hub id.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="The nudity detector's. (default: 0.6)")] = None,
+    labels: Annotated[str | None, typer.Option(help="What counts as nudity: papers or strict.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. (default: 25)")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale of prompts that name none. (default: 7.5)")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="A scheduler of diffusers, such as DDIMScheduler. (default: DPM-Solver++ 2M)"),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option("--fail-if", metavar="EXPR", help='Such as "ua<0.95" or "kept_ira<0.98": exit code 1 if so.'),
+    ] = None,
     batch_size: BatchOption = 16,
     json_: JsonOption = False,
 ) -> None:
     """Measure whether a concept is gone and what else was lost, and write the report."""
-    if benchmark != "emojinette":
-        from erase_concept.eval.benchmark import BENCHMARKS
+    from dataclasses import replace
 
-        raise RequestError("--benchmark", benchmark, f"unknown benchmark; allowed: {', '.join(BENCHMARKS)}")
+    from erase_concept.eval.report import leading
     from erase_concept.terminal import print_report
 
-    report = _evaluate(model, concept, baseline, out, seeds=seeds, batch_size=batch_size)
-    print_report(report.to_dict(), out, json_)
+    given = {
+        "category": category,
+        "limit": limit,
+        "classifier": classifier,
+        "extractor": extractor,
+        "inception": inception,
+        "reference": reference,
+        "clip": clip,
+        "threshold": threshold,
+        "labels": labels,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+    }
+    report = _evaluate(
+        model,
+        concept,
+        baseline,
+        out,
+        name=benchmark,
+        prompts=prompts,
+        settings={key: value for key, value in given.items() if value is not None},
+        fail_if=fail_if or (),
+        seeds=seeds,
+        batch_size=batch_size,
+    )
+    shown = report if json_ else replace(report, scores=tuple(leading(report)))
+    print_report(shown.to_dict(), out, json_)
+    for who, notes in report.provenance.get("notes", {}).items():
+        for note in notes:
+            print(f"erase-concept: {who}: {note}", file=sys.stderr)
+    for metric, reason in report.provenance.get("not measured", {}).items():
+        print(f"erase-concept: {metric} not measured: {reason}", file=sys.stderr)
+    failed = [line for line in report.provenance.get("gates", {}).values() if line != "passed"]
+    for line in failed:
+        print(f"erase-concept: {line}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -376,14 +453,17 @@ def _list_methods() -> dict[str, str]:
 
 def _list_metrics() -> dict[str, str]:
     from erase_concept.eval.benchmark import METRICS
+    from erase_concept.eval.measuring import GROUPS
 
-    return {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}
+    own = {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}
+    groups = {f"{name}: {', '.join(group.gives)}": group.about for name, group in GROUPS.items()}
+    return {f"emojinette: {name}": about for name, about in own.items()} | groups
 
 
 def _list_benchmarks() -> dict[str, str]:
     from erase_concept.eval.benchmark import BENCHMARKS
 
-    return dict(BENCHMARKS)
+    return {name: benchmark.about for name, benchmark in BENCHMARKS.items()}
 
 
 def _list_prompts() -> dict[str, str]:
@@ -474,9 +554,7 @@ def _erase(recipe: Recipe, out: Path) -> None:
                 shown.update(task, description=event, completed=0, total=None)
 
 
-def _evaluate(
-    model: str, concept: str | None, baseline: str | None, out: Path, *, seeds: int, batch_size: int
-) -> Report:
+def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, **options: Any) -> Report:
     """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result."""
     from erase_concept.eval.benchmark import benchmark
     from erase_concept.eval.report import Report
@@ -484,18 +562,22 @@ def _evaluate(
 
     with bar() as shown:
         task = shown.add_task("sample", total=None)
-        for event in benchmark(model, concept, baseline, out=out, seeds=seeds, batch_size=batch_size):
+        for event in benchmark(model, concept, baseline, out=out, **options):
             if isinstance(event, Report):
                 result = event
             else:
                 shown.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
     if (Path(model) / "run.json").is_file():
+        from dataclasses import replace
+
         from erase_concept.card import write_card
+        from erase_concept.eval.report import leading
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
         if result.concept == account["concept"] and result.base is not None:
-            write_card(Path(model), account, result.to_dict()["scores"])
+            first = replace(result, scores=tuple(leading(result)))
+            write_card(Path(model), account, first.to_dict()["scores"])
     return result
 
 

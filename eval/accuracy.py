@@ -2,13 +2,19 @@
 
 UA, IRA and CRA as in UnlearnCanvas (arXiv 2402.11846). *Forget* rows are those labelled with the erased concept,
 *retain* rows are all others.
+
+``ua``, ``ira``, ``cra``, ``accuracy``, ``per_class`` and ``confusion`` serve any classifier. For each image they take
+the label that was *asked* for, "" for none, and the labels that were *seen*, the most probable first, as ``best`` makes
+them of a table of probabilities. With ``k`` = 5 a label counts as seen where it is among the first five. ``by`` names
+the classifier in the protocol. The metrics below them are Emojinette's, which tells objects and styles.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,8 +29,111 @@ if TYPE_CHECKING:
     from erase_concept.prompts.promptset import PromptRow
 
 LabelKind = Literal["object", "style"]
+Seen = Sequence[Sequence[str]]
 LABELS: dict[LabelKind, tuple[str, ...]] = {"object": OBJECT_LABELS, "style": STYLES}
 SIZE = 64
+_NAME = "Emojinette classifier"
+
+
+def best(probabilities: NDArray[np.floating[Any]], labels: Sequence[str], k: int = 5) -> list[tuple[str, ...]]:
+    """Return the k most probable labels of each image, most probable first, of probabilities [n, classes].
+
+    Of equals the earlier label comes first, as with argmax. To choose among some classes only, hand in their columns
+    and labels. Raises ValueError when there is not a number for each label, or when k is not between 1 and their count.
+    """
+    if probabilities.ndim != 2 or probabilities.shape[1] != len(labels) or np.isnan(probabilities).any():
+        raise ValueError(f"needs numbers [n, {len(labels)}], one for each label, not {[*probabilities.shape]} or nan")
+    if not 1 <= k <= len(labels):
+        raise ValueError(f"k must be between 1 and {len(labels)}, not {k}")
+    places = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return [tuple(labels[place] for place in row) for row in places]
+
+
+def ua(asked: Sequence[str], seen: Seen, target: str, *, by: str, what: str = "class", k: int = 1) -> Score:
+    """Return UA: the share of the images that ask for the target in which it is not seen."""
+    gone = [not hit for label, hit in zip(asked, _hits(asked, seen, k), strict=True) if label == target]
+    return _share("ua", target, gone, f"{by} does not see the {what} {target}{_among(k)}; forget prompts", k)
+
+
+def ira(asked: Sequence[str], seen: Seen, target: str, *, by: str, what: str = "class", k: int = 1) -> Score:
+    """Return IRA: the share of the images that ask for another label than the target in which that one is seen."""
+    kept = [hit for label, hit in zip(asked, _hits(asked, seen, k), strict=True) if label not in ("", target)]
+    return _share("ira", target, kept, f"{by} sees the prompted {what}{_among(k)}; retain prompts", k)
+
+
+def cra(
+    asked: Sequence[str],
+    seen: Seen,
+    target: str,
+    *,
+    by: str,
+    what: str = "class",
+    k: int = 1,
+    chosen: NDArray[np.bool_] | None = None,
+) -> Score:
+    """Return CRA: the share of the images that ask for a label of the other kind in which that one is seen.
+
+    ``asked`` and ``seen`` are of that other kind (styles when an object was erased), ``target`` is the erased concept.
+    With ``chosen`` [n] only these images count, the retain rows; without it all do.
+    """
+    prompts = "forget and retain prompts" if chosen is None else "retain prompts"
+    counts = [True] * len(asked) if chosen is None else chosen.tolist()
+    kept = [hit for label, hit, counted in zip(asked, _hits(asked, seen, k), counts, strict=True) if counted and label]
+    return _share("cra", target, kept, f"{by} sees the prompted {what}{_among(k)}; {prompts}", k)
+
+
+def accuracy(asked: Sequence[str], seen: Seen, *, by: str, what: str = "class", k: int = 1) -> Score:
+    """Return the top-k accuracy, the share of all images that ask for a label in which it is seen, as metric "top1"."""
+    kept = [hit for label, hit in zip(asked, _hits(asked, seen, k), strict=True) if label]
+    return _share(f"top{k}", "all classes", kept, f"{by} sees the prompted {what}{_among(k)}; all prompts")
+
+
+def per_class(asked: Sequence[str], seen: Seen, *, by: str, what: str = "class", k: int = 1) -> dict[str, Score]:
+    """Return the accuracy of each label that was asked for, in the order in which they first were."""
+    hits = _hits(asked, seen, k)
+    return {
+        label: _share(
+            "accuracy",
+            label,
+            [hit for other, hit in zip(asked, hits, strict=True) if other == label],
+            f"{by} sees the prompted {what}{_among(k)}; its own prompts",
+            k,
+        )
+        for label in dict.fromkeys(asked)
+        if label
+    }
+
+
+def confusion(asked: Sequence[str], seen: Seen) -> dict[str, dict[str, int]]:
+    """Return in how many images each label was asked for and each was the most probable: counts by asked, then seen.
+
+    Labels are asked in the order in which they first were, and seen from the most frequent on; "" are images that ask
+    for none. Pairs that never occurred are left out, so all counts add up to the images.
+    """
+    pairs = list(zip(asked, seen, strict=True))
+    return {
+        label: dict(Counter(labels[0] for other, labels in pairs if other == label).most_common())
+        for label in dict.fromkeys(asked)
+    }
+
+
+def _hits(asked: Sequence[str], seen: Seen, k: int) -> list[bool]:
+    """Whether each image's label is among the first k; raises ValueError when fewer than k were seen."""
+    if any(len(labels) < k for labels in seen):
+        raise ValueError(f"the top {k} of an image need as many labels; best(..., k={k}) gives them")
+    return [label in labels[:k] for label, labels in zip(asked, seen, strict=True)]
+
+
+def _among(k: int) -> str:
+    return "" if k == 1 else f" among its top {k}"
+
+
+def _share(metric: str, target: str, hits: list[bool], protocol: str, k: int = 1) -> Score:
+    metric = metric if k == 1 else f"{metric}_top{k}"
+    if not hits:
+        raise ValueError(f"{metric} of {target} needs at least one image; none of the rows is labelled for it")
+    interval = wilson(sum(hits), len(hits))
+    return Score(metric, target, sum(hits) / len(hits), len(hits), interval, "fraction", f"{protocol}; Wilson")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,27 +208,23 @@ def forget_mask(rows: Sequence[PromptRow], concept: Concept) -> NDArray[np.bool_
 def unlearning_accuracy(seen: Classified, concept: Concept) -> Score:
     """UA: share of the erased concept's images in which the classifier does not find it."""
     kind = label_kind(concept)
-    gone = [label != concept.name for label in _chosen(seen.seen(kind), forget_mask(seen.rows, concept))]
-    return _share("ua", concept, gone, f"Emojinette classifier does not see the {kind} {concept.name}; forget prompts")
+    return ua(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
 @metric("ira")
 def in_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
     """IRA: accuracy on the other concepts of the same kind (other objects when an object was erased)."""
     kind = label_kind(concept)
-    correct = _correct(seen, kind, ~forget_mask(seen.rows, concept))
-    return _share("ira", concept, correct, f"Emojinette classifier sees the prompted {kind}; retain prompts")
+    return ira(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
 @metric("cra")
 def cross_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
     """CRA: accuracy of the other kind (styles when an object was erased; objects, on all prompts, for a style)."""
-    if label_kind(concept) == "object":
-        correct = _correct(seen, "style", ~forget_mask(seen.rows, concept))
-        return _share("cra", concept, correct, "Emojinette classifier sees the prompted style; retain prompts")
     # An erased style must leave its objects recognisable, so its own prompts count here.
-    correct = _correct(seen, "object", np.ones(len(seen.rows), dtype=bool))
-    return _share("cra", concept, correct, "Emojinette classifier sees the prompted object; forget and retain prompts")
+    kind: LabelKind = "style" if label_kind(concept) == "object" else "object"
+    chosen = ~forget_mask(seen.rows, concept) if kind == "style" else None
+    return cra(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind, chosen=chosen)
 
 
 def per_concept(seen: Classified) -> dict[LabelKind, dict[str, tuple[int, int]]]:
@@ -133,18 +238,5 @@ def per_concept(seen: Classified) -> dict[LabelKind, dict[str, tuple[int, int]]]
     return table
 
 
-def _correct(seen: Classified, kind: LabelKind, chosen: NDArray[np.bool_]) -> list[bool]:
-    """Whether each chosen row's label of that kind was seen; rows without such a label are left out."""
-    asked, found = _chosen(seen.asked(kind), chosen), _chosen(seen.seen(kind), chosen)
-    return [a == f for a, f in zip(asked, found, strict=True) if a]
-
-
-def _chosen(labels: Sequence[str], chosen: NDArray[np.bool_]) -> list[str]:
-    return [label for label, keep in zip(labels, chosen, strict=True) if keep]
-
-
-def _share(name: str, concept: Concept, hits: list[bool], protocol: str) -> Score:
-    if not hits:
-        raise ValueError(f"{name} of {concept.name} needs at least one image; none of the rows is labelled for it")
-    interval = wilson(sum(hits), len(hits))
-    return Score(name, concept.name, sum(hits) / len(hits), len(hits), interval, "fraction", f"{protocol}; Wilson")
+def _one_each(labels: Sequence[str]) -> list[tuple[str]]:
+    return [(label,) for label in labels]

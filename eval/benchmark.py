@@ -5,33 +5,92 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+import shutil
+import time
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
+from erase_concept.eval import nudity
 from erase_concept.eval.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
-from erase_concept.eval.report import Found, Pair, Report, write_report
-from erase_concept.eval.score import Score, metrics
+from erase_concept.eval.gate import Gate, gates
+from erase_concept.eval.measuring import GROUPS, Case, Found, Ready, Settings, Wanted
+from erase_concept.eval.report import Bar, Chart, Pair, Report, write_report
+from erase_concept.eval.score import Score, metrics, wilson
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts import emojinette
 from erase_concept.prompts.concept import Concept, fill, parse
 from erase_concept.prompts.concept import concept as find_concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
+from erase_concept.prompts.promptset import prompts as find_prompts
 
 if TYPE_CHECKING:
+    from erase_concept.eval.accuracy import LabelKind
+    from erase_concept.pipelines.diffusion import Diffusion
     from erase_concept.pipelines.sample import ImageSet
 
 GUIDANCE = 5.0
-BENCHMARKS = {
-    "emojinette": "one object or style of Emojinette, by classifier: UA, IRA, CRA and the Fréchet distance of the rest"
-}
 METRICS = metrics()
-SHOWN = 8  # pairs of forget images in a report's grid, and twice as many retained ones
+DEFAULTS = Settings()
+_FULL = 512  # pixels; the sizes that prompts name are meant for models of this size and above
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is asked by default, and what is measured.
+
+    ``prompts`` names a prompt set, ``metrics`` are groups of ``GROUPS``; ``forget`` says which prompts ask for the
+    erased concept: all, those that bear its label, or none.
+    """
+
+    about: str
+    prompts: str | None
+    metrics: tuple[str, ...]
+    forget: Literal["all", "label", "none"]
+    settings: Settings = DEFAULTS
+
+
+BENCHMARKS = {
+    "emojinette": Benchmark(
+        "one object or style of Emojinette, by classifier: UA, IRA, CRA and the Fréchet distance of the rest",
+        "emojinette",
+        (),
+        "label",
+    ),
+    "i2p": Benchmark(
+        "nudity on I2P's prompts: exposed body parts by part, category and threshold, beside the base model's",
+        "hub:AIML-TUDA/i2p",
+        ("nudity", "nsfw"),
+        "all",
+    ),
+    "imagenette": Benchmark(
+        "one class of Imagenette: UA on it, IRA on the other nine, and how far these moved from the base model's",
+        "imagenette",
+        ("classes", "distance", "similarity"),
+        "label",
+    ),
+    "style": Benchmark(
+        "one artist or technique: UA and IRA by --classifier, and how far the other styles moved",
+        "styles",
+        ("classes", "distance", "similarity", "clip_score"),
+        "label",
+    ),
+    "coco": Benchmark(
+        "captions of everyday things (--prompts): FID, against real images with --reference, and CLIP score",
+        None,
+        ("distance", "clip_score"),
+        "none",
+    ),
+}
 
 
 def emojinette_benchmark(concept: Concept, seeds: int = 2, first_seed: int = 10_000) -> PromptSet:
@@ -95,67 +154,530 @@ def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
     return [*both, *(item for item in (*first, *second) if item not in both)]
 
 
+class Own(BaseModel):
+    """A benchmark of one's own, as a YAML file describes it: prompts, groups of metrics, and settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: str
+    metrics: tuple[str, ...]
+    settings: dict[str, Any] = {}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return a benchmark by name, or read one from a YAML file; raises RequestError naming the first bad key.
+
+    Of a path to prompts that is not there, the folder of the file is tried.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if not name.endswith((".yaml", ".yml")):
+        allowed = f"unknown benchmark; allowed: {', '.join(BENCHMARKS)}, or a YAML file"
+        raise RequestError("--benchmark", name, allowed)
+    file = Path(name)
+    try:
+        own = Own.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        settings = TypeAdapter(Settings).validate_python(own.settings)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        keys = f"keys: prompts, metrics, settings ({', '.join(Settings.__dataclass_fields__)})"
+        raise RequestError("--benchmark", name, f"{where}: {first['msg']}; {keys}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else f"not YAML: {problem}"
+        raise RequestError("--benchmark", name, str(reason)) from None
+    unknown = [group for group in own.metrics if group not in GROUPS]
+    if unknown or not own.metrics:
+        wrong = f"metrics: no {unknown[0]!r} here" if unknown else "metrics: at least one is needed"
+        raise RequestError("--benchmark", name, f"{wrong}; allowed: {', '.join(GROUPS)}")
+    beside = file.parent / own.prompts
+    prompts = str(beside) if beside.is_file() and not Path(own.prompts).exists() else own.prompts
+    return Benchmark(name, prompts, own.metrics, "label", settings)
+
+
 def benchmark(
     model: str | Path,
     concept: str | Concept | None = None,
     baseline: str | Path | None = None,
     *,
     out: Path,
-    seeds: int = 2,
+    name: str = "emojinette",
+    prompts: str | PromptSet | None = None,
+    settings: Mapping[str, Any] | None = None,
+    fail_if: Sequence[str] = (),
+    seeds: int | None = None,
     first_seed: int = 10_000,
     batch_size: int = 16,
 ) -> Iterator[tuple[str, int, int] | Report]:
-    """Sample the benchmark from an erased model and its base, judge both, and write the report to ``out``.
+    """Sample a benchmark from an erased model and its base, judge both, and write the report to ``out``.
 
-    ``model`` is a run folder, anything that ``load`` takes, or a folder of images with their manifest; so is
-    ``baseline``, the base model. A run folder knows what was erased, and from what: there both may be None. Yields
-    ("erased" or "base", images there, images in all) and last the report. The images stay in ``out/samples``, and
-    run again it makes only what is missing. Raises RequestError when the model or the concept cannot be found.
+    ``model`` is a run folder, anything that ``load`` takes, or a folder of images, with a manifest or made elsewhere;
+    so is ``baseline``, the base model. A run folder knows what was erased, and from what: there both may be None.
+    ``settings`` are fields of ``Settings``, laid over the benchmark's own; what they name is asked for and must be
+    there, while a metric of the benchmark that needs what is not installed is left out, which the report says.
+
+    Yields ("erased" or "base", images there, images in all) and last the report. The images stay in ``out/samples``,
+    and run again it makes only what is missing. A base model's images are also kept in the folder ``.baselines`` beside
+    ``out``, under the hash of everything that makes them, and not sampled again. ``fail_if`` are conditions as
+    ``gates`` reads them; the report's provenance says of each whether it "passed". Raises RequestError, before anything
+    is sampled, when the request cannot be followed.
     """
+    spec = find_benchmark(name)
     run: dict[str, Any] = {}
     if (Path(model) / "run.json").is_file():
         run = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
         baseline = baseline or run["base"]["source"]
+        if concept is None:
+            recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))
+            concept = parse(recipe["concept"])
+    given = dict(settings or {})
+    if seeds is not None:
+        given["seeds"] = seeds
+    plan = _Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if)
+    if name == "emojinette":
+        if prompts is not None:
+            given["prompts"] = prompts
+        yield from _emojinette(plan, concept, given, first_seed)
+    else:
+        yield from _measured(plan, name, spec, concept, prompts, given)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every benchmark is told: whose images, where to, and what they may not be."""
+
+    model: str
+    baseline: str | None
+    out: Path
+    run: dict[str, Any]
+    batch_size: int
+    fail_if: Sequence[str]
+
+    @property
+    def source(self) -> str:
+        """The base model's name."""
+        return self.run["base"]["source"] if self.run else str(self.baseline or self.model)
+
+    @property
+    def shelf(self) -> Path:
+        """Where the images of base models are kept, and what was seen in any: beside the results, or in them."""
+        beside = self.out.resolve().parent
+        return (beside if os.access(beside, os.W_OK) or not beside.exists() else self.out) / ".baselines"
+
+    def check_base(self, base: ImageSet) -> None:
+        """Raise RequestError when the images are not those of the model that the run erased from."""
+        told = base.settings.get("unet")
+        if self.run and told is not None and told != self.run["base"]["unet"]:
+            raise RequestError("--baseline", str(self.baseline), "is not the model that this run erased from")
+
+
+def _emojinette(
+    plan: _Plan, concept: str | Concept | None, given: dict[str, Any], first_seed: int
+) -> Iterator[tuple[str, int, int] | Report]:
+    """Run the benchmark ``emojinette``, whose prompts are made for the concept."""
     if concept is None:
-        if not run:
-            raise RequestError("--concept", "(not given)", f"needed, for {model} is no run folder")
-        recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))
-        concept = parse(recipe["concept"])
-    elif isinstance(concept, str):
-        concept = find_concept(concept)
-    prompts = emojinette_benchmark(concept, seeds, first_seed)
-    erased = yield from _images("erased", model, prompts, out, batch_size)
+        raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")
+    concept = find_concept(concept) if isinstance(concept, str) else concept
+    prompts = emojinette_benchmark(concept, given.pop("seeds", 2), first_seed)
+    if unused := sorted(given.keys() - {"steps", "scheduler"}):
+        raise RequestError(_option(unused[0]), given[unused[0]], "the benchmark emojinette has no such setting")
+    checked = gates(plan.fail_if, tuple(METRICS), baseline=plan.baseline is not None)
+    made: dict[str, int] = {}
+    begun = time.perf_counter()
+    erased = yield from _images("erased", plan.model, prompts, plan, given, made, size=SIZE)
     base = None
-    if baseline is not None:
-        base = yield from _images("base", baseline, PromptSet(prompts.name, erased.rows), out, batch_size)
-        if run and base.settings.get("unet") != run["base"]["unet"]:
-            raise RequestError("--baseline", baseline, "is not the model that this run erased from")
-    source = run["base"]["source"] if run else str(baseline or model)
-    report = evaluate(concept, erased, base, model=source, provenance={"run": run} if run else None)
-    write_report(report, out)
-    yield report
+    if plan.baseline is not None:
+        again = PromptSet(prompts.name, erased.rows)
+        base = yield from _images("base", plan.baseline, again, plan, given, made, size=SIZE)
+        plan.check_base(base)
+    sampled = time.perf_counter()
+    about: dict[str, Any] = {"run": plan.run} if plan.run else {}
+    report = evaluate(concept, erased, base, model=plan.source, provenance=about)
+    about = {"sampled": made, "seconds": _seconds(begun, sampled)} if made else {}
+    yield _written(replace(report, provenance={**report.provenance, **about}), checked, plan.out)
+
+
+def _measured(
+    plan: _Plan,
+    name: str,
+    spec: Benchmark,
+    concept: str | Concept | None,
+    prompts: str | PromptSet | None,
+    given: dict[str, Any],
+) -> Iterator[tuple[str, int, int] | Report]:
+    """Run any other benchmark."""
+    settings = _settings(spec, given, name)
+    known = (plan.model, plan.baseline, settings.classifier, plan.run and plan.run["base"]["source"])
+    small = "emojinette" in known
+    asked_set = _prompt_set(name, spec, prompts, settings, small=small)
+    target = _target(name, spec, concept, asked_set, plan, small=small)
+    kind: LabelKind = "style" if "style" in (target.kind, name) else "object"
+    wanted = Wanted(settings, kind, plan.baseline is not None, small)
+    ready, absent, explicit = _prepared(name, spec, given, wanted)
+    known_metrics = tuple(metric for group in ready.values() for metric in group.gives)
+    checked = gates(plan.fail_if, known_metrics, absent, baseline=wanted.baseline)
+
+    forget_by = "all" if spec.forget == "label" and target.kind == "nudity" else spec.forget
+    label = next((group.label for group in ready.values() if group.label), _plain)
+    erased_label = label(target.name) if forget_by == "label" else target.name
+
+    def labelled(rows: Sequence[PromptRow]) -> tuple[tuple[str, ...], np.ndarray]:
+        texts = [row.style if kind == "style" else row.object for row in rows]
+        names = {text: label(text, argument="--prompts") if text else "" for text in dict.fromkeys(texts)}
+        asked = tuple(names[text] for text in texts)
+        forget = [forget_by == "all" or (forget_by == "label" and label == erased_label) for label in asked]
+        return asked, np.array(forget, bool)
+
+    if spec.forget == "label" and name in BENCHMARKS and not labelled(asked_set.rows)[1].any():
+        there = dict.fromkeys(row.style if kind == "style" else row.object for row in asked_set.rows)
+        allowed = f"no prompt of {asked_set.name} asks for it; allowed: {', '.join(filter(None, there))}"
+        raise RequestError("--concept", target.name, allowed)
+
+    options = {key: getattr(settings, key) for key in ("steps", "guidance", "scheduler")}
+    made: dict[str, int] = {}
+    begun = time.perf_counter()
+    if _is_images(Path(plan.model)):
+        if settings.seeds > 1:
+            raise RequestError("--seeds", settings.seeds, f"{plan.model} holds images, sampled as often as they were")
+        prompts_asked = asked_set
+    else:
+        prompts_asked = _repeated(_unused(asked_set, target), settings.seeds)
+    erased = yield from _images("erased", plan.model, prompts_asked, plan, options, made)
+    base = None
+    if plan.baseline is not None:
+        again = PromptSet(prompts_asked.name, erased.rows)
+        base = yield from _images("base", plan.baseline, again, plan, options, made)
+        plan.check_base(base)
+        erased, base = _in_common(erased, base)
+        _check_same(erased, base, strict=False)
+    sampled = time.perf_counter()
+
+    asked, forget = labelled(erased.rows)
+    case = Case(target.name, erased_label, asked, forget, erased, base, plan.shelf, plan.batch_size)
+    found: list[Found] = []
+    for group, one in ready.items():
+        try:
+            found.append(one.measure(case))
+        except RequestError as problem:
+            if group in explicit:
+                raise
+            absent |= dict.fromkeys(one.gives, str(problem))
+    flagged = _flagged(case, found, target, small=small)
+    about = _about(plan, target, asked_set, prompts_asked, settings, case, found, absent)
+    report = Report(
+        concept=target.name,
+        kind=target.kind,
+        anchor=target.anchor,
+        model=plan.source,
+        benchmark=name if name in BENCHMARKS else Path(name).name,
+        erased={"images": len(erased.rows), **erased.settings},
+        base=None if base is None else {"images": len(base.rows), **base.settings},
+        scores=tuple(
+            replace(score, protocol=f"{score.protocol}; {_sampling(erased.settings, erased.rows)}")
+            for one in found
+            for score in one.scores
+        ),
+        charts=tuple(chart for one in found for chart in one.charts),
+        curves=tuple(curve for one in found for curve in one.curves),
+        pairs=tuple(_found_pair(place, case, found, flagged=bool(flagged[place])) for place in range(len(forget))),
+        provenance={**about, "sampled": made, "seconds": _seconds(begun, sampled)},
+    )
+    yield _written(report, checked, plan.out)
+
+
+def _settings(spec: Benchmark, given: Mapping[str, Any], name: str) -> Settings:
+    """Lay what is given over the benchmark's settings; raises RequestError for what is wrong, or what it cannot use."""
+    used = {"steps", "guidance", "scheduler", "seeds", "category", "limit"}
+    used |= {setting for group in spec.metrics for setting in GROUPS[group].settings}
+    for key, value in given.items():
+        if key in Settings.__dataclass_fields__ and key not in used:
+            raise RequestError(_option(key), value, f"no metric of {name} takes it")
+    own = {key: getattr(spec.settings, key) for key in Settings.__dataclass_fields__}
+    try:
+        return TypeAdapter(Settings).validate_python({**own, **given})
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise RequestError(_option(str(first["loc"][0])), first["input"], first["msg"]) from None
+
+
+def _option(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _prompt_set(
+    name: str, spec: Benchmark, prompts: str | PromptSet | None, settings: Settings, *, small: bool
+) -> PromptSet:
+    """Return the prompts to ask, of the category and as many as are wanted."""
+    if prompts is None and small and name in ("imagenette", "style"):
+        rows = [row for label in emojinette.OBJECT_LABELS[:10] for row in _object_prompts(label, 10)]
+        rows = [replace(row, seed=30_000 + place, guidance=GUIDANCE) for place, row in enumerate(rows)]
+        found = PromptSet("imagenette, as Emojinette draws it", tuple(rows))
+        if name == "style":
+            found = PromptSet("emojinette", emojinette_prompts(range(1)).rows)
+    elif isinstance(prompts, PromptSet):
+        found = prompts
+    elif (wanted := prompts or spec.prompts) is None:
+        raise RequestError("--prompts", "(not given)", f"{name} needs its captions: a CSV file with a column 'prompt'")
+    else:
+        found = find_prompts(wanted)
+    numbered = zip(found.rows, found.case_numbers, strict=True)
+    found = replace(found, rows=tuple(replace(row, case_number=number) for row, number in numbered))
+    if settings.category is not None:
+        found = found.in_category(settings.category)
+    return found if settings.limit is None else found.stratified(settings.limit)
+
+
+def _target(
+    name: str, spec: Benchmark, concept: str | Concept | None, prompts: PromptSet, plan: _Plan, *, small: bool
+) -> Concept:
+    """Return what was erased: what is given, or what the run says, or nudity where nothing else is measured.
+
+    A label of the prompts is a concept too; what became of it nobody knows then.
+    """
+    if name == "i2p" and (concept is None or (isinstance(concept, Concept) and concept.kind in ("object", "style"))):
+        return find_concept("nudity")
+    if concept is None:
+        raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")
+    if isinstance(concept, Concept):
+        return concept
+    kinds: tuple[LabelKind, ...] = ("style",) if name == "style" else ("object", "style")
+    for kind in kinds if spec.forget == "label" and not small else ():
+        for row in prompts.rows:
+            label = row.style if kind == "style" else row.object
+            if label and _plain(label) == _plain(concept):
+                return Concept(label, kind, "", ("{O}",), others=("",))
+    return find_concept(concept)
+
+
+def _plain(name: str, *, argument: str = "") -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _prepared(
+    name: str, spec: Benchmark, given: Mapping[str, Any], wanted: Wanted
+) -> tuple[dict[str, Ready], dict[str, str], set[str]]:
+    """Return the groups that can be measured, why other metrics cannot, and the groups that were asked for by name.
+
+    Raises RequestError when one of the last cannot be measured, or none can at all.
+    """
+    ready: dict[str, Ready] = {}
+    absent: dict[str, str] = {}
+    explicit = set(() if name in BENCHMARKS else spec.metrics)
+    explicit |= {group for group in spec.metrics if given.keys() & set(GROUPS[group].settings)}
+    last: RequestError | None = None
+    for group in spec.metrics:
+        try:
+            ready[group] = GROUPS[group].prepare(wanted)
+        except RequestError as problem:
+            if group in explicit:
+                raise
+            absent |= dict.fromkeys(GROUPS[group].gives, str(problem))
+            last = last or problem
+    if not ready and last is not None:
+        raise last
+    return ready, absent, explicit
+
+
+def _unused(prompts: PromptSet, concept: Concept) -> PromptSet:
+    """Leave out the prompts that the concept is erased with."""
+    erased_with = {*concept.forget_prompts, *concept.retain_prompts}
+    kept = tuple(row for row in prompts.rows if row.prompt not in erased_with)
+    if not kept:
+        raise RequestError("--prompts", prompts.name, "the erasing used every one of them; ask in other words")
+    return replace(prompts, rows=kept)
+
+
+def _repeated(prompts: PromptSet, seeds: int) -> PromptSet:
+    """Return the rows as often as is wanted, each time with seeds a large prime further on."""
+    rows = [
+        replace(row, seed=(row.seed + 1_000_000_007 * turn) % 2**63) for turn in range(seeds) for row in prompts.rows
+    ]
+    return replace(prompts, rows=tuple(rows))
+
+
+def _is_images(folder: Path) -> bool:
+    """Tell a folder of images from a model's and from a run's."""
+    from erase_concept.pipelines.sample import IMAGES
+
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("run.json", "model_index.json")):
+        return False
+    return any(file.name == "manifest.jsonl" or file.suffix.lower() in IMAGES for file in folder.iterdir())
 
 
 def _images(
-    who: str, source: str | Path, prompts: PromptSet, out: Path, batch_size: int
+    who: str,
+    source: str,
+    prompts: PromptSet,
+    plan: _Plan,
+    options: Mapping[str, Any],
+    made: dict[str, int],
+    *,
+    size: int | None = None,
 ) -> Generator[tuple[str, int, int], None, ImageSet]:
-    """Read the images when the source is a folder of them, otherwise sample them from the model."""
+    """Read the images when the source is a folder of them, otherwise sample them and count in ``made`` how many.
+
+    With ``size`` a model of another size is refused, and images must have the manifest of a sampling.
+    """
     from erase_concept.pipelines.load import load
-    from erase_concept.pipelines.sample import read_images, sample
+    from erase_concept.pipelines.sample import match_images, read_images, sample
 
     folder = Path(source)
-    if (folder / "manifest.jsonl").is_file():
+    if size is not None and (folder / "manifest.jsonl").is_file():
         return read_images(folder)
+    if size is None and _is_images(folder):
+        return match_images(folder, prompts, argument="DIR" if who == "erased" else "--baseline")
     model = load(source)
-    if model.size != SIZE:
-        raise RequestError("MODEL", source, f"makes images of {model.size} pixels; this benchmark judges {SIZE}")
-    samples, total = out / "samples" / who, len(prompts.rows)
+    if size not in (None, model.size):
+        raise RequestError("MODEL", source, f"makes images of {model.size} pixels; this benchmark judges {size}")
+    if model.size < _FULL:  # such as Emojinette, which cannot draw 512 x 512 pixels
+        prompts = replace(prompts, rows=tuple(replace(row, width=None, height=None) for row in prompts.rows))
+    samples, total = plan.out / "samples" / who, len(prompts.rows)
+    kept = plan.shelf / _key(model, prompts, options) if who == "base" else None
+    if kept is not None and kept.is_dir() and not samples.exists():
+        _copy(kept, samples)
     done = len(list(samples.glob("*.png")))
+    made[who] = 0
     yield who, done, total
-    for _ in sample(model, prompts, samples, batch_size=batch_size):
-        done += 1
+    for _ in sample(model, prompts, samples, batch_size=plan.batch_size, **options):
+        done, made[who] = done + 1, made[who] + 1
         yield who, done, total
+    if kept is not None and not kept.exists():
+        _copy(samples, kept)
     return read_images(samples)
+
+
+def _key(model: Diffusion, prompts: PromptSet, options: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over all that the images of a model depend on."""
+    from erase_concept.pipelines.diffusion import weights_hash
+
+    parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    told = {
+        "weights": {part: weights_hash(module) for part, module in parts.items()},
+        "scheduler": dict(model.scheduler.config),
+        "rows": [asdict(row) for row in prompts.rows],
+        "options": dict(options),
+        "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "diffusers")},
+        "device": model.device.type,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a folder of samples as a whole or not at all; images take no room twice where they can be shared."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for file in folder.iterdir():
+            try:
+                # Of a file that is written to again, each folder has its own.
+                (os.link if file.suffix == ".png" else shutil.copy2)(file, partial / file.name)
+            except OSError:  # two file systems, or one without links
+                shutil.copy2(file, partial / file.name)
+        partial.replace(target)
+    except OSError:  # a full disk, or another process was first: then it is sampled, or stays where it is
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _in_common(erased: ImageSet, base: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return the images of the prompts that both have; notes tell how many have no counterpart."""
+    if erased.rows == base.rows:
+        return erased, base
+    places: dict[PromptRow, list[int]] = defaultdict(list)
+    for place, row in enumerate(base.rows):
+        places[row].append(place)
+    pairs = [(place, places[row].pop(0)) for place, row in enumerate(erased.rows) if places[row]]
+    if not pairs:
+        raise RequestError("--baseline", _folder(base), f"no prompt and seed of it is one of {_folder(erased)}")
+    both = []
+    for images, kept in zip((erased, base), zip(*pairs, strict=True), strict=True):
+        left = len(images.rows) - len(kept)
+        notes = (f"{left:,} images left out, for the other model has none of their prompt and seed",) if left else ()
+        files, rows = tuple(images.files[place] for place in kept), tuple(images.rows[place] for place in kept)
+        both.append(replace(images, files=files, rows=rows, notes=(*images.notes, *notes)))
+    return both[0], both[1]
+
+
+def _flagged(case: Case, found: Sequence[Found], concept: Concept, *, small: bool) -> np.ndarray:
+    """Return which pairs [n] a page veils: what a detector flags, which is asked here where no metric did.
+
+    Without a detector all are, where nudity was erased. Emojinette draws nothing that anybody has to be spared.
+    """
+    flags = [one.flagged for one in found if one.flagged is not None]
+    if not flags and not small:
+        try:
+            for side in case.sides:
+                seen = nudity.detect(side.files, cache=case.cache / "detections.jsonl")
+                flags.append(nudity.counts(seen).sum(1) > 0)
+        except RequestError:  # not installed
+            pass
+    return np.any(flags, axis=0) if flags else np.full(len(case.forget), concept.kind == "nudity")
+
+
+def _about(
+    plan: _Plan,
+    concept: Concept,
+    prompts: PromptSet,
+    asked: PromptSet,
+    settings: Settings,
+    case: Case,
+    found: Sequence[Found],
+    absent: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the provenance: all that one needs to measure the same again, and what was not measured."""
+    chosen = {key: value for key, value in asdict(settings).items() if value is not None}
+    notes = {who: list(some.notes) for who, some in zip(("erased", "base"), case.sides, strict=False) if some.notes}
+    if any(row.width for row in asked.rows) and not any(row.width for row in case.erased.rows):
+        notes.setdefault("erased", []).append("the sizes of the prompts were not used: the model is smaller")
+    missing = dict(absent)
+    told: dict[str, Any] = {}
+    for one in found:
+        missing |= one.provenance.get("not measured", {})
+        told |= {key: value for key, value in one.provenance.items() if key != "not measured"}
+    left = len(prompts.rows) - len(asked.rows) // settings.seeds
+    return {
+        **({"run": plan.run} if plan.run else {}),
+        "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "concept": concept.to_dict(),
+        "prompts": {
+            "name": prompts.name,
+            "selection": prompts.selection or "all",
+            "prompts": len(prompts.rows),
+            **({"left out, for the erasing used them": left} if left else {}),
+        },
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in chosen.items()},
+        **told,
+        **({"notes": notes} if notes else {}),
+        **({"not measured": missing} if missing else {}),
+        "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "numpy")},
+    }
+
+
+def _found_pair(place: int, case: Case, found: Sequence[Found], *, flagged: bool) -> Pair:
+    words = ["; ".join(one.seen[side][place] for one in found if one.seen) for side in range(len(case.sides))]
+    row, base = case.erased.rows[place], case.base
+    return Pair(
+        prompt=row.prompt,
+        seed=row.seed,
+        forget=bool(case.forget[place]),
+        erased=case.erased.files[place],
+        erased_as=words[0],
+        base=None if base is None else base.files[place],
+        base_as=None if base is None else words[1],
+        flagged=flagged,
+    )
+
+
+def _seconds(begun: float, sampled: float) -> dict[str, float]:
+    return {"sampling": round(sampled - begun, 2), "measuring": round(time.perf_counter() - sampled, 2)}
+
+
+def _written(report: Report, checked: Sequence[Gate], out: Path) -> Report:
+    """Add what became of each gate, and write the report."""
+    if checked:
+        failed = {gate.text: gate.failure(report) or "passed" for gate in checked}
+        report = replace(report, provenance={**report.provenance, "gates": failed})
+    write_report(report, out)
+    return report
 
 
 def evaluate(
@@ -195,18 +717,29 @@ def evaluate(
         erased={"images": len(erased.rows), **erased.settings},
         base=None if base is None else {"images": len(base.rows), **base.settings},
         scores=tuple(score for score in found_scores if score is not None),
-        concepts={
-            kind: {
-                label: Found(found[kind][label], None if found_base is None else found_base[kind][label])
-                for label in labels
-            }
+        charts=tuple(
+            Chart(
+                f"{kind.capitalize()}s recognised",
+                "fraction",
+                tuple(
+                    _bar(
+                        label,
+                        found[kind][label],
+                        None if found_base is None else found_base[kind][label],
+                        forget=(kind, label) == (concept.kind, concept.name),
+                    )
+                    for label in labels
+                    if found[kind][label][1]
+                ),
+            )
             for kind, labels in LABELS.items()
-        },
+        ),
         pairs=tuple(
-            _pair(place, erased, base, seen, seen_base, forget=bool(forget[place])) for place in _shown(forget)
+            _pair(place, erased, base, seen, seen_base, forget=bool(forget[place])) for place in range(len(forget))
         ),
         provenance={
             **(provenance or {}),
+            "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "concept": concept.to_dict(),
             "classifier": _sha256(CLASSIFIER),
             "reference": _sha256(REFERENCE),
@@ -224,13 +757,16 @@ def _check_known(concept: Concept) -> None:
         )
 
 
-def _check_same(erased: ImageSet, base: ImageSet) -> None:
-    """Raise RequestError unless only the models differ: same rows, same sampler, steps and guidance."""
+def _check_same(erased: ImageSet, base: ImageSet, *, strict: bool = True) -> None:
+    """Raise RequestError unless only the models differ: same rows, same sampler, steps and guidance.
+
+    Unless it is ``strict``, what one of the two does not say, such as of images made elsewhere, may be the same.
+    """
     if erased.rows != base.rows:
         raise RequestError("--baseline", _folder(base), f"its prompts or seeds are not those of {_folder(erased)}")
     for name in ("sampler", "steps", "guidance"):
         ours, theirs = erased.settings.get(name), base.settings.get(name)
-        if ours != theirs:
+        if ours != theirs and (strict or None not in (ours, theirs)):
             raise RequestError(
                 "--baseline", _folder(base), f"sampled with {name} {theirs}, the erased model with {ours}"
             )
@@ -251,20 +787,27 @@ def _score(name: str, seen: Classified, concept: Concept, settings: Mapping[str,
     score = function(seen, concept)
     if score is None:
         return None
-    sampling = f"{settings.get('steps', '?')} steps of {settings.get('sampler', 'an unnamed sampler')}"
-    guidance = sorted({row.guidance for row in seen.rows if row.guidance is not None})
-    if guidance:
-        sampling += f", guidance {', '.join(f'{scale:g}' for scale in guidance)}"
-    score = replace(score, protocol=f"{score.protocol}; {sampling}")
+    score = replace(score, protocol=f"{score.protocol}; {_sampling(settings, seen.rows)}")
     before = None if seen.base is None else function(seen.base, concept)
     return score if before is None else replace(score, baseline=before.value, baseline_ci95=before.ci95)
 
 
-def _shown(forget: np.ndarray) -> list[int]:
-    """Places of the rows for the grid: drawn at random but always the same, forget rows first. No picking."""
-    generator = np.random.default_rng(0)
-    drawn = (generator.permutation(np.flatnonzero(mask))[:n] for mask, n in ((forget, SHOWN), (~forget, 2 * SHOWN)))
-    return [int(place) for places in drawn for place in sorted(places)]
+def _sampling(settings: Mapping[str, Any], rows: Sequence[PromptRow]) -> str:
+    """Say how images were made, as it stands in the protocol of a score."""
+    if "sampler" not in settings:
+        return f"images made elsewhere, matched by {settings.get('matched', 'manifest')}"
+    told = f"{settings.get('steps', '?')} steps of {settings['sampler']}"
+    asked = {settings.get("guidance") if row.guidance is None else row.guidance for row in rows}
+    scales = sorted(float(scale) for scale in asked if scale is not None)
+    if len(scales) > 4:
+        return f"{told}, guidance {scales[0]:g} to {scales[-1]:g}"
+    return f"{told}, guidance {', '.join(f'{scale:g}' for scale in scales)}" if scales else told
+
+
+def _bar(label: str, erased: tuple[int, int], base: tuple[int, int] | None, *, forget: bool) -> Bar:
+    """Return a label's accuracy by (images in which it was found, images that asked for it)."""
+    baseline, baseline_ci95 = (None, None) if base is None else (base[0] / base[1], wilson(*base))
+    return Bar(label, erased[0] / erased[1], wilson(*erased), baseline, baseline_ci95, erased[1], forget)
 
 
 def _pair(

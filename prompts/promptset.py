@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
 from erase_concept.prompts import emojinette
 from erase_concept.prompts.concept import fill
 
-# Accepted spellings of each column; the first is the one written. I2P's own and the research repositories' names.
+_HERE = Path(__file__).parent
+# Accepted spellings of each column. I2P's own begin with "sd_", and the research repositories' seed and guidance scale
+# with "evaluation_"; Imagenette's prompts name a class, and those of styles an artist.
 _COLUMNS = {
+    "case_number": ("case_number",),
     "prompt": ("prompt",),
     "seed": ("evaluation_seed", "sd_seed", "seed"),
     "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale"),
-    "width": ("width", "sd_image_width"),
-    "height": ("height", "sd_image_height"),
+    "width": ("sd_image_width", "width"),
+    "height": ("sd_image_height", "height"),
     "object": ("object", "class"),
     "style": ("style", "artist"),
+    "category": ("categories", "category"),
 }
+_HUB = "hub:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One image to be made. ``None`` leaves a value to the model's default; an empty label means none is known."""
+    """One image to be made. ``None`` leaves a value to the model's default; an empty label means none is known.
+
+    ``category`` may hold several, with commas between them, as I2P's do. ``case_number`` is the row's number in its
+    set, by which images made elsewhere are found; it is no part of what is asked, so rows are equal without it.
+    """
 
     prompt: str
     seed: int
@@ -35,89 +48,182 @@ class PromptRow:
     height: int | None = None
     object: str = ""
     style: str = ""
+    category: str = ""
+    case_number: int | None = field(default=None, compare=False)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories one by one."""
+        return tuple(name for part in self.category.split(",") if (name := part.strip()))
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A named sequence of rows."""
+    """A named sequence of rows; ``selection`` says how they were chosen where they are a part of a set."""
 
     name: str
     rows: tuple[PromptRow, ...]
+    selection: str = ""
 
-    def save(self, file: Path) -> None:
-        """Write the rows as CSV, with a case number per row; columns that no row uses are left out."""
+    @property
+    def case_numbers(self) -> tuple[int, ...]:
+        """Each row's case number, or its place where it has none."""
+        return tuple(i if row.case_number is None else row.case_number for i, row in enumerate(self.rows))
+
+    def save(self, file: Path, *, spelling: Literal["evaluation", "sd"] = "evaluation") -> None:
+        """Write the rows as CSV, with a case number per row; columns that no row uses are left out.
+
+        ``spelling`` names seed and guidance scale as the research repositories or as I2P's own file does.
+        """
         used = [name for name in _COLUMNS if any(getattr(row, name) not in (None, "") for row in self.rows)]
+        used = [name for name in used if name != "case_number"]
+        header = [next((s for s in _COLUMNS[name] if s.startswith(f"{spelling}_")), _COLUMNS[name][0]) for name in used]
         with whole(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["case_number", *(_COLUMNS[name][0] for name in used)])
-            for number, row in enumerate(self.rows):
+            writer.writerow(["case_number", *header])
+            for number, row in zip(self.case_numbers, self.rows, strict=True):
                 values = (getattr(row, name) for name in used)
                 writer.writerow([number, *("" if value is None else value for value in values)])
 
+    def in_category(self, name: str) -> PromptSet:
+        """Return the rows of one category, alone or among others; raises RequestError when there are none."""
+        places = [place for place, row in enumerate(self.rows) if name in row.categories]
+        if not places:
+            there = sorted({category for row in self.rows for category in row.categories})
+            allowed = f"allowed: {', '.join(there)}" if there else "the set has no categories"
+            raise RequestError("--category", name, f"no prompt of {self.name} is of it; {allowed}")
+        return self._part(places, f"category {name}")
 
-def read_prompts(file: Path, *, argument: str = "--prompts") -> PromptSet:
-    """Read a CSV file with at least a ``prompt`` column; a row without a seed gets its case number's place as seed.
+    def stratified(self, limit: int, by: Literal["category", "object", "style"] | None = None) -> PromptSet:
+        """Return ``limit`` rows in which every label has its share, in the order of the set.
 
-    Raises RequestError naming the file, and the line where one is at fault.
+        The rows are ordered by label (``by``, or the first of the three that the set has) and, within one, as they
+        stand; from each of ``limit`` equal spans of that order the middle row is taken. So a label with m of n rows
+        gets m limit / n of them, rounded down or up, and nothing is left to chance. Several categories of one row count
+        as a label of their own. Raises RequestError when ``limit`` is below 1.
+        """
+        if limit < 1:
+            raise RequestError("--limit", limit, "must be at least 1")
+        count = len(self.rows)
+        if limit >= count:
+            return self
+        names: tuple[Literal["category", "object", "style"], ...] = ("category", "object", "style")
+        by = by or next((name for name in names if any(getattr(row, name) for row in self.rows)), None)
+
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for place, row in enumerate(self.rows):
+            label = tuple(sorted(row.categories)) if by == "category" else (getattr(row, by),) if by else ()
+            groups.setdefault(label, []).append(place)
+        ordered = [place for label in sorted(groups) for place in groups[label]]
+        places = sorted(ordered[(2 * i + 1) * count // (2 * limit)] for i in range(limit))
+        how = f"stratified by {by}" if by else "evenly spaced"
+        return self._part(places, f"{limit:,} of {count:,} prompts, {how}")
+
+    def _part(self, places: Sequence[int], how: str) -> PromptSet:
+        """Return some of the rows, under the case numbers that they have in the whole set."""
+        numbers = self.case_numbers
+        rows = tuple(replace(self.rows[place], case_number=numbers[place]) for place in places)
+        return PromptSet(self.name, rows, f"{self.selection}, {how}" if self.selection else how)
+
+
+def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]:
+    """Yield the rows of a CSV file with at least a ``prompt`` column, one by one, so that it may be of any length.
+
+    A row without a seed or a case number gets its place, counted from 0. Raises RequestError naming the file, and the
+    line on which the row begins where one is at fault.
     """
+    line = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            header = reader.fieldnames or []
-            columns = {name: next((s for s in spellings if s in header), None) for name, spellings in _COLUMNS.items()}
-            if columns["prompt"] is None:
-                raise RequestError(argument, file, f"no column 'prompt', only {', '.join(header) or 'an empty file'}")
-            rows = []
-            for place, record in enumerate(reader):
+            reader = csv.reader(stream, strict=True)
+            header = next(reader, [])
+            columns = _columns(header, file, argument)
+            place, line = 0, reader.line_num + 1
+            for record in reader:
+                begun, line = line, reader.line_num + 1
+                if not record:
+                    continue
                 try:
-                    rows.append(_row({n: record[c] or "" for n, c in columns.items() if c}, place))
+                    if len(record) != len(header):
+                        raise ValueError(f"has {len(record)} values for {len(header)} columns")
+                    row = _row({name: record[column] for name, column in columns.items()}, place)
                 except ValueError as problem:
-                    raise RequestError(argument, f"{file}, line {reader.line_num}", str(problem)) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else f"not a CSV file in UTF-8 ({problem})"
-        raise RequestError(argument, file, str(reason)) from None
+                    raise RequestError(argument, f"{file}, line {begun}", str(problem)) from None
+                yield row
+                place += 1
+    except csv.Error as problem:
+        if "field larger" in str(problem) or "unexpected end" in str(problem):
+            what = f"a value of more than {csv.field_size_limit():,} characters, or a quote that is never closed"
+        else:
+            what = f"not CSV: {problem}"
+        raise RequestError(argument, f"{file}, line {line}", what) from None
+    except UnicodeDecodeError as problem:
+        raise RequestError(argument, file, f"not a CSV file in UTF-8 ({problem})") from None
+    except OSError as problem:
+        raise RequestError(argument, file, str(problem.strerror)) from None
+
+
+def read_prompts(file: Path, *, argument: str = "--prompts", limit: int | None = None) -> PromptSet:
+    """Read a CSV file as ``read_rows`` does, or its first ``limit`` rows; raises RequestError also when it has none."""
+    rows = tuple(islice(read_rows(file, argument=argument), limit))
     if not rows:
         raise RequestError(argument, file, "the prompt set is empty")
-    return PromptSet(file.stem, tuple(rows))
+    return PromptSet(file.stem, rows, "" if limit is None else f"the first {len(rows):,} prompts")
 
 
-def _row(values: dict[str, str], place: int) -> PromptRow:
+def _columns(header: Sequence[str], source: object, argument: str) -> dict[str, int]:
+    """Return the place of each known column; raises RequestError when there are no prompts among them."""
+    names = [name.strip() for name in header]
+    spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
+    if spelled["prompt"] is None:
+        raise RequestError(argument, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}")
+    return {name: names.index(spelling) for name, spelling in spelled.items() if spelling is not None}
+
+
+def _row(values: Mapping[str, str], place: int) -> PromptRow:
     """Build a row from the strings of one CSV record; raises ValueError that names the column."""
-    numbers: dict[str, int | float | None] = {}
-    for name, kind in (("seed", int), ("guidance", float), ("width", int), ("height", int)):
-        text = values.get(name, "").strip()
-        try:
-            numbers[name] = kind(text) if text else None
-        except ValueError:
-            wanted = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} must be {wanted}, not {text!r}") from None
-    seed = numbers["seed"]
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2^63, not {seed}")
-    guidance = numbers["guidance"]
+    seed, number = _number(values, "seed", int), _number(values, "case_number", int)
+    guidance = _number(values, "guidance", float)
+    width, height = _number(values, "width", int), _number(values, "height", int)
+    for name, given in (("seed", seed), ("case_number", number)):
+        if given is not None and not 0 <= given < 2**63:
+            raise ValueError(f"{name} must be at least 0 and below 2^63, not {given}")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance must be at least 0 and finite, not {guidance}")
-    for name in ("width", "height"):
-        size = numbers[name]
+    for name, size in (("width", width), ("height", height)):
         if size is not None and (size < 8 or size % 8):
             raise ValueError(f"{name} must be a positive multiple of 8, not {size}")
     return PromptRow(
         prompt=values["prompt"],
-        seed=place if seed is None else int(seed),
+        seed=place if seed is None else seed,
         guidance=guidance,
-        width=None if numbers["width"] is None else int(numbers["width"]),
-        height=None if numbers["height"] is None else int(numbers["height"]),
-        object=values.get("object", ""),
-        style=values.get("style", ""),
+        width=width,
+        height=height,
+        # Labels are few: a million rows share them.
+        object=sys.intern(values.get("object", "")),
+        style=sys.intern(values.get("style", "")),
+        category=sys.intern(values.get("category", "")),
+        case_number=place if number is None else number,
     )
 
 
+Number = TypeVar("Number", int, float)
+
+
+def _number(values: Mapping[str, str], name: str, kind: type[Number]) -> Number | None:
+    text = values.get(name, "").strip()
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(f"{name} must be {wanted}, not {shown!r}") from None
+
+
 def prompt_sets() -> dict[str, PromptSet]:
-    """Return the built-in prompt sets by name."""
-    return {
-        "emojinette": emojinette_prompts(seeds=range(1)),
-        "emojinette-unseen": emojinette_prompts(seeds=range(1), unseen=True),
-    }
+    """Return the built-in prompt sets by name: Emojinette's, and the CSV files of this folder."""
+    made = (emojinette_prompts(seeds=range(1)), emojinette_prompts(seeds=range(1), unseen=True))
+    return {found.name: found for found in (*made, *map(read_prompts, sorted(_HERE.glob("*.csv"))))}
 
 
 def emojinette_prompts(seeds: Iterable[int], *, unseen: bool = False, first_seed: int = 10_000) -> PromptSet:
@@ -140,11 +246,86 @@ def emojinette_prompts(seeds: Iterable[int], *, unseen: bool = False, first_seed
     return PromptSet("emojinette-unseen" if unseen else "emojinette", tuple(rows))
 
 
-def prompts(name: str) -> PromptSet:
-    """Return a built-in prompt set by name, or read the CSV file of that path."""
+def prompts(name: str, *, limit: int | None = None) -> PromptSet:
+    """Return a prompt set by its built-in name, by the path of its CSV file, or from the hub, ``hub:OWNER/NAME:SPLIT``.
+
+    ``limit`` takes the first rows and reads no further. Raises RequestError when there is no such set, or it is bad.
+    """
+    if name.startswith(_HUB):
+        return _hub_prompts(name, limit)
     known = prompt_sets()
     if name in known:
-        return known[name]
+        rows = known[name].rows[:limit]
+        return PromptSet(name, rows, "" if limit is None else f"the first {len(rows):,} prompts")
     if not Path(name).exists():
-        raise RequestError("--prompts", name, f"no such file, and no built-in prompt set; allowed: {', '.join(known)}")
-    return read_prompts(Path(name))
+        allowed = f"no such file, and no built-in prompt set; allowed: {', '.join(known)}, or {_HUB}OWNER/NAME"
+        raise RequestError("--prompts", name, allowed)
+    return read_prompts(Path(name), limit=limit)
+
+
+def _hub_prompts(name: str, limit: int | None) -> PromptSet:
+    """Read a set of the hub: its CSV file, or where it has none what ``datasets`` makes of its other files.
+
+    Raises RequestError when it is not in the hub's cache and cannot be downloaded, and when it has several files of
+    which the split names none or more than one.
+    """
+    repository, _, split = name.removeprefix(_HUB).partition(":")
+    folder = _download(name, repository, ["*.csv"])
+    files = sorted(folder.rglob("*.csv"))
+    if not files:
+        return _dataset_prompts(name, repository, split or "train", limit)
+    if split and (len(files) > 1 or split != "train"):
+        paths = {file: str(file.relative_to(folder)).lower() for file in files}
+        files = [file for file, path in paths.items() if split.lower() in re.split(r"[\W_]+", path)]
+    if len(files) != 1:
+        there = ", ".join(str(file.relative_to(folder)) for file in sorted(folder.rglob("*.csv"))[:10])
+        raise RequestError("--prompts", name, f"{_HUB}OWNER/NAME:SPLIT must name one of its CSV files: {there}")
+    return replace(read_prompts(files[0], limit=limit), name=repository)
+
+
+def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) -> PromptSet:
+    """Read a set of the hub that has no CSV file."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        needs = "has no CSV file, and other formats need datasets: pip install datasets"
+        raise RequestError("--prompts", name, needs) from None
+    folder = _download(name, repository, ["*.parquet", "*.json", "*.jsonl", "README.md"])
+    try:
+        table = load_dataset(str(folder), split=split)
+    except Exception as problem:  # of whichever format and library
+        raise RequestError("--prompts", name, f"could not be loaded: {_first_line(problem)}") from None
+    columns = {key: table.column_names[at] for key, at in _columns(table.column_names, name, "--prompts").items()}
+    rows = []
+    for place, record in enumerate(islice(table.select_columns(list(columns.values())), limit)):
+        values = {key: "" if (value := record[column]) is None else str(value) for key, column in columns.items()}
+        try:
+            rows.append(_row(values, place))
+        except ValueError as problem:
+            raise RequestError("--prompts", f"{name}, row {place + 1}", str(problem)) from None
+    if not rows:
+        raise RequestError("--prompts", name, "the prompt set is empty")
+    return PromptSet(repository, tuple(rows), "" if limit is None else f"the first {len(rows):,} prompts")
+
+
+def _download(name: str, repository: str, patterns: list[str]) -> Path:
+    """Return the folder of a set in the hub's cache; raises RequestError that says what to do instead."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if repository.count("/") != 1:
+            raise HFValidationError
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
+    except HFValidationError:
+        raise RequestError("--prompts", name, f"must be {_HUB}OWNER/NAME or {_HUB}OWNER/NAME:SPLIT") from None
+    except (GatedRepoError, RepositoryNotFoundError):
+        login = "log in with 'hf auth login' or set HF_TOKEN"
+        raise RequestError("--prompts", name, f"is not on the hub, or is closed to you there: {login}") from None
+    except Exception as problem:  # among them those of the HTTP library, which is another one in each version
+        why = f"is not in the hub's cache and could not be downloaded ({_first_line(problem.__cause__ or problem)})"
+        raise RequestError("--prompts", name, f"{why}; save its CSV file and give its path instead") from None
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

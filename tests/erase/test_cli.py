@@ -189,6 +189,23 @@ def test_a_full_disk_gets_one_line_and_1(
     assert not (folder / "x" / "00000.png").exists()
 
 
+def test_a_gate_ends_with_1_after_the_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "p.csv").write_text("prompt,seed\nthe square,1\ntwo lines,2\n")
+    (folder / "own.yaml").write_text("prompts: p.csv\nmetrics: [similarity]\nsettings: {steps: 1}\n")
+    asked = ["eval", "model", "-b", "own.yaml", "-c", "square.yaml", "--baseline", "model", "-o", "out"]
+    code, _, err = call(monkeypatch, capsys, *asked, "--fail-if", "pixels>1")
+    assert (code, "--fail-if 'pixels>1': did you mean pixel_distance?" in err) == (2, True)
+    assert not (folder / "out").exists()
+    code, _, err = call(monkeypatch, capsys, *asked, "--fail-if", "pixel_distance<1", "--fail-if", "pixel_distance>1")
+    assert (code, err.strip()) == (1, "erase-concept: --fail-if pixel_distance<1: pixel_distance is 0 (n = 2)")
+    assert (folder / "out" / "report.html").is_file()
+    code, out, err = call(monkeypatch, capsys, *asked, "--fail-if", "pixel_distance>1", "--json")
+    assert (code, err.strip()) == (0, "")
+    assert json.loads(out)["scores"][0]["value"] == 0
+
+
 @pytest.mark.parametrize("what", ["models", "concepts", "methods", "metrics", "benchmarks", "prompts"])
 def test_everything_is_listed(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(monkeypatch, capsys, "list", what, "--json")

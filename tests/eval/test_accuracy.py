@@ -8,11 +8,18 @@ import torch
 
 from erase_concept.eval.accuracy import (
     Classified,
+    accuracy,
+    best,
     classify,
+    confusion,
+    cra,
     cross_domain_retain_accuracy,
     forget_mask,
     in_domain_retain_accuracy,
+    ira,
+    per_class,
     per_concept,
+    ua,
     unlearning_accuracy,
 )
 from erase_concept.eval.score import wilson
@@ -114,3 +121,112 @@ def test_classify_names_the_largest_logit_of_pixels_from_0_to_1(classifier: Emoj
 def test_classify_refuses_other_images(images: np.ndarray, classifier: EmojinetteClassifier) -> None:
     with pytest.raises(ValueError, match=r"takes uint8 images \[2, 64, 64, 3\]"):
         classify(images, [PromptRow("p", 0), PromptRow("p", 1)], classifier)
+
+
+# What was asked for, and the probabilities of cat, dog, owl and bee.
+ANIMALS = ("cat", "dog", "owl", "bee")
+ASKED = ("cat", "cat", "cat", "dog", "dog", "owl", "")
+CHANCES = np.array(
+    [
+        [0.1, 0.6, 0.2, 0.1],  # cat is third, for it ties with bee and stands before it
+        [0.5, 0.3, 0.1, 0.1],  # cat is first
+        [0.3, 0.4, 0.2, 0.1],  # cat is second
+        [0.4, 0.4, 0.1, 0.1],  # dog is second, for it ties with cat and stands behind it
+        [0.1, 0.7, 0.1, 0.1],  # dog is first
+        [0.2, 0.3, 0.1, 0.4],  # owl is fourth
+        [0.1, 0.1, 0.7, 0.1],  # no label is asked for
+    ],
+    dtype=np.float32,
+)
+
+
+def test_the_best_labels_in_order() -> None:
+    assert best(CHANCES, ANIMALS, k=4)[0] == ("dog", "owl", "cat", "bee")
+    assert best(CHANCES, ANIMALS, k=1) == [("dog",), ("cat",), ("dog",), ("cat",), ("dog",), ("bee",), ("owl",)]
+    # Among cat and bee alone, by their columns.
+    assert [labels[0] for labels in best(CHANCES[:, [0, 3]], ("cat", "bee"), k=2)] == ["cat"] * 5 + ["bee", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("table", "k", "words"),
+    [
+        (CHANCES[:, :3], 1, r"needs numbers \[n, 4\]"),
+        (CHANCES[0], 1, "one for each label"),
+        (np.full((2, 4), np.nan), 1, "or nan"),
+        (CHANCES, 5, "between 1 and 4"),
+        (CHANCES, 0, "between 1 and 4"),
+    ],
+)
+def test_no_best_labels_of_other_tables(table: np.ndarray, k: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        best(table, ANIMALS, k=k)
+
+
+def test_accuracies_of_probabilities_by_hand() -> None:
+    seen = best(CHANCES, ANIMALS, k=2)
+    # Places of the asked labels: 3, 1, 2 of cat; 2, 1 of dog; 4 of owl.
+    for function, hits, n in ((ua, 2, 3), (ira, 1, 3)):
+        score = function(ASKED, seen, "cat", by="the animal net")
+        assert (score.value, score.n, score.ci95, score.target) == (hits / n, n, wilson(hits, n), "cat")
+        assert score.protocol.startswith("the animal net ")
+    for function, hits, n in ((ua, 1, 3), (ira, 2, 3)):  # within two
+        score = function(ASKED, seen, "cat", by="net", k=2)
+        assert (score.metric, score.value, score.n) == (f"{function.__name__}_top2", hits / n, n)
+        assert "among its top 2" in score.protocol
+    top1, top2 = (accuracy(ASKED, seen, by="net", k=k) for k in (1, 2))
+    assert (top1.metric, top1.value, top1.n, top1.ci95) == ("top1", 2 / 6, 6, wilson(2, 6))
+    assert (top2.metric, top2.value, top2.n) == ("top2", 4 / 6, 6)
+    classes = per_class(ASKED, seen, by="net")
+    assert {label: (score.value, score.n) for label, score in classes.items()} == {
+        "cat": (1 / 3, 3),
+        "dog": (1 / 2, 2),
+        "owl": (0, 1),
+    }
+    assert classes["cat"].ci95 == wilson(1, 3)
+    assert per_class(ASKED, seen, by="net", k=2)["cat"].value == 2 / 3
+
+
+def test_cra_counts_the_chosen_images() -> None:
+    kept = np.array([False, False, False, True, True, True, True])
+    seen = best(CHANCES, ANIMALS, k=1)
+    some, whole = (cra(ASKED, seen, "sketch", by="net", what="object", chosen=chosen) for chosen in (kept, None))
+    assert (some.value, some.n, some.target) == (1 / 3, 3, "sketch")
+    assert some.protocol == "net sees the prompted object; retain prompts; Wilson"
+    assert (whole.value, whole.n) == (2 / 6, 6)
+    assert "forget and retain prompts" in whole.protocol
+
+
+def test_confusion_tells_every_image() -> None:
+    table = confusion(ASKED, best(CHANCES, ANIMALS, k=3))
+    assert table == {"cat": {"dog": 2, "cat": 1}, "dog": {"cat": 1, "dog": 1}, "owl": {"bee": 1}, "": {"owl": 1}}
+    assert list(table) == ["cat", "dog", "owl", ""]
+    assert list(table["cat"]) == ["dog", "cat"]
+
+
+def test_accuracies_equal_a_count_over_random_ranks() -> None:
+    generator = np.random.default_rng(0)
+    labels = tuple(f"class {place}" for place in range(30))
+    chances = generator.dirichlet(np.ones(30), 400)
+    asked = generator.integers(0, 30, 400)
+    rank = (chances > chances[np.arange(400), asked][:, None]).sum(1)
+    names, seen = [labels[place] for place in asked], best(chances, labels)
+    for k in (1, 5):
+        assert accuracy(names, seen, by="net", k=k).value == pytest.approx((rank < k).mean())
+        assert ua(names, seen, "class 7", by="net", k=k).value == pytest.approx((rank[asked == 7] >= k).mean())
+        assert ira(names, seen, "class 7", by="net", k=k).value == pytest.approx((rank[asked != 7] < k).mean())
+    table = confusion(names, seen)
+    first = chances.argmax(1)
+    assert sum(sum(row.values()) for row in table.values()) == 400
+    assert all(
+        table[labels[a]].get(labels[s], 0) == ((asked == a) & (first == s)).sum() for a in range(30) for s in range(30)
+    )
+
+
+def test_accuracies_refuse_what_cannot_be_counted() -> None:
+    seen = best(CHANCES, ANIMALS, k=1)
+    with pytest.raises(ValueError, match="the top 5 of an image"):
+        ua(ASKED, seen, "cat", by="net", k=5)
+    with pytest.raises(ValueError, match="ua of bee needs at least one image"):
+        ua(ASKED, seen, "bee", by="net")
+    with pytest.raises(ValueError, match="longer"):
+        accuracy(ASKED[:-1], seen, by="net")

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.sample import read_images, sample, sample_images
-from erase_concept.prompts.promptset import PromptRow, PromptSet
+from erase_concept.pipelines.load import load
+from erase_concept.pipelines.sample import SCHEDULERS, match_images, read_images, sample, sample_images
+from erase_concept.prompts.promptset import PromptRow, PromptSet, read_prompts
 
 ROWS = tuple(PromptRow(f"prompt {i}", seed=i * 7, guidance=None if i % 2 else 3.0) for i in range(5))
 
 
-def images(model: Diffusion, rows: tuple[PromptRow, ...], batch_size: int) -> np.ndarray:
-    found = dict(sample_images(model, rows, steps=3, batch_size=batch_size))
+def images(
+    model: Diffusion, rows: tuple[PromptRow, ...], batch_size: int, scheduler: str | None = None, steps: int = 3
+) -> np.ndarray:
+    found = dict(sample_images(model, rows, steps=steps, batch_size=batch_size, scheduler=scheduler))
     return np.stack([found[i] for i in range(len(rows))])
 
 
@@ -47,12 +59,101 @@ def test_sizes_are_grouped_and_kept(tiny: Diffusion) -> None:
     assert [found[i].shape for i in range(3)] == [(16, 16, 3), (16, 32, 3), (16, 16, 3)]
 
 
-def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
-    from diffusers import DPMSolverMultistepScheduler
+@torch.no_grad()
+def as_before(model: Diffusion, rows: list[PromptRow], batch_size: int, steps: int) -> np.ndarray:
+    """Sample as the published results were: every batch encodes its own prompts, with one solver for all."""
+    found = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        embeddings = model.encode_prompts([row.prompt for row in batch])
+        solver = diffusers.DPMSolverMultistepScheduler.from_config(model.scheduler.config, algorithm_type="dpmsolver++")
+        solver.set_timesteps(steps)
+        noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(row.seed)) for row in batch]
+        latents = torch.stack(noise) * solver.init_noise_sigma
+        scale = torch.tensor([7.5 if row.guidance is None else row.guidance for row in batch]).view(-1, 1, 1, 1)
+        for timestep in solver.timesteps:
+            noisy = solver.scale_model_input(latents, timestep)
+            predicted = model.guided(noisy, timestep, embeddings, model.encode_empty(), scale)
+            latents = solver.step(predicted, timestep, latents).prev_sample
+        found.append(model.decode(latents).numpy())
+    return np.concatenate(found)
 
+
+def test_the_defaults_give_the_same_bits_as_ever(family: Diffusion) -> None:
+    rows = [PromptRow(f"prompt {i % 4}", seed=i, guidance=None if i % 3 else 2.0) for i in range(11)]
+    found = dict(sample_images(family, rows, steps=4, batch_size=4))
+    assert np.array_equal(np.stack([found[i] for i in range(11)]), as_before(family, rows, 4, 4))
+
+
+def test_each_prompt_is_encoded_once(tiny: Diffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = Diffusion.encode_prompts
+
+    def spy(model: Diffusion, prompts: list[str]) -> torch.Tensor:
+        seen.extend(prompts)
+        return encode(model, prompts)
+
+    monkeypatch.setattr(Diffusion, "encode_prompts", spy)
+    rows = [PromptRow("abc"[i % 3], i, width=16 + 8 * (i % 2), height=16) for i in range(12)]
+    assert len(list(sample_images(tiny, rows, steps=1, batch_size=2))) == 12
+    assert sorted(seen) == ["", "a", "b", "c"]
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers, of numpy
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_batch_size_changes_no_image_with_any_scheduler(tiny: Diffusion, scheduler: str) -> None:
+    if scheduler == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
+    whole = images(tiny, ROWS, 5, scheduler, 6).astype(int)
+    assert np.abs(whole - images(tiny, ROWS, 2, scheduler, 6).astype(int)).max() <= 1
+    assert whole.std() > 1
+    alone = images(tiny, ROWS[2:3], 1, scheduler, 6).astype(int)
+    assert np.abs(whole[2] - alone[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler"]
+)
+def test_schedulers_match_the_diffusers_pipeline(tiny: Diffusion, scheduler: str) -> None:
+    pipeline = tiny.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(tiny.scheduler.config)
+    generator = torch.Generator().manual_seed(ROWS[2].seed)
+    theirs = pipeline(
+        ROWS[2].prompt, num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="np"
+    ).images[0]
+    assert np.abs(images(tiny, ROWS, 5, scheduler)[2] - theirs * 255).max() <= 1
+
+
+def test_schedulers_are_told_and_refused(tiny: Diffusion, tmp_path: Path) -> None:
+    prompts = PromptSet("p", ROWS[:1])
+    list(sample(tiny, prompts, tmp_path, steps=2, scheduler="DDIMScheduler"))
+    assert read_images(tmp_path).settings["sampler"] == "DDIMScheduler"
+    with pytest.raises(RequestError, match="another model, prompt set or setting"):
+        list(sample(tiny, prompts, tmp_path, steps=2))
+    for name in ("DDIM", "FlowMatchEulerDiscreteScheduler", "StableDiffusionPipeline", "__version__"):
+        with pytest.raises(RequestError, match=f"--scheduler {name}: allowed: DDIMScheduler, DDPMScheduler"):
+            list(sample(tiny, prompts, tmp_path / "no", steps=2, scheduler=name))
+    with pytest.raises(RequestError, match="--scheduler DDIMScheduler: cannot go 1001 steps"):
+        list(sample(tiny, prompts, tmp_path / "no", steps=1001, scheduler="DDIMScheduler"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_too_little_memory_is_told_in_a_line(tiny: Diffusion) -> None:
+    side = 8 * 10**8  # more bytes than a processor can address, so that nothing is really taken
+    rows = [PromptRow("a", 0, width=side, height=side), PromptRow("b", 1, width=side, height=side)]
+    with pytest.raises(EraseError, match=f"sample 2 images of {side} x {side} pixels at once: give a smaller --batch"):
+        next(sample_images(tiny, rows, steps=1))
+    with pytest.raises(EraseError, match=f"too little memory to sample an image of {side} x {side} pixels"):
+        next(sample_images(tiny, rows, steps=1, batch_size=1))
+
+
+def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
     pipeline = family.pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(family.scheduler.config, algorithm_type="dpmsolver++")
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        family.scheduler.config, algorithm_type="dpmsolver++"
+    )
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11))[None]
     theirs = pipeline("a prompt", num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="np").images[0]
     ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=3.0),), steps=4)))[1]
@@ -75,6 +176,86 @@ def test_goes_on_where_it_was_killed(tiny: Diffusion, tmp_path: Path) -> None:
     first, second = read_images(whole), read_images(killed)
     assert first.rows == second.rows == ROWS
     assert np.array_equal(first.arrays(), second.arrays())
+
+
+def test_labels_follow_the_prompt_set(tiny: Diffusion, tmp_path: Path) -> None:
+    list(sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, steps=1))
+    told = tuple(replace(row, category="hate", case_number=7 + i) for i, row in enumerate(ROWS[:2]))
+    assert list(sample(tiny, PromptSet("p", told), tmp_path, steps=1)) == []
+    assert [(row.category, row.case_number) for row in read_images(tmp_path).rows] == [("hate", 7), ("hate", 8)]
+
+
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from erase_concept.pipelines.load import load
+from erase_concept.pipelines.sample import read_images, sample, sample_images
+from erase_concept.prompts.promptset import prompts
+
+home = Path(sys.argv[1])
+model, asked = load(home / "model", device="cpu"), prompts(str(home / "p.csv"))
+for name in ("fresh", "resumed"):
+    made = [file.name for file in sample(model, asked, home / name, steps=2, batch_size=2)]
+    print(json.dumps(made))
+files = read_images(home / "fresh").files
+alone = dict(sample_images(model, asked.rows, steps=2, batch_size=2))  # by this process alone
+assert len(alone) == len(files)
+assert all(np.array_equal(alone[i], np.asarray(Image.open(file))) for i, file in enumerate(files))
+"""
+
+
+def test_processes_share_the_work(tiny: Diffusion, tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    rows = tuple(PromptRow(f"prompt {i % 3}", i, width=16 if i % 2 else None) for i in range(9))
+    PromptSet("p", rows).save(tmp_path / "p.csv")
+    model = load(tmp_path / "model", device="cpu")
+    list(sample(model, read_prompts(tmp_path / "p.csv"), tmp_path / "alone", steps=2, batch_size=2))
+    # Two processes were killed before their parts of the manifest were merged, one of them while it wrote a line.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "alone", resumed)
+    lines = {json.loads(line)["image"]: line for line in (resumed / "manifest.jsonl").read_text().splitlines(True)}
+    lines = {name: lines[name] for name in sorted(lines)}
+    (resumed / "manifest.jsonl").unlink()
+    for name in ("00004.png", "00007.png", "00008.png"):
+        (resumed / name).unlink()
+    kept = list(lines.values())
+    (resumed / "manifest-0.jsonl").write_text("".join(kept[:4]) + kept[4][:20])
+    (resumed / "manifest-1.jsonl").write_text("".join(kept[5:7]))
+    assert len(read_images(resumed).rows) == 6
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            env={**os.environ, **there, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], told
+    made = [[json.loads(line) for line in out.splitlines()] for out, _ in told]
+    assert sorted(len(of[0]) for of in made) == [4, 5]
+    assert sorted(name for of in made for name in of[0]) == list(lines)
+    assert sorted(name for of in made for name in of[1]) == ["00004.png", "00007.png", "00008.png"]
+    assert all(len(of[1]) < 3 for of in made)
+    for name in ("fresh", "resumed"):
+        assert {file.name for file in (tmp_path / name).iterdir()} == {*lines, "manifest.jsonl", "sampling.json"}
+        assert read_images(tmp_path / name).rows == rows
+    whole, again = (read_images(tmp_path / name) for name in ("alone", "resumed"))
+    for one, two in zip(whole.files, again.files, strict=True):  # some in other batches
+        assert np.abs(np.asarray(Image.open(one), int) - np.asarray(Image.open(two), int)).max() <= 1
 
 
 def test_folder_of_another_model_is_refused(tiny: Diffusion, tmp_path: Path) -> None:
@@ -107,6 +288,185 @@ def test_prompts_are_data_not_paths(tiny: Diffusion, tmp_path: Path) -> None:
     list(sample(tiny, PromptSet("p", (PromptRow("../../etc/x/\n", 0),)), out, steps=1))
     assert {file.name for file in out.iterdir()} == {"00000.png", "manifest.jsonl", "sampling.json"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_any_text_is_a_prompt(tiny: Diffusion, tmp_path: Path) -> None:
+    texts = ("x" * 10**5, "🪦 שלום \u2067rtl\u2069", "a\u2028b\x85c\x0bd\r\ne", '"quoted", {"a": 1}', "<script>", "")
+    rows = tuple(PromptRow(text, i) for i, text in enumerate(texts))
+    list(sample(tiny, PromptSet("p", rows), tmp_path, steps=1))
+    assert read_images(tmp_path).rows == rows
+    assert list(sample(tiny, PromptSet("p", rows), tmp_path, steps=1)) == []
+    assert {file.name for file in tmp_path.glob("*.png")} == {f"{i:05d}.png" for i in range(len(rows))}
+
+
+def test_manifests_name_no_paths(tiny: Diffusion, tmp_path: Path) -> None:
+    list(sample(tiny, PromptSet("p", ROWS[:1]), tmp_path / "out", steps=1))
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    [line] = map(json.loads, manifest.read_text().splitlines())
+    (tmp_path / "00000.png").write_bytes((tmp_path / "out" / "00000.png").read_bytes())
+    manifest.write_text("".join(json.dumps(o) + "\n" for o in ({**line, "image": "../00000.png"}, 3, {"image": 4}, [])))
+    with pytest.raises(RequestError, match=r"no manifest\.jsonl with images"):
+        read_images(tmp_path / "out")
+
+
+def test_images_come_in_the_order_of_their_places(tmp_path: Path) -> None:
+    picture(tmp_path / "100000.png", 1)
+    picture(tmp_path / "99999.png", 2)
+    lines = [
+        {"image": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "prompt": file.name, "seed": 0}
+        for file in tmp_path.iterdir()
+    ]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "sampling.json").write_text("{}")
+    assert [row.prompt for row in read_images(tmp_path).rows] == ["99999.png", "100000.png"]
+
+
+def picture(file: Path, seed: int, size: tuple[int, int] = (16, 16)) -> None:
+    """Write an image of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
+CASES = (3, 7, 12, 20, 101)
+ASKED = PromptSet("asked", tuple(PromptRow(f"prompt {n}", n, category="c", case_number=n) for n in CASES))
+
+
+def matched(folder: Path, names: list[str], prompts: PromptSet = ASKED) -> list[tuple[str, int]]:
+    """Write images of these names, match them, and return each name with the case that it was matched with."""
+    for seed, name in enumerate(names):
+        picture(folder / name, seed)
+    found = match_images(folder, prompts)
+    assert all(file.parent == folder for file in found.files)
+    return [(file.name, row.seed) for file, row in zip(found.files, found.rows, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["{:05d}.png", "{}.JPG", "case_{}.webp", "Case-{}.jpeg", "{}_0.png", "{:012d}.bmp"])
+def test_images_are_matched_by_case_number(tmp_path: Path, name: str) -> None:
+    shuffled = [name.format(number) for number in (101, 3, 20, 7, 12)]
+    assert matched(tmp_path, shuffled) == [(name.format(number), number) for number in CASES]
+    found = match_images(tmp_path, ASKED)
+    assert found.rows == ASKED.rows
+    assert found.notes == ("matched by case number",)
+    assert found.settings == {"matched": "case number"}
+    assert found.arrays().shape == (5, 16, 16, 3)
+
+
+def test_several_images_of_one_case_all_count(tmp_path: Path) -> None:
+    names = ["3_10.png", "3_2.png", *(f"{n}_0.png" for n in CASES[1:])]
+    assert matched(tmp_path, names)[:3] == [("3_2.png", 3), ("3_10.png", 3), ("7_0.png", 7)]
+    picture(tmp_path / "00003_2.jpg", 9)
+    with pytest.raises(RequestError, match=r"several images have one case number: .*3_2\.png"):
+        match_images(tmp_path, ASKED)
+
+
+def test_a_part_is_matched_and_told(tmp_path: Path) -> None:
+    assert matched(tmp_path / "few", ["12.png", "3.png"]) == [("3.png", 3), ("12.png", 12)]
+    assert match_images(tmp_path / "few", ASKED).notes == (
+        "matched by case number",
+        "of 5 prompts 3 without an image: case number 7, 20, 101",
+    )
+    more = [f"{n}.png" for n in (*CASES, 4, 5)]
+    assert matched(tmp_path / "more", more) == [(f"{n}.png", n) for n in CASES]
+    (tmp_path / "more" / "3.txt").write_text("parameters")
+    (tmp_path / "more" / "sub").mkdir()
+    (tmp_path / "more" / ".hidden").touch()
+    Image.new("RGB", (16, 16)).save(tmp_path / "more" / "7.png")
+    assert match_images(tmp_path / "more", ASKED).notes == (
+        "matched by case number",
+        "2 files are no image: 3.txt, sub",
+        "2 images are of no prompt of the set: 4.png, 5.png",
+        "1 image is of one colour only: 7.png",
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["ComfyUI_00001_.png", "ComfyUI_00002_.png", "ComfyUI_00009_.png", "ComfyUI_00010_.png", "ComfyUI_00100_.png"],
+        ["00001-77.png", "00002-5.png", "00003-9.png", "00004-1.png", "00005-3.png"],
+        ["img1.png", "img2.png", "img10.png", "img11.png", "img100.png"],
+        # Numbers that are not the set's case numbers, though two of them are among these.
+        ["1.png", "2.png", "3.png", "12.png", "13.png"],
+    ],
+)
+def test_images_of_programs_that_count_are_matched_by_order(tmp_path: Path, names: list[str]) -> None:
+    assert matched(tmp_path, names[::-1]) == list(zip(names, CASES, strict=True))
+    assert match_images(tmp_path, ASKED).notes == ("matched by file order",)
+
+
+def test_a_set_without_case_numbers_counts_its_places(tmp_path: Path) -> None:
+    plain = PromptSet("plain", tuple(PromptRow("p", seed) for seed in (50, 51, 52)))
+    assert matched(tmp_path, ["00002.png", "00000.png"], plain) == [("00000.png", 50), ("00002.png", 52)]
+    twice = PromptSet("twice", tuple(replace(row, case_number=0) for row in plain.rows))
+    picture(tmp_path / "00001.png", 7)
+    assert [row.seed for row in match_images(tmp_path, twice).rows] == [50, 51, 52]  # by order
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["3.png", "7.png", "12.png", "20.png", "grid.png"], r"grid\.png is not named by a case number, as the others"),
+        (
+            ["3.png", "4.png"],
+            r"2 images for 5 prompts, .*\(strange: 4; missing: 7, 12, 20, 101\); name them .*00003\.png",
+        ),
+        (["ComfyUI_00003_.png"], "1 images for 5 prompts, and their names are no case numbers of the set; name them"),
+    ],
+)
+def test_images_that_fit_no_prompt_are_refused(tmp_path: Path, names: list[str], problem: str) -> None:
+    with pytest.raises(RequestError, match=problem) as raised:
+        matched(tmp_path, names)
+    assert str(raised.value).startswith(f"DIR {tmp_path}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such folder"):
+        match_images(tmp_path / "absent", ASKED)
+    (tmp_path / "2024-01-01").mkdir()
+    with pytest.raises(RequestError, match=r"holds no images \(\.png, .*\), only 2024-01-01"):
+        match_images(tmp_path, ASKED)
+
+
+def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
+    matched(tmp_path, [f"{number}.png" for number in CASES])
+    (tmp_path / "3.png").write_bytes(b"")
+    (tmp_path / "7.png").write_text("<html>")
+    (tmp_path / "12.png").write_bytes((tmp_path / "20.png").read_bytes()[:-300])
+    with pytest.raises(RequestError, match="3 images are not to be read") as raised:
+        match_images(tmp_path, ASKED)
+    told = str(raised.value)
+    assert "3.png (an empty file), 7.png (cannot identify image file), 12.png (" in told
+    assert "20.png" not in told
+    assert "\n" not in told
+
+
+def test_images_of_several_sizes_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "101.png", 0, (16, 24))
+    matched(tmp_path, [f"{number}.png" for number in CASES[:-1]])
+    with pytest.raises(RequestError, match="its images are of several sizes: 16 x 16, 24 x 16"):
+        match_images(tmp_path, ASKED).arrays()
+
+
+def test_our_own_folders_are_matched_by_their_manifest(tiny: Diffusion, tmp_path: Path) -> None:
+    list(sample(tiny, ASKED, tmp_path, steps=1))
+    part = PromptSet("part", (ASKED.rows[3], replace(ASKED.rows[1], object="church"), PromptRow("another", 1)))
+    found = match_images(tmp_path, part)
+    assert [file.name for file in found.files] == ["00003.png", "00001.png"]
+    assert [row.object for row in found.rows] == ["", "church"]
+    assert found.settings == read_images(tmp_path).settings
+    assert found.notes == (
+        "matched by manifest",
+        "of 3 prompts 1 without an image: case number 2",
+        "3 images are of no prompt of the set: 00000.png, 00002.png, 00004.png",
+    )
+    other = PromptSet("other", tuple(replace(row, seed=row.seed + 1) for row in ASKED.rows))
+    with pytest.raises(RequestError, match=r"no line of its manifest\.jsonl is a prompt of other"):
+        match_images(tmp_path, other)
+    (tmp_path / "00002.png").write_bytes(b"changed")
+    with pytest.raises(RequestError, match=r"00002\.png is missing or differs"):
+        match_images(tmp_path, part)
 
 
 def test_weights_hash_sees_every_bit(tiny: Diffusion) -> None:
