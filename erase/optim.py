@@ -135,16 +135,17 @@ class MaskedOptimizer:
         for key, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"weights must be fp32 to be trained, and {key} is {parameter.dtype}")
-            if mask is None:
-                chosen = np.ones(parameter.numel(), np.uint8)
-            else:
-                chosen = np.unpackbits(mask.bits[key].numpy(), count=parameter.numel())
+            packed = np.packbits(np.ones(parameter.numel(), bool)) if mask is None else mask.bits[key].numpy()
+            spare = 0xFF >> (parameter.numel() % 8 or 8)
+            if packed.size and packed[-1] & spare:
+                # Whatever stands behind the last weight must be zero: the compiled update relies on it.
+                packed = np.append(packed[:-1], packed[-1] & ~np.uint8(spare))
+            chosen = np.unpackbits(packed, count=parameter.numel())
             count = int(chosen.sum(dtype=np.int64))
             parameter.requires_grad_(count > 0)
             if count:
                 pieces, seed = _pieces(chosen), zlib.crc32(key.encode())
-                # Packed anew, so that whatever stood behind the last weight is zero: the compiled update relies on it.
-                bits = torch.from_numpy(np.packbits(chosen)).to(parameter.device)
+                bits = torch.from_numpy(packed).to(parameter.device)
                 mean, square = (_zeros(count, state, parameter.device, signed=signed) for signed in (True, False))
                 self.salient[key] = _Salient(parameter, bits, count, mean, square, pieces, seed)
         if not self.salient:

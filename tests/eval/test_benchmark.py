@@ -345,7 +345,8 @@ def test_a_base_model_that_was_measured_is_found_again(shaken: str, i2p: str, tm
         file.write_bytes(b"")
     _, fourth = measured(shaken, out=tmp_path / "d", **asked)
     assert fourth.provenance["sampled"]["base"] == 1
-    assert fourth.score("pixel_distance").value == first.score("pixel_distance").value
+    # Sampled in a batch of another size, it may differ by a grey level here and there.
+    assert fourth.score("pixel_distance").value == pytest.approx(first.score("pixel_distance").value, rel=1e-3)
 
 
 def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path) -> None:
