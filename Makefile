@@ -35,7 +35,7 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
 
-bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (an hour on two cores)
+bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
