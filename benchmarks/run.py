@@ -20,7 +20,7 @@ from full_size import ALLOCATOR
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-BENCHMARKS = ("mask", "step", "memory", "scaling", "walk", "nudity", "erasing")
+BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "erasing")
 
 
 def main() -> None:

