@@ -153,7 +153,8 @@ def ours(args: argparse.Namespace) -> Iterator[float]:
     latents, embedded = torch.randn(n, 4, args.size // 8, args.size // 8), torch.randn(n, TOKENS, context)
     which, none = torch.arange(n), torch.arange(0)
     data = ForgetRetain(
-        *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1])
+        *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1]),
+        *(torch.ones(n, 2).long(), torch.ones(1, n, 2).long(), torch.full((n,), TOKENS)),
     )
     settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
     bits = {

@@ -42,7 +42,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting of the method, or mask.KEY or data.KEY."),
 ]
-MaskOption = Annotated[str | None, typer.Option("--mask", help="salient, none, random, least-salient, or a mask file.")]
+MaskOption = Annotated[
+    str | None,
+    typer.Option("--mask", help="salient, none, random, least-salient, or a mask file. (default: the method's)"),
+]
+ScopeOption = Annotated[
+    str | None,
+    typer.Option(help="full, cross-attention, self-attention or non-cross-attention. (default: the method's)"),
+]
 SparsityOption = Annotated[float | None, typer.Option(help="Share of the weights that stay frozen.")]
 _EMA = typer.Option("--ema/--no-ema", help="Of a single file with both, take the UNet's averaged or its live weights.")
 BatchOption = Annotated[int, typer.Option(min=1, help="Images sampled together; each keeps its own noise.")]
@@ -72,7 +79,7 @@ def demo(
     from erase_concept.eval.benchmark import emojinette_benchmark
     from erase_concept.terminal import print_report
 
-    recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, seed, None, None)
+    recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, None, seed, None, None)
     emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
@@ -89,6 +96,7 @@ def erase(
     ] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'list methods' (default: salun).")] = None,
     mask: MaskOption = None,
+    scope: ScopeOption = None,
     sparsity: SparsityOption = None,
     set_: SetOption = None,
     preset: PresetOption = "default",
@@ -116,6 +124,7 @@ def erase(
         method,
         preset,
         mask,
+        scope,
         sparsity,
         set_,
         recipe_file,
@@ -148,6 +157,7 @@ def mask(
     concept: ConceptOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="The mask file to write (.safetensors).")],
     kind: Annotated[str, typer.Option("--kind", help="salient, random or least-salient.")] = "salient",
+    scope: ScopeOption = None,
     sparsity: SparsityOption = None,
     set_: SetOption = None,
     preset: PresetOption = "default",
@@ -158,7 +168,7 @@ def mask(
     """Compute the saliency mask of a concept."""
     if kind not in ("salient", "random", "least-salient"):
         raise RequestError("--kind", kind, "allowed: salient, random, least-salient")
-    recipe = _recipe(model, concept, None, preset, kind, sparsity, set_, None, seed, None, None, ema)
+    recipe = _recipe(model, concept, None, preset, kind, scope, sparsity, set_, None, seed, None, None, ema)
     from erase_concept.mask import describe
     from erase_concept.pipelines.diffusion import weights_hash
     from erase_concept.pipelines.load import load
@@ -488,6 +498,7 @@ def _recipe(
     method: str | None,
     preset: str,
     mask: str | None,
+    scope: str | None,
     sparsity: float | None,
     settings: list[str] | None,
     file: Path | None,
@@ -502,7 +513,7 @@ def _recipe(
 
     values: dict[str, Any] = {} if file is None else read_recipe(file)
     given: dict[str, Any] = {"method": method, "seed": seed, "ema": ema}
-    given["mask"] = {"kind": mask, "sparsity": sparsity}
+    given["mask"] = {"kind": mask, "scope": scope, "sparsity": sparsity}
     given["data"] = {"forget_images": forget_images, "retain_images": retain_images}
     given["settings"] = {}
     for text in settings or ():

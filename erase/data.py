@@ -49,6 +49,9 @@ class ForgetRetain:
     none.
     Embeddings are [prompts, tokens, width]; ``remap`` is [names, prompts, tokens, width]: the forget prompts said of
     the anchor (first) and of each retained name. ``empty`` is [1, tokens, width].
+    ``forget_spans`` [prompts, 2] and ``remap_spans`` [names, prompts, 2] tell where in its tokens a prompt names what
+    it is about: the first token, and the one behind the last. ``retain_lengths`` [prompts] counts tokens up to the end
+    of each retain prompt, start and end included, padding not.
     """
 
     forget_latents: Tensor
@@ -61,11 +64,18 @@ class ForgetRetain:
     remap: Tensor
     retain: Tensor
     empty: Tensor
+    forget_spans: Tensor
+    remap_spans: Tensor
+    retain_lengths: Tensor
+
+    def draw_forget(self, size: int, generator: torch.Generator) -> Tensor:
+        """Draw ``size`` numbers of forget rows, behind which the anchor rows are counted on."""
+        return draw(len(self.forget_latents) + len(self.anchor_latents), size, generator)
 
     def forget_batch(
         self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, random_remap: bool = False
     ) -> Batch:
-        """Noise the given forget rows, behind which the anchor rows are counted on.
+        """Noise the given forget rows, numbered as ``draw_forget`` does.
 
         Remaps to the anchor, or each row to a random one of the retained names.
         """
@@ -144,11 +154,16 @@ def make_data(
     unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     if size % unit:
         raise RequestError("data.size", size, f"must be a multiple of {unit}")
+    forget_names = [name for name in (concept.name, *concept.synonyms) for _ in concept.templates]
+    remapped = [(concept.remapped_to(name), [name] * len(forget_names)) for name in _remap_names(concept)]
     embedded = {
         "forget": _embed(model, concept.forget_prompts),
-        "remap": torch.stack([_embed(model, concept.remapped_to(name)) for name in _remap_names(concept)]),
+        "remap": torch.stack([_embed(model, prompts) for prompts, _ in remapped]),
         "retain": _embed(model, concept.retain_prompts),
         "empty": model.encode_empty().cpu(),
+        "forget_spans": _spans(model, concept.forget_prompts, forget_names),
+        "remap_spans": torch.stack([_spans(model, *both) for both in remapped]),
+        "retain_lengths": torch.tensor([len(_ids(model, prompt)) for prompt in concept.retain_prompts]),
     }
     parts: dict[str, Tensor] = {}
     sources = {"forget": embedded["forget"], "anchor": embedded["remap"][0], "retain": embedded["retain"]}
@@ -181,6 +196,25 @@ def _remap_names(concept: Concept) -> tuple[str, ...]:
 
 def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
     return torch.cat([model.encode_prompts(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]).cpu()
+
+
+def _ids(model: Diffusion, prompt: str) -> list[int]:
+    """Return a prompt's tokens, from the start token to the end token."""
+    ids: list[int] = model.tokenizer(prompt, truncation=True, max_length=model.tokenizer.model_max_length).input_ids
+    return ids
+
+
+def _spans(model: Diffusion, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Return [prompts, 2]: where the name's tokens begin in each prompt, for the last time, and where they end.
+
+    Where it is not found, as when the name is empty or a word joins on to it, all words are what it is about.
+    """
+    spans = []
+    for prompt, name in zip(prompts, names, strict=True):
+        ids, wanted = _ids(model, prompt), _ids(model, name)[1:-1]
+        found = [i for i in range(len(ids)) if wanted and ids[i : i + len(wanted)] == wanted]
+        spans.append((found[-1], found[-1] + len(wanted)) if found else (1, max(len(ids) - 1, 2)))
+    return torch.tensor(spans)
 
 
 def _sample(

@@ -100,7 +100,9 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     make, settings, device = configs(recipe.model), recipe.config(), PartialState().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
     size = recipe.data.size
-    stages = {"step": predict_step(make, settings, density, size=size)}
+    stages = {}
+    if isinstance(settings, Training):  # a closed form takes no steps
+        stages["step"] = predict_step(make, settings, density, size=size)
     if recipe.mask.kind in ("salient", "least-salient"):
         stages["mask, each batch"] = predict_saliency(make, recipe.mask, size=size)
     process = psutil.Process().memory_info().rss if device.type == "cpu" else _CONTEXT

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
 
+# Parts of a UNet that an erasure may be confined to; see ``in_scope``.
+SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")
+
 _CHUNK = 1 << 18  # scores looked at together: what is made of them stays in the cache, and needs no new pages
 _LOW_BITS = 16
 
@@ -217,19 +220,46 @@ def _find(
     return value, int(reached[place]) - int(counts[value]), int(own[value])
 
 
-def random(model: nn.Module, density: float, seed: int) -> Mask:
-    """Return a mask over a random choice of weights of the given density: the control for saliency."""
+def random(model: nn.Module, density: float, seed: int, scope: str = "full") -> Mask:
+    """Return a mask over a random choice of the scope's weights, a share of them: the control for saliency."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
-    return top_k(scores, keep_count(density, sum(s.numel() for s in scores.values())))
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in in_scope(model, scope).items()}
+    return within(top_k(scores, keep_count(density, sum(s.numel() for s in scores.values()))), model)
+
+
+def in_scope(model: nn.Module, scope: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of one of ``SCOPES``, by name.
+
+    Cross-attention is every parameter of diffusers' ``attn2``, self-attention of ``attn1``. Raises RequestError for
+    another scope.
+    """
+    if scope not in SCOPES:
+        raise RequestError("--scope", scope, f"allowed: {', '.join(SCOPES)}")
+    word = {"cross-attention": ".attn2.", "self-attention": ".attn1."}.get(scope)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if scope == "non-cross-attention":
+        return {name: shape for name, shape in shapes.items() if ".attn2." not in name}
+    return {name: shape for name, shape in shapes.items() if word is None or word in name}
+
+
+def everything(shapes: Mapping[str, tuple[int, ...]]) -> Mask:
+    """Return a mask of ones alone."""
+    ones = {name: torch.from_numpy(np.packbits(np.ones(int(np.prod(s)), bool))) for name, s in shapes.items()}
+    return Mask(ones, dict(shapes))
+
+
+def within(mask: Mask, model: nn.Module) -> Mask:
+    """Return a mask over all of a model's parameters: those that it does not name are frozen as a whole."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    frozen = {name: torch.zeros(-(-int(np.prod(shape)) // 8), dtype=torch.uint8) for name, shape in shapes.items()}
+    return Mask(frozen | mask.bits, shapes, mask.provenance)
 
 
 def least(scores: Mapping[str, Tensor], k: int) -> Mask:
     """Return the mask of exactly k ones over the k smallest scores: everything but the largest rest."""
     total = sum(score.numel() for score in scores.values())
     top = top_k(scores, total - k)
-    ones = {name: torch.from_numpy(np.packbits(np.ones(int(np.prod(s)), bool))) for name, s in top.shapes.items()}
-    return Mask({name: top.bits[name] ^ ones[name] for name in ones}, top.shapes)
+    return Mask((everything(top.shapes) - top).bits, top.shapes)
 
 
 def describe(mask: Mask) -> dict[str, Any]:

@@ -22,12 +22,20 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, its frozen config dataclass, the function, and whether it takes a mask."""
+    """A registered method: its name, its frozen config dataclass and the function.
+
+    ``latents`` are the parts of the data that it needs beside the embedded prompts, which every method has: "forget",
+    "anchor" and "retain". ``mask`` and ``scope`` are the paper's own choice of weights, for when none is asked for.
+    ``knob`` is the setting that makes it erase more or less: the one that a comparison tunes.
+    """
 
     name: str
     config: Any
     run: Run
-    masked: bool
+    latents: tuple[str, ...]
+    mask: str
+    scope: str
+    knob: str
 
     @property
     def summary(self) -> str:
@@ -39,11 +47,21 @@ _METHODS: dict[str, Method] = {}
 _F = TypeVar("_F", bound=Callable[..., Iterator[Record | Taught]])
 
 
-def method(name: str, config: Any, *, masked: bool = True) -> Callable[[_F], _F]:
-    """Register the decorated function as an erasure method."""
+def method(
+    name: str,
+    config: Any,
+    *,
+    latents: tuple[str, ...] = ("forget", "retain"),
+    mask: str = "none",
+    scope: str = "full",
+    knob: str = "lr",
+) -> Callable[[_F], _F]:
+    """Register the decorated function as an erasure method; ``Method`` says what the arguments are."""
+    if knob not in config.__dataclass_fields__:
+        raise ValueError(f"{name} has no setting {knob!r}")
 
     def register(function: _F) -> _F:
-        _METHODS[name] = Method(name, config, function, masked)
+        _METHODS[name] = Method(name, config, function, latents, mask, scope, knob)
         return function
 
     return register

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
 from erase_concept.prompts.concept import Concept, concept, parse
+
+if TYPE_CHECKING:
+    from erase_concept.method import Method
 
 PRESETS = Path(__file__).parent / "presets.yaml"
 
@@ -33,7 +36,8 @@ class MaskRecipe(_Part):
     """Which weights may change: ``kind`` is salient, none, random, least-salient, or the path of a mask file."""
 
     kind: str = "salient"
-    sparsity: float = Field(0.5, ge=0, lt=1)  # share of the weights that stay frozen
+    scope: str = "full"  # the part of the UNet that is ranked, and may change at all
+    sparsity: float = Field(0.5, ge=0, lt=1)  # share of the scope's weights that stay frozen
     accumulate: Literal["signed", "absolute"] = "signed"
     guidance: float = Field(0.0, ge=0)  # w of the guided prediction in the saliency loss; the reference uses 7.5
     passes: int = Field(1, ge=1)  # times each forget row is seen, with new noise
@@ -72,18 +76,24 @@ class Recipe(_Part):
     def _find_concept(cls, value: Any) -> Any:
         return concept(value) if isinstance(value, str) else parse(value) if isinstance(value, dict) else value
 
-    def method_config(self) -> Any:
-        """Return the config dataclass of the recipe's method; raises RequestError when there is no such method."""
+    def erasure(self) -> Method:
+        """Return the recipe's method; raises RequestError when there is no such one."""
         from erase_concept.method import methods
 
         known = methods()
         if self.method not in known:
             raise RequestError("--method", self.method, f"unknown method; allowed: {', '.join(known)}")
-        return known[self.method].config
+        return known[self.method]
+
+    @property
+    def latents(self) -> dict[str, int]:
+        """How many rows of each part of the data are made: what neither method nor mask needs is left out."""
+        needed = {*self.erasure().latents, *(("forget",) if self.mask.kind in ("salient", "least-salient") else ())}
+        return {part: getattr(self.data, part) if part in needed else 0 for part in ("forget", "anchor", "retain")}
 
     def config(self) -> Any:
         """Return the method's config with the settings in it; raises RequestError for a setting it does not have."""
-        config = self.method_config()
+        config = self.erasure().config
         fields = config.__dataclass_fields__
         for name, value in self.settings.items():
             if name not in fields:
@@ -110,9 +120,15 @@ class Recipe(_Part):
 
 
 def make_recipe(values: dict[str, Any], *, argument: str = "recipe") -> Recipe:
-    """Build a recipe from nested values; raises RequestError that names the first bad one."""
+    """Build a recipe from nested values; mask and scope are the method's own unless they are named.
+
+    Raises RequestError that names the first bad value.
+    """
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        method = recipe.erasure()
+        own = {"kind": method.mask, "scope": method.scope} | recipe.mask.model_dump(exclude_unset=True)
+        return recipe.model_copy(update={"mask": MaskRecipe(**own)})
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(map(str, first["loc"])) or argument
@@ -166,7 +182,7 @@ def recipe_for(
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
     # A preset's settings are SalUn's; another method takes those that it has too.
     given = values.get("settings", {})
-    known = recipe.method_config().__dataclass_fields__
+    known = recipe.erasure().config.__dataclass_fields__
     settings = {key: value for key, value in recipe.settings.items() if key in known or key in given}
     return recipe.model_copy(update={"settings": settings})
 

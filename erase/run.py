@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -30,7 +31,6 @@ from erase_concept.data import ForgetRetain, draw, image_files, make_data
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
 from erase_concept.mask import Mask
-from erase_concept.method import methods
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
@@ -52,8 +52,8 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     fails or a weight changed that should not have.
     """
     config = recipe.config()
-    method = methods()[recipe.method]
-    given = _check(recipe, masked=method.masked)
+    method = recipe.erasure()
+    given = _check(recipe)
     if _claimed(recipe, out) and complete(out):
         return
     if model is None:
@@ -79,7 +79,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     # Everything is encoded: only the UNet is needed until the pipeline is written.
     with parked([model.vae, *model.text_encoders.values()], out / "parked"):
         mask = None
-        if method.masked and recipe.mask.kind != "none":
+        if (recipe.mask.kind, recipe.mask.scope) != ("none", "full"):
             yield "mask"
             mask = _mask(recipe, given, model, data, base_hash, out)
         times["mask"] = time.perf_counter() - began - times["data"]
@@ -139,16 +139,18 @@ def parked(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
         shutil.rmtree(folder)
 
 
-def _check(recipe: Recipe, *, masked: bool) -> Mask | None:
+def _check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
     kind = recipe.mask.kind
     if PartialState().num_processes > 1:
         raise RequestError("processes", PartialState().num_processes, "a run folder is written by one process alone")
-    if not masked and kind not in ("none", "salient"):
-        raise RequestError("--mask", kind, f"{recipe.method} takes no mask")
-    for argument, folder in (("forget", recipe.data.forget_images), ("retain", recipe.data.retain_images)):
+    if recipe.mask.scope not in masks.SCOPES:
+        raise RequestError("--scope", recipe.mask.scope, f"allowed: {', '.join(masks.SCOPES)}")
+    for part, folder in (("forget", recipe.data.forget_images), ("retain", recipe.data.retain_images)):
+        if folder is not None and not recipe.latents[part]:
+            raise RequestError(f"--{part}-images", folder, f"{recipe.method} learns from prompts alone")
         if folder is not None:
-            image_files(folder, recipe.concept, part=argument)
+            image_files(folder, recipe.concept, part=part)
     if kind in MASK_KINDS:
         return None
     given = Mask.load(Path(kind))
@@ -196,13 +198,17 @@ def _data(recipe: Recipe, model: Diffusion, base_hash: str, out: Path) -> Forget
 
 def make_data_for(recipe: Recipe, model: Diffusion) -> ForgetRetain:
     """Make the recipe's data with the recipe's seed."""
-    return make_data(model, recipe.concept, seed=stage_seed(recipe.seed, "data"), **dict(recipe.data))
+    counted = {**dict(recipe.data), **recipe.latents}
+    return make_data(model, recipe.concept, seed=stage_seed(recipe.seed, "data"), **counted)
 
 
 def _mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetRetain, base_hash: str, out: Path) -> Mask:
     """Return the run's mask: the one in its folder, else the given one or a new one, which is then kept there."""
     file = out / "mask.safetensors"
     if not file.exists():
+        if given is not None and recipe.mask.scope != "full":
+            part = masks.within(masks.everything(masks.in_scope(model.unet, recipe.mask.scope)), model.unet)
+            given = Mask((given & part).bits, given.shapes, given.provenance)
         (given or make_mask(recipe, model, data, base_hash)).save(file)
     return Mask.load(file)
 
@@ -210,18 +216,23 @@ def _mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetReta
 def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:
     """Compute a mask of the recipe's kind and sparsity for the model's UNet, with its provenance."""
     settings = recipe.mask
-    total = sum(p.numel() for p in model.unet.parameters())
+    shapes = masks.in_scope(model.unet, settings.scope)
+    total = sum(math.prod(shape) for shape in shapes.values())
     k = masks.keep_count(1 - settings.sparsity, total)
     if k == 0:
         raise RequestError("--sparsity", settings.sparsity, f"leaves none of {total} weights to change")
-    if settings.kind == "random":
-        mask = masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"))
+    if settings.kind == "none":
+        mask = masks.everything(shapes)
+    elif settings.kind == "random":
+        mask = masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
     else:
-        scores = saliency(recipe, model, data)
+        scores = {name: score for name, score in saliency(recipe, model, data).items() if name in shapes}
         mask = masks.top_k(scores, k) if settings.kind == "salient" else masks.least(scores, k)
+    mask = masks.within(mask, model.unet)
     about = {
         "concept": recipe.concept.name,
         "kind": settings.kind,
+        "scope": settings.scope,
         "sparsity": settings.sparsity,
         "accumulate": settings.accumulate,
         "guidance": settings.guidance,

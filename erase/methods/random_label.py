@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from erase_concept.data import ForgetRetain
 from erase_concept.mask import Mask
@@ -13,7 +15,14 @@ from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.train import Record, Taught
 
 
-@method("random-label", SalUnConfig, masked=False)
+@dataclass(frozen=True)
+class RandomLabelConfig(SalUnConfig):
+    """SalUn's settings; each row's label becomes a random other one."""
+
+    remap: Literal["anchor", "random"] = "random"
+
+
+@method("random-label", RandomLabelConfig, latents=("forget", "anchor", "retain"))
 def random_label(
     model: Diffusion,
     data: ForgetRetain,
@@ -23,10 +32,8 @@ def random_label(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | Taught]:
-    """Remap the concept's noise prediction to another prompt's, on all weights: SalUn without its mask.
+    """Remap the concept's noise prediction to that of another prompt drawn at random: SalUn without its mask.
 
-    Raises ValueError when it is given a mask.
+    The loss is ``salun``'s; with a mask this is SalUn with ``remap`` "random".
     """
-    if mask is not None:
-        raise ValueError("random-label takes no mask: use salun")
-    yield from salun(model, data, None, config, seed=seed, checkpoint=checkpoint)
+    yield from salun(model, data, mask, config, seed=seed, checkpoint=checkpoint)

@@ -40,7 +40,7 @@ class SalUnConfig(Training):
             raise ValueError("guidance needs target=base")
 
 
-@method("salun", SalUnConfig)
+@method("salun", SalUnConfig, latents=("forget", "anchor", "retain"), mask="salient")
 def salun(
     model: Diffusion,
     data: ForgetRetain,
@@ -63,8 +63,7 @@ def salun(
     """
 
     def rows(model: Diffusion, generator: torch.Generator) -> tuple[Batch, Batch]:
-        count = len(data.forget_latents) + len(data.anchor_latents)
-        drawn = draw(count, config.batch_size, generator)
+        drawn = data.draw_forget(config.batch_size, generator)
         forget = data.forget_batch(model, drawn, generator, random_remap=config.remap == "random")
         return forget, data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
 

@@ -89,3 +89,24 @@ def test_data_of_another_size(tiny: Diffusion, square: Concept, tmp_path: Path) 
     assert (data.forget_latents.shape, data.retain_latents.shape) == ((1, 4, 4, 4), (3, 4, 4, 4))
     with pytest.raises(RequestError, match=r"data.size 10: must be a multiple of 4"):
         make_data(tiny, square, forget=2, retain=3, steps=1, guidance=2.0, seed=1, size=10)
+
+
+def test_spans_are_where_a_prompt_names_what_it_is_about(tiny: Diffusion, square: Concept) -> None:
+    """The tiny tokenizer has a token for each letter, so the places can be counted."""
+    data = make_data(tiny, square, seed=1, **SMALL)
+    # "a square" is <start> a s q u a r e <end>, "one square" <start> o n e s q u a r e <end>.
+    assert data.forget_spans.tolist() == [[2, 8], [4, 10]]
+    assert data.remap_spans[1].tolist() == [[2, 6], [4, 8]]  # "a line", "one line"
+    assert data.retain_lengths.tolist() == [len(p.replace(" ", "")) + 2 for p in square.retain_prompts]
+
+
+def test_a_name_that_is_not_found_stands_for_all_words(tiny: Diffusion) -> None:
+    joined = Concept("square", "object", "circle", ("a {O}s", "{O} {O}"), retain=("line",))
+    spans = make_data(tiny, joined, seed=1, **SMALL).forget_spans.tolist()
+    assert spans == [[1, 9], [7, 13]]  # "squares" is one word; of two, the last
+
+
+def test_no_rows_are_made_of_what_is_not_needed(tiny: Diffusion, square: Concept) -> None:
+    data = make_data(tiny, square, forget=0, retain=3, steps=1, guidance=2.0, seed=1)
+    assert len(data.forget_latents) == len(data.forget_which) == 0
+    assert len(data.forget) == 2

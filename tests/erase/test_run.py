@@ -178,12 +178,39 @@ def test_a_wrong_request_leaves_the_folder_free(model: Path, square: Concept, tm
         run(recipe(model, square, mask={"sparsity": 0.9999999}), tmp_path / "run")
 
 
-def test_random_label_refuses_control_masks(model: Path, square: Concept, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--mask random: random-label takes no mask"):
-        run(recipe(model, square, method="random-label", mask={"kind": "random"}), tmp_path / "run")
-    run(recipe(model, square, method="random-label"), tmp_path / "run")
-    run(recipe(model, square, mask={"kind": "none"}), tmp_path / "salun")
-    assert read_run(tmp_path / "run")["mask"] is None
+def test_a_method_has_its_own_mask_unless_one_is_asked_for(model: Path, square: Concept, tmp_path: Path) -> None:
+    run(recipe(model, square, method="random-label"), tmp_path / "own")
+    assert read_run(tmp_path / "own")["mask"] is None
+    run(recipe(model, square, method="random-label", mask={"kind": "random"}), tmp_path / "asked")
+    assert read_run(tmp_path / "asked")["mask"]["density"] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["salient", "none", "random", "least-salient", "file"])
+def test_nothing_outside_a_scope_changes(model: Path, square: Concept, tmp_path: Path, kind: str) -> None:
+    base = load(str(model)).unet
+    if kind == "file":
+        masks.random(base, 0.5, seed=3).save(tmp_path / "given.safetensors")
+        kind = str(tmp_path / "given.safetensors")
+    run(recipe(model, square, mask={"kind": kind, "scope": "cross-attention"}), tmp_path / "run")
+    erased = load(str(tmp_path / "run" / "pipeline")).unet
+    moved = {
+        name: int((p != q).sum())
+        for (name, p), q in zip(base.named_parameters(), erased.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved
+    assert all(".attn2." in name for name in moved)
+    size = sum(p.numel() for name, p in base.named_parameters() if ".attn2." in name)
+    density = {"none": 1.0}.get(kind, 0.5)
+    assert Mask.load(tmp_path / "run" / "mask.safetensors").count == pytest.approx(density * size, rel=0.1)
+    if kind in ("salient", "random", "least-salient"):
+        assert Mask.load(tmp_path / "run" / "mask.safetensors").count == round(0.5 * size)
+
+
+def test_a_strange_scope_is_refused(model: Path, square: Concept, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--scope attention: allowed: full, cross-attention"):
+        run(recipe(model, square, mask={"scope": "attention"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_check_sees_a_single_bit(tiny: Diffusion, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.errors import EraseError
-from erase_concept.methods.random_label import random_label
+from erase_concept.methods.random_label import RandomLabelConfig, random_label
 from erase_concept.methods.salun import SalUnConfig, salun
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.prompts.concept import Concept
@@ -174,15 +174,13 @@ def test_clipping_far_above_the_norm_changes_no_bit(tiny: Diffusion, data: Forge
     assert all(torch.equal(state[name], value) for name, value in tiny.unet.state_dict().items())
 
 
-def test_random_label_is_salun_without_a_mask(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = SalUnConfig(steps=2, batch_size=2, lr=1e-3)
+def test_random_label_is_salun_with_random_names(tiny: Diffusion, data: ForgetRetain) -> None:
+    config = RandomLabelConfig(steps=2, batch_size=2, lr=1e-3)
     other = replace(tiny, unet=copy.deepcopy(tiny.unet))
-    list(salun(tiny, data, None, config, seed=7))
+    list(salun(tiny, data, None, replace(SalUnConfig(steps=2, batch_size=2, lr=1e-3), remap="random"), seed=7))
     list(random_label(other, data, None, config, seed=7))
     state = other.unet.state_dict()
     assert all(torch.equal(state[name], value) for name, value in tiny.unet.state_dict().items())
-    with pytest.raises(ValueError, match="takes no mask"):
-        list(random_label(tiny, data, masks.random(tiny.unet, 0.5, 0), config, seed=7))
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
