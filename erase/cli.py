@@ -286,7 +286,7 @@ def evaluate(
     """Measure whether a concept is gone and what else was lost, and write the report."""
     from dataclasses import replace
 
-    from erase_concept.eval.report import leading
+    from erase_concept.eval.summary import leading
     from erase_concept.terminal import print_report
 
     given = {
@@ -571,7 +571,7 @@ def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, 
         from dataclasses import replace
 
         from erase_concept.card import write_card
-        from erase_concept.eval.report import leading
+        from erase_concept.eval.summary import leading
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
