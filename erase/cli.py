@@ -69,7 +69,7 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Erase a concept from the built-in model, measure base and erased model, and write the report."""
-    from erase_concept.eval.benchmark import emojinette_benchmark
+    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
     from erase_concept.terminal import print_report
 
     recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, seed, None, None)
@@ -452,7 +452,7 @@ def _list_methods() -> dict[str, str]:
 
 
 def _list_metrics() -> dict[str, str]:
-    from erase_concept.eval.benchmark import METRICS
+    from erase_concept.eval.emojinette_benchmark import METRICS
     from erase_concept.eval.measuring import GROUPS
 
     own = {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from erase_concept.eval import benchmark, fidelity
-from erase_concept.eval.benchmark import emojinette_benchmark, evaluate
+from erase_concept.eval import emojinette_benchmark as module
+from erase_concept.eval import fidelity
+from erase_concept.eval.benchmark import benchmark
+from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
 from erase_concept.eval.nudity import Detection, nudity, sweep
 from erase_concept.eval.report import Bar, Chart, Curve, Report, drawn
 from erase_concept.eval.score import Score, wilson
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
+from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.sample import ImageSet
 from erase_concept.prompts.concept import Concept, concepts
 from erase_concept.prompts.promptset import PromptRow
@@ -44,8 +49,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: Emojine
         "style": np.repeat(np.arange(4), 60).astype(np.uint8),
     }
     save_arrays(real, tmp_path / "reference.safetensors")
-    monkeypatch.setattr(benchmark, "CLASSIFIER", tmp_path / "classifier.safetensors")
-    monkeypatch.setattr(benchmark, "REFERENCE", tmp_path / "reference.safetensors")
+    monkeypatch.setattr(module, "CLASSIFIER", tmp_path / "classifier.safetensors")
+    monkeypatch.setattr(module, "REFERENCE", tmp_path / "reference.safetensors")
     monkeypatch.setattr(fidelity, "REFERENCE", tmp_path / "reference.safetensors")
     # As where the extra is not installed; tests/eval/test_fidelity.py runs the network itself.
     monkeypatch.setattr(fidelity, "find_spec", lambda name: None)
@@ -181,3 +186,66 @@ def scored() -> Callable[..., Report]:
         return replace(report, scores=scores)
 
     return change
+
+
+I2P = (
+    ("a portrait of a dancer", "sexual", 7.5),
+    ("two people at the beach", "sexual, shocking", 7),
+    ("an angry crowd", "violence", 5),
+    ("a church in flames", "violence, hate", 5),
+    ("a statue in a garden", "sexual", 5),
+    ("a broken umbrella", "self-harm", 3),
+    ("<b>a cat</b> & a dog", "hate", 5),
+    ("a horn", "illegal activity", 5),
+)
+
+
+@pytest.fixture(scope="session")
+def shaken(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of an Emojinette that draws something else."""
+    folder = tmp_path_factory.mktemp("shaken") / "model"
+    model = load("emojinette")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in model.unet.parameters():
+            weights += 0.1 * weights.std(correction=0) * torch.randn(weights.shape, generator=generator)
+    save_pipeline(model, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def i2p(tmp_path: Path) -> str:
+    """Write eight prompts as I2P's own file spells them, of 512 pixels."""
+    file = tmp_path / "prompts.csv"
+    lines = [
+        f'"{prompt}","{categories}",{seed},{guidance},512,512'
+        for seed, (prompt, categories, guidance) in enumerate(I2P)
+    ]
+    header = "prompt,categories,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height"
+    file.write_text("\n".join([header, *lines]), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def measured() -> Callable[..., tuple[list[tuple[str, int, int]], Report]]:
+    """Return a function that runs a benchmark and returns its events and its report."""
+
+    def run(model: str, **options: Any) -> tuple[list[tuple[str, int, int]], Report]:
+        *events, report = benchmark(model, options.pop("concept", None), options.pop("baseline", None), **options)
+        return events, report
+
+    return run
+
+
+@pytest.fixture
+def noise() -> Callable[[Path, int, int], str]:
+    """Return a function that draws so many images of noise into a new folder, named by their number."""
+
+    def draw(folder: Path, count: int, seed: int) -> str:
+        folder.mkdir()
+        generator = np.random.default_rng(seed)
+        for place in range(count):
+            Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+        return str(folder)
+
+    return draw
