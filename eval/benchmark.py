@@ -21,6 +21,7 @@ from erase_concept.eval.gate import gates, judged
 from erase_concept.eval.images import Asked, Gathered, Plan, gather, is_images, sampling
 from erase_concept.eval.measuring import GROUPS, Case, Found, Ready, Settings, Wanted, option
 from erase_concept.eval.report import Pair, Report, write_report
+from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept, parse
 from erase_concept.prompts.concept import concept as find_concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
@@ -148,6 +149,9 @@ def benchmark(
     ``out``, under the hash of everything that makes them, and not sampled again. ``fail_if`` are conditions as
     ``gates`` reads them; the report's provenance says of each whether it "passed". Raises RequestError, before anything
     is sampled, when the request cannot be followed.
+
+    Where ``accelerate launch`` or ``torchrun`` has started several processes, they share the sampling; then the main
+    process measures and writes, and in the others this ends without a report.
     """
     spec = find_benchmark(name)
     run: dict[str, Any] = {}
@@ -168,6 +172,8 @@ def benchmark(
     else:
         asked = _asked(plan, name, spec, concept, prompts, given)
     images = yield from gather(plan, asked)
+    if not processes().is_main_process:
+        return
     gathered = time.perf_counter()
     report = asked.measure(images)
     seconds = {"sampling": round(images.seconds, 2), "measuring": round(time.perf_counter() - gathered, 2)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from erase_concept.errors import RequestError
 from erase_concept.eval.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
 from erase_concept.eval.gate import gates
-from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, sampling
+from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, is_images, sampling
 from erase_concept.eval.measuring import option
 from erase_concept.eval.report import Bar, Chart, Pair, Report
 from erase_concept.eval.score import Score, metrics, wilson
@@ -112,12 +112,8 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
     if unused := sorted(options.keys() - {"steps", "scheduler"}):
         raise RequestError(option(unused[0]), options[unused[0]], "the benchmark emojinette has no such setting")
     checked = gates(plan.fail_if, tuple(METRICS), baseline=plan.baseline is not None)
-    if (Path(plan.model) / "manifest.jsonl").is_file():
-        from erase_concept.pipelines.sample import read_images
-
-        made = read_images(Path(plan.model))
-        if any(row.object or row.style for row in made.rows):
-            prompts = PromptSet(prompts.name, made.rows)
+    if is_images(Path(plan.model)):
+        prompts = _told(Path(plan.model), prompts)
 
     def measure(images: Gathered) -> Report:
         about: dict[str, Any] = {"run": plan.run} if plan.run else {}
@@ -126,6 +122,18 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
         return evaluate(target, images.erased, images.base, model=plan.source, provenance=about)
 
     return Asked(prompts, options, checked, measure, size=SIZE)
+
+
+def _told(folder: Path, prompts: PromptSet) -> PromptSet:
+    """Return what a folder's images were asked for: what its manifest says with labels, otherwise the prompts."""
+    from erase_concept.pipelines.sample import read_images
+
+    if (folder / "manifest.jsonl").is_file():
+        rows = read_images(folder).rows
+        if any(row.object or row.style for row in rows):
+            return PromptSet(prompts.name, rows)
+    numbered = zip(prompts.rows, prompts.case_numbers, strict=True)  # of which the base model's images may have others
+    return replace(prompts, rows=tuple(replace(row, case_number=number) for row, number in numbered))
 
 
 def evaluate(

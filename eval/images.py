@@ -95,7 +95,9 @@ def gather(plan: Plan, asked: Asked) -> Generator[tuple[str, int, int], None, Ga
     erased = yield from _images("erased", plan.model, asked.prompts, plan, asked, made)
     base = None
     if plan.baseline is not None:
-        again = PromptSet(asked.prompts.name, erased.rows)
+        # A folder that lacks images would shift those of another folder, were only its own prompts asked for again.
+        folders = is_images(Path(plan.model)) and is_images(Path(plan.baseline))
+        again = asked.prompts if folders else PromptSet(asked.prompts.name, erased.rows)
         base = yield from _images("base", plan.baseline, again, plan, asked, made)
         plan.check_base(base)
         erased, base = _in_common(erased, base)
@@ -115,8 +117,12 @@ def is_images(folder: Path) -> bool:
 def _images(
     who: str, source: str, prompts: PromptSet, plan: Plan, asked: Asked, made: dict[str, int]
 ) -> Generator[tuple[str, int, int], None, ImageSet]:
-    """Read the images when the source is a folder of them, otherwise sample them and count in ``made`` how many."""
+    """Read the images when the source is a folder of them, otherwise sample them and count in ``made`` how many.
+
+    Several processes share the sampling, and each reads all images.
+    """
     from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.processes import processes, total
     from erase_concept.pipelines.sample import match_images, read_images, sample
 
     folder, argument = Path(source), "DIR" if who == "erased" else "--baseline"
@@ -130,17 +136,18 @@ def _images(
         raise RequestError("MODEL", source, f"makes images of {model.size} pixels; this benchmark judges {asked.size}")
     if model.size < _FULL:  # such as Emojinette, which cannot draw 512 x 512 pixels
         prompts = replace(prompts, rows=tuple(replace(row, width=None, height=None) for row in prompts.rows))
-    samples, total = plan.out / "samples" / who, len(prompts.rows)
+    samples, count, state = plan.out / "samples" / who, len(prompts.rows), processes()
     kept = plan.shelf / _key(model, prompts, asked.options) if who == "base" else None
-    if kept is not None and kept.is_dir() and not samples.exists():
+    if kept is not None and kept.is_dir() and not samples.exists() and state.is_main_process:
         _copy(kept, samples)
-    done = len(list(samples.glob("*.png")))
-    made[who] = 0
-    yield who, done, total
+    state.wait_for_everyone()  # ``sample`` waits again before anybody makes an image that is counted here
+    done, new = len(list(samples.glob("*.png"))), 0
+    yield who, done, count
     for _ in sample(model, prompts, samples, batch_size=plan.batch_size, **asked.options):
-        done, made[who] = done + 1, made[who] + 1
-        yield who, done, total
-    if kept is not None and not kept.exists():
+        done, new = min(done + state.num_processes, count), new + 1  # the others are about as far
+        yield who, done, count
+    made[who] = total(new)
+    if kept is not None and not kept.exists() and state.is_main_process:
         _copy(samples, kept)
     return read_images(samples)
 

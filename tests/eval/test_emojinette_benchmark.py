@@ -180,6 +180,66 @@ def test_benchmark_judges_folders_of_images_without_a_model(
 
 
 @pytest.mark.usefixtures("shipped")
+def test_images_made_elsewhere_are_matched_by_case_number(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    erased, base = images("erased", rows), images("base", rows, seed=1)
+    erased.files[1].unlink()
+    (tmp_path / "erased" / "params.txt").write_text("steps: 20")
+    base.files[3].unlink()
+    *events, report = benchmark(tmp_path / "erased", "church", tmp_path / "base", out=tmp_path / "out", seeds=1)
+    assert events == []
+    both = [place for place in range(len(rows)) if place not in (1, 3)]
+    assert [pair.erased.name for pair in report.pairs] == [f"{place:05d}.png" for place in both]
+    assert all(pair.base is not None and pair.base.name == pair.erased.name for pair in report.pairs)
+    assert [pair.prompt for pair in report.pairs] == [rows[place].prompt for place in both]
+    kept = [
+        replace(some, files=tuple(some.files[i] for i in both), rows=tuple(rows[i] for i in both))
+        for some in (erased, base)
+    ]
+    values = [(score.metric, score.value, score.baseline, score.n) for score in report.scores]
+    assert values == [(score.metric, score.value, score.baseline, score.n) for score in evaluate(church, *kept).scores]
+    assert all("images made elsewhere, matched by case number" in score.protocol for score in report.scores)
+    notes = report.provenance["notes"]
+    assert f"of {len(rows)} prompts 1 without an image: case number 1" in notes["erased"]
+    assert "1 file is no image: params.txt" in notes["erased"]
+    assert f"of {len(rows)} prompts 1 without an image: case number 3" in notes["base"]
+    assert any("1 images left out" in note for note in notes["erased"])
+    assert read_report(tmp_path / "out") == report
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_made_elsewhere_are_matched_by_order_and_manifest(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    counted = images("counted", rows)
+    for place, file in enumerate(counted.files):
+        file.rename(file.with_name(f"ComfyUI_{place + 1}_.png"))
+    # A manifest without labels, of some of the prompts in another order, and of one that nobody asked.
+    some = [*rows[::-2], replace(rows[0], prompt="a tree")]
+    unlabelled = images("listed", tuple(replace(row, object="", style="") for row in some))
+    *_, by_order = benchmark(tmp_path / "counted", "church", out=tmp_path / "a", seeds=1)
+    assert [pair.prompt for pair in by_order.pairs] == [row.prompt for row in rows]
+    assert [pair.erased.name for pair in by_order.pairs][8:10] == ["ComfyUI_9_.png", "ComfyUI_10_.png"]
+    *_, by_line = benchmark(_listed(unlabelled), "church", out=tmp_path / "b", seeds=1)
+    assert [pair.seed for pair in by_line.pairs] == sorted(row.seed for row in rows[::-2])
+    assert sum(pair.forget for pair in by_line.pairs) == forget_mask(rows[::-2], church).sum()
+    assert f"1 image is of no prompt of the set: {unlabelled.files[-1].name}" in by_line.provenance["notes"]["erased"]
+    with pytest.raises(RequestError, match=r"DIR .*images for .* prompts"):
+        next(benchmark(tmp_path / "counted", "church", out=tmp_path / "c", seeds=2))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_of_another_size_are_refused(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    good, large = images("good", rows), images("large", rows, size=72)
+    for model, base, argument in ((large, good, "DIR"), (good, large, "--baseline")):
+        with pytest.raises(RequestError) as refused:
+            next(benchmark(model.files[0].parent, "church", base.files[0].parent, out=tmp_path / "out", seeds=1))
+        told = f"{argument} {tmp_path / 'large'}: 00000.png has 72 x 72 pixels; this benchmark judges 64 x 64"
+        assert str(refused.value) == told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("shipped")
 def test_benchmark_of_a_run_knows_concept_and_base(
     church: Concept, images: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

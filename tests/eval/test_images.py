@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,3 +85,37 @@ def test_images_are_not_asked_for_again(i2p: str, tmp_path: Path, measured: Meas
     (tmp_path / "empty" / "manifest.jsonl").touch()
     with pytest.raises(RequestError, match=r"--baseline .*holds no manifest"):
         measured(folder, out=tmp_path / "out", **asked | {"baseline": str(tmp_path / "empty")})
+
+
+@pytest.mark.slow
+def test_processes_share_the_sampling_and_one_measures(shaken: str, tmp_path: Path) -> None:
+    """Two processes write what one does, tell it once, and keep the base model's images once."""
+    asked = [f"{place},some {noun} or other,{noun},{place}" for place, noun in enumerate(("church", "dog", "church"))]
+    (tmp_path / "p.csv").write_text("\n".join(["case_number,prompt,object,seed", *asked]))
+    command = ["-m", "erase_concept.cli", "eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
+    command += ["--baseline", "emojinette", "--steps", "2", "--batch-size", "1", "--json", "-o", "out"]
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+    told = {}
+    for name, launcher in launchers.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "p.csv", tmp_path / name)
+        done = subprocess.run(
+            [sys.executable, *launcher, *command],
+            cwd=tmp_path / name,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        told[name] = json.loads(done.stdout)  # one report, and nothing else
+        assert done.stderr.count("precision_emojinette not measured") == 1
+        assert len([entry for entry in (tmp_path / name / ".baselines").iterdir() if entry.is_dir()]) == 1
+        for volatile in ("evaluated", "seconds"):
+            del told[name]["provenance"][volatile]
+    assert told["two"] == told["one"]
+    assert told["two"]["provenance"]["sampled"] == {"erased": 3, "base": 3}
+    for who in ("erased", "base"):
+        one, two = (tmp_path / name / "out" / "samples" / who for name in launchers)
+        assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+        assert all(file.read_bytes() == (two / file.name).read_bytes() for file in one.iterdir())
