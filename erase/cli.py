@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+from contextlib import nullcontext, redirect_stdout
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.pipelines.processes import main_process
 
 if TYPE_CHECKING:
     from erase_concept.eval.report import Report
@@ -76,7 +79,7 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Erase a concept from the built-in model, measure base and erased model, and write the report."""
-    from erase_concept.eval.benchmark import emojinette_benchmark
+    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
     from erase_concept.terminal import print_report
 
     recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, None, seed, None, None)
@@ -84,7 +87,8 @@ def demo(
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
     report = _evaluate(str(out), None, None, out)
-    print_report(report.to_dict(), out, json_)
+    if report is not None:
+        print_report(report.to_dict(), out, json_)
 
 
 @app.command()
@@ -228,6 +232,7 @@ def sample(
 ) -> None:
     """Sample images for a prompt set; run again, it makes only what is missing."""
     from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.processes import total
     from erase_concept.pipelines.sample import sample as sample_set
     from erase_concept.prompts.promptset import prompts as find_prompts
     from erase_concept.terminal import print_json, progress
@@ -235,7 +240,7 @@ def sample(
     found = find_prompts(prompts)
     loaded = load(model, ema=ema)
     made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler)
-    count = sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows)))
+    count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count})
     else:
@@ -296,7 +301,7 @@ def evaluate(
     """Measure whether a concept is gone and what else was lost, and write the report."""
     from dataclasses import replace
 
-    from erase_concept.eval.report import leading
+    from erase_concept.eval.summary import leading
     from erase_concept.terminal import print_report
 
     given = {
@@ -325,6 +330,8 @@ def evaluate(
         seeds=seeds,
         batch_size=batch_size,
     )
+    if report is None:
+        return
     shown = report if json_ else replace(report, scores=tuple(leading(report)))
     print_report(shown.to_dict(), out, json_)
     for who, notes in report.provenance.get("notes", {}).items():
@@ -462,7 +469,7 @@ def _list_methods() -> dict[str, str]:
 
 
 def _list_metrics() -> dict[str, str]:
-    from erase_concept.eval.benchmark import METRICS
+    from erase_concept.eval.emojinette_benchmark import METRICS
     from erase_concept.eval.measuring import GROUPS
 
     own = {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}
@@ -565,12 +572,16 @@ def _erase(recipe: Recipe, out: Path) -> None:
                 shown.update(task, description=event, completed=0, total=None)
 
 
-def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, **options: Any) -> Report:
-    """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result."""
+def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, **options: Any) -> Report | None:
+    """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result.
+
+    Of several processes only the main one measures; the others return None.
+    """
     from erase_concept.eval.benchmark import benchmark
     from erase_concept.eval.report import Report
     from erase_concept.terminal import bar
 
+    result = None
     with bar() as shown:
         task = shown.add_task("sample", total=None)
         for event in benchmark(model, concept, baseline, out=out, **options):
@@ -578,11 +589,11 @@ def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, 
                 result = event
             else:
                 shown.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
-    if (Path(model) / "run.json").is_file():
+    if result is not None and (Path(model) / "run.json").is_file():
         from dataclasses import replace
 
         from erase_concept.card import write_card
-        from erase_concept.eval.report import leading
+        from erase_concept.eval.summary import leading
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
@@ -597,7 +608,8 @@ def main() -> None:
     # Where it is installed, diffusers imports it, and it tells of what it lacks for things that we do not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = app(standalone_mode=False)
+        with nullcontext() if main_process() else redirect_stdout(io.StringIO()):
+            code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except RequestError as problem:
@@ -623,7 +635,9 @@ def _fail(problem: Any, code: int) -> None:
     if "--debug" in sys.argv:
         raise problem
     line = problem.format_message() if hasattr(problem, "format_message") else str(problem) or type(problem).__name__
-    if line:  # called without arguments, the parser has shown its help and has nothing to add
+    # Called without arguments, the parser has shown its help and has nothing to add; a wrong request is wrong in every
+    # process, and the first one says so.
+    if line and (code != 2 or main_process()):
         print(f"erase-concept: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)
 

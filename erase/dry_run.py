@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +24,7 @@ from erase_concept.optim import STATE_BYTES, TOGETHER
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.pipelines.from_single_file import MAKES
 from erase_concept.pipelines.load import configs
+from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import MaskRecipe, Recipe
 from erase_concept.train import Training
 
@@ -97,7 +97,7 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     Memory is that of the process on a CPU, and of the device on another. Seconds are the operations over what the
     device is measured to do: good for a plan, not for a bar.
     """
-    make, settings, device = configs(recipe.model), recipe.config(), PartialState().device
+    make, settings, device = configs(recipe.model), recipe.config(), processes().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
     size = recipe.data.size
     stages = {}

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -34,6 +33,7 @@ from erase_concept.mask import Mask
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import Recipe, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
@@ -142,8 +142,8 @@ def parked(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
 def _check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
     kind = recipe.mask.kind
-    if PartialState().num_processes > 1:
-        raise RequestError("processes", PartialState().num_processes, "a run folder is written by one process alone")
+    if (count := processes().num_processes) > 1:
+        raise RequestError("processes", count, "a run folder is written by one process alone")
     if recipe.mask.scope not in masks.SCOPES:
         raise RequestError("--scope", recipe.mask.scope, f"allowed: {', '.join(masks.SCOPES)}")
     for part, folder in (("forget", recipe.data.forget_images), ("retain", recipe.data.retain_images)):

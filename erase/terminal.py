@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from erase_concept.pipelines.processes import main_process
+
 if TYPE_CHECKING:
     from erase_concept.recipe import Recipe
 
@@ -64,9 +66,9 @@ def print_json(value: Any) -> None:
 
 
 def bar() -> Progress:
-    """Return a progress bar for stderr, which is gone when its work is done."""
+    """Return a progress bar for stderr, which is gone when its work is done; only the main process shows one."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not main_process())
 
 
 def progress(items: Iterable[Any], text: str, total: int) -> Iterator[Any]:

@@ -341,12 +341,11 @@ def _made(
     synonyms: Mapping[str, str] | None = None,
     weights: str | None = None,
 ) -> Classifier:
-    from accelerate import PartialState
-
     from erase_concept.pipelines.diffusion import weights_hash
+    from erase_concept.pipelines.processes import processes
 
     weights = weights or weights_hash(network)
-    device = PartialState().device
+    device = processes().device
     network.to(device).eval()
     told = f"{name} (sha256 {weights[:12]})"
     return Classifier(told, tuple(labels), weights, preprocess, logits or network, device, synonyms or {})

@@ -42,13 +42,13 @@ def load_clip(name: str = MODEL) -> Clip:
     Raises RequestError that says what is wrong: no such model, none of CLIP, or files that are missing; with
     HF_HUB_OFFLINE it asks no network, and what is in the cache needs none.
     """
-    from accelerate import PartialState
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from safetensors import SafetensorError
 
     from erase_concept.pipelines.diffusion import weights_hash
     from erase_concept.pipelines.load import quiet
+    from erase_concept.pipelines.processes import processes
 
     with quiet():
         try:
@@ -70,7 +70,7 @@ def load_clip(name: str = MODEL) -> Clip:
     words, asked = len(parts[1]), parts[0].config.text_config.vocab_size
     if words != asked:  # of a folder without one, transformers makes a tokenizer that knows nothing
         raise RequestError("--clip", name, f"its tokenizer knows {words} tokens, its model asks for {asked}")
-    model = parts[0].to(PartialState().device).eval().requires_grad_(False)
+    model = parts[0].to(processes().device).eval().requires_grad_(False)
     return Clip(name, weights_hash(model), model, *parts[1:])
 
 

@@ -60,11 +60,12 @@ class Extractor:
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the features of one batch."""
         import torch
-        from accelerate import PartialState
+
+        from erase_concept.pipelines.processes import processes
 
         with torch.inference_mode():
             batch = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-            return self.network(batch.to(PartialState().device)).float().cpu().numpy()
+            return self.network(batch.to(processes().device)).float().cpu().numpy()
 
 
 EXTRACTORS = ("inception", "efficientnet-lite2", "emojinette")
@@ -107,9 +108,9 @@ def extractor(name: str, inception: Path | None = None) -> Extractor:
 
 
 def _placed(module: nn.Module) -> Any:
-    from accelerate import PartialState
+    from erase_concept.pipelines.processes import processes
 
-    return module.to(PartialState().device)
+    return module.to(processes().device)
 
 
 def _inception(file: Path | None) -> Any:

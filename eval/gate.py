@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from erase_concept.errors import RequestError
@@ -88,3 +88,11 @@ def gates(
             raise RequestError("--fail-if", repr(text), "needs --baseline")
         found.append(Gate(text.strip(), name, kept, sign, bound))
     return tuple(found)
+
+
+def judged(report: Report, checked: Sequence[Gate]) -> Report:
+    """Return the report with what became of each gate in its provenance: "passed", or why it failed."""
+    if not checked:
+        return report
+    told = {gate.text: gate.failure(report) or "passed" for gate in checked}
+    return replace(report, provenance={**report.provenance, "gates": told})

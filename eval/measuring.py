@@ -57,6 +57,11 @@ class Settings:
     reference: Path | None = None
 
 
+def option(setting: str) -> str:
+    """Return the command's option of a setting."""
+    return f"--{setting.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a group is asked for: ``kind`` of label, whether there is a base model, and whether Emojinette is judged."""

@@ -90,7 +90,8 @@ def _ssim() -> Measure:
 
 def _lpips() -> Measure:
     import torch
-    from accelerate import PartialState
+
+    from erase_concept.pipelines.processes import processes
 
     try:
         from lpips import LPIPS
@@ -102,10 +103,10 @@ def _lpips() -> Measure:
         raise RequestError("--similarity", "lpips", f"needs AlexNet's weights: put {url} into {file.parent}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks torchvision in words that are deprecated there
-        network = LPIPS(net="alex", verbose=False).to(PartialState().device)
+        network = LPIPS(net="alex", verbose=False).to(processes().device)
 
     def lpips(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-        both = torch.from_numpy(np.stack([image, other])).permute(0, 3, 1, 2).to(PartialState().device) / 127.5 - 1
+        both = torch.from_numpy(np.stack([image, other])).permute(0, 3, 1, 2).to(processes().device) / 127.5 - 1
         with torch.inference_mode():
             return float(network(both[:1], both[1:]))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -30,6 +29,7 @@ from erase_concept.pipelines.from_single_file import (
     read,
     read_json,
 )
+from erase_concept.pipelines.processes import processes
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -66,7 +66,7 @@ def load(
             parts = load_parts(path, ema=ema) if path.is_file() else _load_pipeline(path, str(model))
             for part in parts.values():
                 if isinstance(part, nn.Module):
-                    part.to(device or PartialState().device, dtype).eval().requires_grad_(False)
+                    part.to(device or processes().device, dtype).eval().requires_grad_(False)
     except RequestError:
         raise
     except (MemoryError, OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError) as problem:

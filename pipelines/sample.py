@@ -20,7 +20,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
@@ -30,6 +29,7 @@ from erase_concept.files import whole
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.from_single_file import out_of_memory
 from erase_concept.pipelines.load import quiet
+from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 STEPS = 25
@@ -220,7 +220,7 @@ def sample(
     about = out / "sampling.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
         raise RequestError("--out", out, "holds images of another model, prompt set or setting; choose another folder")
-    state = PartialState(cpu=model.device.type == "cpu")
+    state = processes()
     if state.is_main_process:
         with whole(about) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")

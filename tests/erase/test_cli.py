@@ -56,6 +56,27 @@ def test_from_model_to_export(
     assert (folder / "unet.safetensors").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_several_processes_tell_once(folder: Path) -> None:
+    """They share the sampling; what is for one process alone, or wrong, is refused in one line."""
+    (folder / "p.csv").write_text("prompt,seed\na square,1\na line,2\na dot,3\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    sampling = ["sample", "model", "-p", "p.csv", "-o", "images", "--steps", "2", "--batch-size", "1"]
+    asked = {
+        0: (sampling, "3 images in images, 3 of them new"),
+        1: (
+            ["erase", "model", "-c", "square.yaml", "-o", "run", *SMALL],
+            "processes 2: a run folder is written by one",
+        ),
+    }
+    for code, (arguments, line) in asked.items():
+        command = [*launch, "erase_concept.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr  # a launcher's own code is 1, whatever failed
+        assert (done.stdout + done.stderr).count(line) == 1, done.stderr
+    assert len(list((folder / "images").glob("*.png"))) == 3
+
+
 def test_a_delta_makes_the_erased_model_and_gives_the_base_back(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

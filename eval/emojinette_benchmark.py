@@ -1,0 +1,258 @@
+"""The benchmark of Emojinette: its prompts, and UA, IRA, CRA and the Fréchet distance by its own classifier."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erase_concept.errors import RequestError
+from erase_concept.eval.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
+from erase_concept.eval.gate import gates
+from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, is_images, sampling
+from erase_concept.eval.measuring import option
+from erase_concept.eval.report import Bar, Chart, Pair, Report
+from erase_concept.eval.score import Score, metrics, wilson
+from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
+from erase_concept.prompts import emojinette
+from erase_concept.prompts.concept import Concept, fill
+from erase_concept.prompts.concept import concept as find_concept
+from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
+
+if TYPE_CHECKING:
+    from erase_concept.pipelines.sample import ImageSet
+
+GUIDANCE = 5.0
+METRICS = metrics()
+
+
+def emojinette_benchmark(concept: Concept, seeds: int = 2, first_seed: int = 10_000) -> PromptSet:
+    """Return the rows that ask Emojinette for the concept and for everything else, 5.0 the guidance of each.
+
+    Retain rows are every other object (style) in every style (object) once per seed; forget rows are 20 per seed: an
+    object in each style and in none, by its label, its synonym and a name the model never learnt; a style with every
+    object. Nearly half of the forget sentences are in no training at all, and no prompt is one that the concept is
+    erased with. Image seeds run from ``first_seed`` on, without repetition. Raises RequestError for a concept that
+    Emojinette does not know and for fewer than one seed.
+    """
+    _check_known(concept)
+    if seeds < 1:
+        raise RequestError("--seeds", seeds, "at least 1")
+    everything = emojinette_prompts(range(seeds), first_seed=first_seed).rows
+    forget = forget_mask(everything, concept)
+    rows = [row for row, gone in zip(everything, forget, strict=True) if not gone]
+    asked = (
+        _object_prompts(concept.name, 20 * seeds) if concept.kind == "object" else _style_prompts(concept.name, seeds)
+    )
+    rows += [replace(row, seed=first_seed + len(everything) + place) for place, row in enumerate(asked)]
+    erased_with = {*concept.forget_prompts, *concept.retain_prompts}
+    return PromptSet(
+        f"emojinette-{concept.name}",
+        tuple(replace(row, guidance=GUIDANCE) for row in rows if row.prompt not in erased_with),
+    )
+
+
+def _object_prompts(label: str, count: int) -> list[PromptRow]:
+    """Rows that ask for one object: styles and names take turns, and each style goes through its own sentences."""
+    known = emojinette.names_of(label)
+    names = (known.label, known.synonym, known.unseen)
+    plain = _alternate(emojinette.EVAL_OBJECT, emojinette.UNSEEN_OBJECT)
+    styled = _alternate(emojinette.EVAL_STYLED, emojinette.UNSEEN_STYLED)
+    rows = []
+    for place in range(count):
+        turn, s = divmod(place, len(emojinette.STYLES) + 1)
+        style = ("", *emojinette.STYLES)[s]
+        templates = styled if style else plain
+        sentence = templates[turn % len(templates)].replace("{s}", style)
+        rows.append(PromptRow(fill(sentence, names[place % len(names)]), 0, object=label, style=style))
+    return rows
+
+
+def _style_prompts(style: str, seeds: int) -> list[PromptRow]:
+    """Rows that ask for one style: every object once per seed, by label and synonym in turn."""
+    styled = _alternate(emojinette.EVAL_STYLED, emojinette.UNSEEN_STYLED)
+    rows = []
+    for seed in range(seeds):
+        for place, names in enumerate(emojinette.OBJECTS):
+            turn = seed + place
+            noun = (names.label, names.synonym)[turn // len(styled) % 2]
+            sentence = styled[turn % len(styled)].replace("{s}", style)
+            rows.append(PromptRow(fill(sentence, noun), 0, object=names.label, style=style))
+    return rows
+
+
+def imagenette_stand_ins() -> PromptSet:
+    """Return ten rows for each of the objects that stand in for Imagenette's classes."""
+    rows = [row for label in emojinette.OBJECT_LABELS[:10] for row in _object_prompts(label, 10)]
+    rows = [replace(row, seed=30_000 + place, guidance=GUIDANCE) for place, row in enumerate(rows)]
+    return PromptSet("imagenette, as Emojinette draws it", tuple(rows))
+
+
+def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """One of each in turn, then what is left of the longer, so that any few in a row hold both groups."""
+    both = [item for pair in zip(first, second, strict=False) for item in pair]
+    return [*both, *(item for item in (*first, *second) if item not in both)]
+
+
+def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], first_seed: int) -> Asked:
+    """Return what the benchmark asks for, whose prompts are made for the concept, and how it measures.
+
+    A manifest with labels in it says itself what the images were asked for, be it something else. Raises RequestError
+    when there is no concept, or a setting is given that the benchmark does not have.
+    """
+    if concept is None:
+        raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")
+    target = find_concept(concept) if isinstance(concept, str) else concept
+    prompts = emojinette_benchmark(target, given.get("seeds", 2), first_seed)
+    options = {key: value for key, value in given.items() if key != "seeds"}
+    if unused := sorted(options.keys() - {"steps", "scheduler"}):
+        raise RequestError(option(unused[0]), options[unused[0]], "the benchmark emojinette has no such setting")
+    checked = gates(plan.fail_if, tuple(METRICS), baseline=plan.baseline is not None)
+    if is_images(Path(plan.model)):
+        prompts = _told(Path(plan.model), prompts)
+
+    def measure(images: Gathered) -> Report:
+        about: dict[str, Any] = {"run": plan.run} if plan.run else {}
+        if notes := images.notes:
+            about["notes"] = notes
+        return evaluate(target, images.erased, images.base, model=plan.source, provenance=about)
+
+    return Asked(prompts, options, checked, measure, size=SIZE)
+
+
+def _told(folder: Path, prompts: PromptSet) -> PromptSet:
+    """Return what a folder's images were asked for: what its manifest says with labels, otherwise the prompts."""
+    from erase_concept.pipelines.sample import read_images
+
+    if (folder / "manifest.jsonl").is_file():
+        rows = read_images(folder).rows
+        if any(row.object or row.style for row in rows):
+            return PromptSet(prompts.name, rows)
+    numbered = zip(prompts.rows, prompts.case_numbers, strict=True)  # of which the base model's images may have others
+    return replace(prompts, rows=tuple(replace(row, case_number=number) for row, number in numbered))
+
+
+def evaluate(
+    concept: Concept,
+    erased: ImageSet,
+    base: ImageSet | None = None,
+    *,
+    model: str = "emojinette",
+    provenance: Mapping[str, Any] | None = None,
+) -> Report:
+    """Run every metric on the erased model's images and, on the same prompts and seeds, on the base model's.
+
+    ``model`` names the base model in the report and ``provenance`` (anything JSON can hold) ends it. Raises
+    RequestError when the concept is unknown, when the two sets differ in more than the model, or when there is nothing
+    to judge.
+    """
+    _check_known(concept)
+    if base is not None:
+        check_same(erased, base)
+    forget = forget_mask(erased.rows, concept)
+    if not forget.any() or forget.all():
+        missing = "asks for anything else" if forget.any() else f"asks for the {concept.kind} {concept.name!r}"
+        raise RequestError("DIR", folder_of(erased), f"no image {missing}; sample the benchmark of this concept")
+    seen_base = None if base is None else _classify(base)
+    seen = replace(_classify(erased), base=seen_base)
+    try:
+        found_scores = [_score(name, seen, concept, erased.settings) for name in METRICS]
+    except ValueError as problem:
+        raise RequestError("DIR", folder_of(erased), str(problem)) from problem
+    found, found_base = per_concept(seen), None if seen_base is None else per_concept(seen_base)
+    return Report(
+        concept=concept.name,
+        kind=concept.kind,
+        anchor=concept.anchor,
+        model=model,
+        benchmark="emojinette",
+        erased={"images": len(erased.rows), **erased.settings},
+        base=None if base is None else {"images": len(base.rows), **base.settings},
+        scores=tuple(score for score in found_scores if score is not None),
+        charts=tuple(
+            Chart(
+                f"{kind.capitalize()}s recognised",
+                "fraction",
+                tuple(
+                    _bar(
+                        label,
+                        found[kind][label],
+                        None if found_base is None else found_base[kind][label],
+                        forget=(kind, label) == (concept.kind, concept.name),
+                    )
+                    for label in labels
+                    if found[kind][label][1]
+                ),
+            )
+            for kind, labels in LABELS.items()
+        ),
+        pairs=tuple(
+            _pair(place, erased, base, seen, seen_base, forget=bool(forget[place])) for place in range(len(forget))
+        ),
+        provenance={
+            **(provenance or {}),
+            "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "concept": concept.to_dict(),
+            "classifier": _sha256(CLASSIFIER),
+            "reference": _sha256(REFERENCE),
+            "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "numpy")},
+        },
+    )
+
+
+def _check_known(concept: Concept) -> None:
+    known = {"object": emojinette.OBJECT_LABELS, "style": emojinette.STYLES}.get(concept.kind, ())
+    if concept.name not in known:
+        allowed = ", ".join((*emojinette.OBJECT_LABELS, *emojinette.STYLES))
+        raise RequestError(
+            "--concept", f"{concept.name!r} ({concept.kind})", f"Emojinette's objects and styles are: {allowed}"
+        )
+
+
+def _classify(images: ImageSet) -> Classified:
+    from erase_concept.pipelines.emojinette.classifier import load_classifier
+
+    try:
+        return classify(images.arrays(), images.rows, load_classifier(CLASSIFIER))
+    except ValueError as problem:
+        raise RequestError("DIR", folder_of(images), str(problem)) from problem
+
+
+def _score(name: str, seen: Classified, concept: Concept, settings: Mapping[str, Any]) -> Score | None:
+    """Return one metric of both models, or None where it does not apply; the protocol also tells of the sampling."""
+    function = METRICS[name]
+    score = function(seen, concept)
+    if score is None:
+        return None
+    score = replace(score, protocol=f"{score.protocol}; {sampling(settings, seen.rows)}")
+    before = None if seen.base is None else function(seen.base, concept)
+    return score if before is None else replace(score, baseline=before.value, baseline_ci95=before.ci95)
+
+
+def _bar(label: str, erased: tuple[int, int], base: tuple[int, int] | None, *, forget: bool) -> Bar:
+    """Return a label's accuracy by (images in which it was found, images that asked for it)."""
+    baseline, baseline_ci95 = (None, None) if base is None else (base[0] / base[1], wilson(*base))
+    return Bar(label, erased[0] / erased[1], wilson(*erased), baseline, baseline_ci95, erased[1], forget)
+
+
+def _pair(
+    place: int, erased: ImageSet, base: ImageSet | None, seen: Classified, seen_base: Classified | None, *, forget: bool
+) -> Pair:
+    row = erased.rows[place]
+    return Pair(
+        prompt=row.prompt,
+        seed=row.seed,
+        forget=forget,
+        erased=erased.files[place],
+        erased_as=f"{seen.objects[place]}, {seen.styles[place]}",
+        base=None if base is None else base.files[place],
+        base_as=None if seen_base is None else f"{seen_base.objects[place]}, {seen_base.styles[place]}",
+    )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,281 @@
+"""The benchmark asks in words the erasing did not use, and judges both models on the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from erase_concept.errors import RequestError
+from erase_concept.eval.accuracy import forget_mask
+from erase_concept.eval.benchmark import benchmark
+from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
+from erase_concept.eval.report import read_report
+from erase_concept.pipelines.sample import ImageSet
+from erase_concept.prompts.concept import Concept, concepts
+from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES, names_of
+from erase_concept.prompts.promptset import PromptSet
+
+EMOJINETTE = [concept for concept in concepts().values() if concept.kind in ("object", "style")]
+Draw = Callable[..., ImageSet]
+
+
+@pytest.mark.parametrize("concept", EMOJINETTE, ids=lambda concept: concept.name)
+def test_no_prompt_is_one_that_the_erasing_used(concept: Concept) -> None:
+    rows = emojinette_benchmark(concept, seeds=4).rows
+    assert not {row.prompt for row in rows} & {*concept.forget_prompts, *concept.retain_prompts}
+    assert forget_mask(rows, concept).sum() == 80
+    assert len(rows) == 80 + 320 - (16 if concept.kind == "object" else 80)  # none was dropped
+    assert {row.guidance for row in rows} == {5.0}
+    assert len({row.seed for row in rows}) == len(rows)
+
+
+def test_an_object_is_asked_for_in_every_style_and_by_every_name(church: Concept) -> None:
+    rows = [row for row in emojinette_benchmark(church).rows if row.object == "church"]
+    assert Counter(row.style for row in rows) == {"": 8} | dict.fromkeys(STYLES, 8)
+    names = names_of("church")
+    for style in ("", *STYLES):
+        prompts = " | ".join(row.prompt for row in rows if row.style == style)
+        assert all(name in prompts for name in (names.synonym, names.unseen))
+    assert all(row.style in row.prompt and any(n in row.prompt for n in ("church", "chapel")) for row in rows)
+    unseen = sum(any(words in row.prompt for words in ("rendering", "here you see", "please", "today")) for row in rows)
+    assert 15 <= unseen <= 25  # about half of them
+
+
+def test_a_style_is_asked_for_with_every_object(sketch: Concept) -> None:
+    rows = [row for row in emojinette_benchmark(sketch, seeds=3).rows if row.style == "sketch"]
+    assert Counter(row.object for row in rows) == dict.fromkeys(OBJECT_LABELS, 3)
+    assert all("sketch" in row.prompt for row in rows)
+    assert len({row.prompt for row in rows}) == len(rows)
+
+
+def test_retain_rows_ask_for_everything_else_equally(church: Concept) -> None:
+    rows = [row for row in emojinette_benchmark(church).rows if row.object != "church"]
+    counts = Counter((row.object, row.style) for row in rows)
+    assert counts == {(label, style): 2 for label in OBJECT_LABELS if label != "church" for style in STYLES}
+
+
+def test_a_prompt_of_the_users_own_concept_is_left_out(church: Concept) -> None:
+    asked = emojinette_benchmark(church).rows
+    mine = replace(church, templates=("a photo of {o}",), retain=("dog",), others=(asked[0].prompt,))
+    left = emojinette_benchmark(mine).rows
+    gone = {row.prompt for row in asked} - {row.prompt for row in left}
+    assert gone == {asked[0].prompt, "a photo of a church"}
+
+
+def test_first_seed_keeps_runs_apart(church: Concept) -> None:
+    first, second = (emojinette_benchmark(church, first_seed=seed).rows for seed in (0, 1_000_000))
+    assert [row.seed + 1_000_000 for row in first] == [row.seed for row in second]
+    assert [row.prompt for row in first] == [row.prompt for row in second]
+
+
+def test_bad_requests_are_refused(church: Concept) -> None:
+    with pytest.raises(RequestError, match="Emojinette's objects and styles are: fish, dog"):
+        emojinette_benchmark(concepts()["nudity"])
+    with pytest.raises(RequestError, match="'castle'"):
+        emojinette_benchmark(replace(church, name="castle"))
+    with pytest.raises(RequestError, match="--seeds 0: at least 1"):
+        emojinette_benchmark(church, seeds=0)
+
+
+@pytest.fixture
+def small(church: Concept) -> PromptSet:
+    """Return every sixth row of the benchmark."""
+    return PromptSet("small", emojinette_benchmark(church).rows[::6])
+
+
+@pytest.mark.usefixtures("shipped")
+def test_evaluate_sets_every_score_beside_the_base(church: Concept, small: PromptSet, images: Draw) -> None:
+    erased, base = images("erased", small.rows), images("base", small.rows, seed=1)
+    report = evaluate(church, erased, base, model="tiny", provenance={"method": "none"})
+    assert [score.metric for score in report.scores] == ["ua", "ira", "cra", "frechet"]
+    forget = forget_mask(small.rows, church).sum()
+    assert [score.n for score in report.scores] == [forget] + [len(small.rows) - forget] * 3
+    assert all("25 steps of DPM-Solver++ 2M, guidance 5" in score.protocol for score in report.scores)
+    # The baseline is what the base model alone would be scored.
+    alone = evaluate(church, base)
+    assert [(s.baseline, s.baseline_ci95) for s in report.scores] == [(s.value, s.ci95) for s in alone.scores]
+    assert all(score.baseline is None for score in alone.scores)
+    objects, styles = report.charts
+    bar = next(bar for bar in objects.bars if bar.label == "church")
+    assert (bar.n, bar.forget) == (forget, True)
+    assert [bar.label for bar in (*objects.bars, *styles.bars) if bar.forget] == ["church"]
+    before = next(bar for bar in alone.charts[0].bars if bar.label == "church")
+    assert (bar.baseline, bar.baseline_ci95) == (before.value, before.ci95)
+    # The same counts as the score's: found where it was asked for.
+    ua = report.score("ua")
+    assert ua is not None
+    assert bar.value == pytest.approx(1 - ua.value)
+    assert (report.model, report.provenance["method"]) == ("tiny", "none")
+    assert report.erased["unet"] == "erased"
+    assert sum(pair.forget for pair in report.pairs) == forget
+    assert len(report.pairs) == len(small.rows)
+    for place, pair in enumerate(report.pairs):
+        assert int(pair.erased.stem) == place
+        assert (pair.prompt, pair.seed) == (small.rows[place].prompt, small.rows[place].seed)
+        assert pair.base == base.files[place]
+
+
+@pytest.mark.usefixtures("shipped")
+def test_equal_images_give_equal_scores(church: Concept, small: PromptSet, images: Draw) -> None:
+    report = evaluate(church, images("erased", small.rows), images("base", small.rows))
+    assert all((score.value, score.ci95) == (score.baseline, score.baseline_ci95) for score in report.scores)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_sets_that_differ_in_more_than_the_model_are_refused(church: Concept, small: PromptSet, images: Draw) -> None:
+    erased = images("erased", small.rows)
+    reseeded = tuple(replace(row, seed=row.seed + 1) for row in small.rows)
+    with pytest.raises(RequestError, match=r"--baseline .*its prompts or seeds are not those"):
+        evaluate(church, erased, images("other", reseeded))
+    with pytest.raises(RequestError, match="sampled with steps 10, the erased model with 25"):
+        evaluate(church, erased, images("short", small.rows, steps=10))
+    with pytest.raises(RequestError, match="64, 64"):
+        evaluate(church, images("large", small.rows, size=128))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_without_the_concept_or_with_nothing_else_are_refused(
+    church: Concept, small: PromptSet, images: Draw
+) -> None:
+    asked = tuple(row for row in small.rows if row.object == "church")
+    with pytest.raises(RequestError, match="no image asks for anything else"):
+        evaluate(church, images("asked", asked))
+    rest = tuple(row for row in small.rows if row.object != "church")
+    with pytest.raises(RequestError, match="no image asks for the object 'church'"):
+        evaluate(church, images("rest", rest))
+    with pytest.raises(RequestError, match="Emojinette's objects"):
+        evaluate(concepts()["nudity"], images("more", rest))
+
+
+def _listed(found: ImageSet) -> Path:
+    """Write the manifest of a set that was drawn, as sampling does, and return its folder."""
+    folder = found.files[0].parent
+    lines = [
+        {"image": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **asdict(row)}
+        for file, row in zip(found.files, found.rows, strict=True)
+    ]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "sampling.json").write_text(json.dumps(found.settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.usefixtures("shipped")
+def test_benchmark_judges_folders_of_images_without_a_model(
+    church: Concept, small: PromptSet, images: Draw, tmp_path: Path
+) -> None:
+    erased, base = images("erased", small.rows), images("base", small.rows, seed=1)
+    *events, report = benchmark(_listed(erased), "church", _listed(base), out=tmp_path / "out")
+    assert events == []
+    assert report.scores == evaluate(church, erased, base).scores
+    assert read_report(tmp_path / "out") == report
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_made_elsewhere_are_matched_by_case_number(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    erased, base = images("erased", rows), images("base", rows, seed=1)
+    erased.files[1].unlink()
+    (tmp_path / "erased" / "params.txt").write_text("steps: 20")
+    base.files[3].unlink()
+    *events, report = benchmark(tmp_path / "erased", "church", tmp_path / "base", out=tmp_path / "out", seeds=1)
+    assert events == []
+    both = [place for place in range(len(rows)) if place not in (1, 3)]
+    assert [pair.erased.name for pair in report.pairs] == [f"{place:05d}.png" for place in both]
+    assert all(pair.base is not None and pair.base.name == pair.erased.name for pair in report.pairs)
+    assert [pair.prompt for pair in report.pairs] == [rows[place].prompt for place in both]
+    kept = [
+        replace(some, files=tuple(some.files[i] for i in both), rows=tuple(rows[i] for i in both))
+        for some in (erased, base)
+    ]
+    values = [(score.metric, score.value, score.baseline, score.n) for score in report.scores]
+    assert values == [(score.metric, score.value, score.baseline, score.n) for score in evaluate(church, *kept).scores]
+    assert all("images made elsewhere, matched by case number" in score.protocol for score in report.scores)
+    notes = report.provenance["notes"]
+    assert f"of {len(rows)} prompts 1 without an image: case number 1" in notes["erased"]
+    assert "1 file is no image: params.txt" in notes["erased"]
+    assert f"of {len(rows)} prompts 1 without an image: case number 3" in notes["base"]
+    assert any("1 images left out" in note for note in notes["erased"])
+    assert read_report(tmp_path / "out") == report
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_made_elsewhere_are_matched_by_order_and_manifest(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    counted = images("counted", rows)
+    for place, file in enumerate(counted.files):
+        file.rename(file.with_name(f"ComfyUI_{place + 1}_.png"))
+    # A manifest without labels, of some of the prompts in another order, and of one that nobody asked.
+    some = [*rows[::-2], replace(rows[0], prompt="a tree")]
+    unlabelled = images("listed", tuple(replace(row, object="", style="") for row in some))
+    *_, by_order = benchmark(tmp_path / "counted", "church", out=tmp_path / "a", seeds=1)
+    assert [pair.prompt for pair in by_order.pairs] == [row.prompt for row in rows]
+    assert [pair.erased.name for pair in by_order.pairs][8:10] == ["ComfyUI_9_.png", "ComfyUI_10_.png"]
+    *_, by_line = benchmark(_listed(unlabelled), "church", out=tmp_path / "b", seeds=1)
+    assert [pair.seed for pair in by_line.pairs] == sorted(row.seed for row in rows[::-2])
+    assert sum(pair.forget for pair in by_line.pairs) == forget_mask(rows[::-2], church).sum()
+    assert f"1 image is of no prompt of the set: {unlabelled.files[-1].name}" in by_line.provenance["notes"]["erased"]
+    with pytest.raises(RequestError, match=r"DIR .*images for .* prompts"):
+        next(benchmark(tmp_path / "counted", "church", out=tmp_path / "c", seeds=2))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_images_of_another_size_are_refused(church: Concept, images: Draw, tmp_path: Path) -> None:
+    rows = emojinette_benchmark(church, 1).rows
+    good, large = images("good", rows), images("large", rows, size=72)
+    for model, base, argument in ((large, good, "DIR"), (good, large, "--baseline")):
+        with pytest.raises(RequestError) as refused:
+            next(benchmark(model.files[0].parent, "church", base.files[0].parent, out=tmp_path / "out", seeds=1))
+        told = f"{argument} {tmp_path / 'large'}: 00000.png has 72 x 72 pixels; this benchmark judges 64 x 64"
+        assert str(refused.value) == told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("shipped")
+def test_benchmark_of_a_run_knows_concept_and_base(
+    church: Concept, images: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    account = {"base": {"source": "the-base", "unet": "run/samples/base"}, "seed": 3}
+    (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"concept": church.to_dict()}), encoding="utf-8")
+    loaded = []
+
+    def sample(model: str, prompts: PromptSet, out: Path, **options: int) -> Iterator[Path]:
+        loaded.append((model, options))
+        drawn = images(str(out.relative_to(tmp_path)), prompts.rows, seed=len(loaded))
+        _listed(drawn)
+        yield from drawn.files
+
+    part = torch.nn.Linear(1, 1)
+    about = {"size": 64, "unet": part, "vae": part, "text_encoders": {}, "device": part.weight.device}
+    about["scheduler"] = SimpleNamespace(config={})
+    monkeypatch.setattr("erase_concept.pipelines.load.load", type("Model", (str,), about))
+    monkeypatch.setattr("erase_concept.pipelines.sample.sample", sample)
+    *events, report = benchmark(run, out=run, seeds=1, batch_size=5)
+    assert loaded == [(str(run), {"batch_size": 5}), ("the-base", {"batch_size": 5})]
+    total = len(emojinette_benchmark(church, 1).rows)
+    assert events == [(who, done, total) for who in ("erased", "base") for done in range(total + 1)]
+    assert (report.concept, report.model, report.provenance["run"]["seed"]) == ("church", "the-base", 3)
+    assert all(score.baseline is not None for score in report.scores)
+    assert (run / "report.html").is_file()
+    account["base"]["unet"] = "another"
+    (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
+    with pytest.raises(RequestError, match="is not the model that this run erased from"):
+        list(benchmark(run, out=run, seeds=1, batch_size=5))
+
+
+def test_benchmark_needs_a_concept_where_no_run_tells(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"--concept .*is no run folder"):
+        next(benchmark(tmp_path, out=tmp_path / "out"))
+    with pytest.raises(RequestError, match="did you mean church"):
+        next(benchmark(tmp_path, "chruch", out=tmp_path / "out"))
