@@ -369,6 +369,65 @@ def report(
 
 
 @app.command()
+def compare(
+    out: OutOption,
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods and presets, such as 'default,paper,esd-x[eta=2],uce'; 'all' is every one of both."),
+    ] = "all",
+    concepts: Annotated[str, typer.Option(help="Concepts to erase.")] = "church,dog,parachute,guitar,truck,flat,3d",
+    seeds: Annotated[str, typer.Option(help="Seeds, each of a run of its own.")] = "0,1",
+    masks: Annotated[
+        str | None, typer.Option(help="Such as 'salient,none,random,least-salient'. (default: each method's own)")
+    ] = None,
+    strengths: Annotated[
+        str, typer.Option(help="Factors of each method's strength; with several, whole curves are compared.")
+    ] = "1",
+    tune: Annotated[str, typer.Option(help="Concepts on which each method's strength is searched first.")] = "",
+    trials: Annotated[int, typer.Option(min=1, help="Strengths tried in a search, of every method as many.")] = 6,
+    model: Annotated[str, typer.Option(help="The base model.")] = "emojinette",
+    json_: JsonOption = False,
+) -> None:
+    """Erase with many methods, masks and strengths, and compare what is gone, what is kept and what it takes."""
+    from erase_concept.eval.comparison import compare as run
+    from erase_concept.eval.grid import PRESETS
+    from erase_concept.method import methods as known
+    from erase_concept.terminal import bar
+
+    entries = [*PRESETS, *known()] if methods == "all" else _split_entries(methods)
+    numbers = {}
+    for option, text, kind in (("--seeds", seeds, int), ("--strengths", strengths, float)):
+        try:
+            numbers[option] = [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise RequestError(option, text, "must be numbers with commas between them") from None
+        if not all(0 <= number < float("inf") for number in numbers[option]):
+            raise RequestError(option, text, "must be numbers of at least 0")
+    with bar() as shown:
+        task = shown.add_task("compare", total=None)
+        for what, done, total in run(
+            model,
+            entries,
+            [part.strip() for part in concepts.split(",")],
+            numbers["--seeds"],
+            out,
+            masks=[part.strip() for part in masks.split(",")] if masks else (None,),
+            strengths=numbers["--strengths"],
+            tune_on=[part.strip() for part in tune.split(",") if part.strip()],
+            trials=trials,
+        ):
+            shown.update(task, description=what, completed=done, total=total)
+    typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)
+
+
+def _split_entries(text: str) -> list[str]:
+    """Split at the commas outside of brackets."""
+    import re
+
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder or file to write.")],

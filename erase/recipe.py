@@ -146,11 +146,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return values
 
 
-def preset(name: str, model: str, kind: str) -> dict[str, Any]:
+def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[str, Any]:
     """Return a preset's values for a model and a kind of concept.
 
     ``default`` is what was found best for a built-in model, and the paper's settings for any other; ``paper`` is the
-    paper's for all. Raises RequestError for another name.
+    paper's for all. With a method's name the values are those of the method as it was published: for a built-in model
+    at its own strength there and at a budget that all methods share. Raises RequestError for another name.
     """
     presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
     if name == "default":
@@ -158,7 +159,12 @@ def preset(name: str, model: str, kind: str) -> dict[str, Any]:
     if name not in presets:
         raise RequestError("--preset", name, f"unknown preset; allowed: default, {', '.join(presets)}")
     values: dict[str, Any] = presets[name]
-    return values.get(kind) or values["any"]
+    own = values.get(kind) or values["any"]
+    if method is None:
+        return own
+    if "methods" in values:
+        return merge(values["methods"]["any"], values["methods"].get(method, {}))
+    return own if method == "salun" else {"mask": values["any"].get("mask", {})}
 
 
 def recipe_for(
@@ -169,6 +175,7 @@ def recipe_for(
     ``memory`` is fast, balanced or low: how much of it the run may take, for more time.
     ``what`` is a concept's key, the path of a YAML file that describes one, or such a description as a mapping.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
+    With ``method`` among them the preset is that method's, as it was published; without, SalUn as the preset has it.
     """
     try:
         found = concept(what) if isinstance(what, str) else parse(what)
@@ -178,9 +185,9 @@ def recipe_for(
         raise RequestError("concept", what, str(problem)) from None
     if memory not in MEMORY:
         raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
-    start = merge(preset(preset_name, model, found.kind), MEMORY[memory])
+    start = merge(preset(preset_name, model, found.kind, values.get("method")), MEMORY[memory])
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
-    # A preset's settings are SalUn's; another method takes those that it has too.
+    # What a preset says for all methods, a method takes where it has such a setting.
     given = values.get("settings", {})
     known = recipe.erasure().config.__dataclass_fields__
     settings = {key: value for key, value in recipe.settings.items() if key in known or key in given}

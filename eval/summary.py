@@ -52,6 +52,9 @@ MEASURES = {
     "top5": Measure("Top-5 accuracy"),
     "lpips": Measure("LPIPS to the base model's image", higher=False),
     "ssim": Measure("SSIM to the base model's image"),
+    "seconds": Measure("Seconds of erasing", higher=False),
+    "peak_gib": Measure("Peak memory, GiB", higher=False),
+    "changed": Measure("Weights changed", higher=False),
     "pixel_distance": Measure("Pixel distance to the base model's image", higher=False),
     "feature_distance": Measure("Feature distance to the base model's image", higher=False),
 }

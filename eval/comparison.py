@@ -1,0 +1,240 @@
+"""Compare methods and masks on one base model: tune each at equal budget, run the grid, and write what came out."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from erase_concept.errors import RequestError
+from erase_concept.eval.grid import Cell, read_pairs, recipe_of, run_cells
+from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
+from erase_concept.eval.report import Report
+from erase_concept.eval.report import compare as write_page
+from erase_concept.eval.score import Interval, Score
+from erase_concept.eval.strength import GOAL, LEVELS, Curve, Trial, curve, tune
+from erase_concept.files import whole
+from erase_concept.prompts.concept import concept as find_concept
+
+
+def grouped(cells: Cells) -> dict[tuple[str, str | None], list[dict[str, Any]]]:
+    """Return the cells by entry and mask, in the order in which they came."""
+    groups = defaultdict(list)
+    for cell in cells:
+        groups[cell["entry"], cell["mask"]].append(cell)
+    return dict(groups)
+
+
+def methods_table(cells: Cells) -> tuple[str, dict[str, Pooled]]:
+    """Return a Markdown table of the entries, those that reach ``GOAL`` first and by what they keep, and its rows."""
+    pooled = {}
+    lost = []
+    for (entry, mask), found in grouped(cells).items():
+        name = _named(entry, mask)
+        one = pool(found)
+        if one is None:
+            lost.append(name)
+        else:
+            pooled[name] = one
+    worse = dominated(pooled)
+    order = sorted(pooled, key=lambda name: (pooled[name].ua >= GOAL, pooled[name].kept), reverse=True)
+    lines = [
+        "| method | UA | lowest UA | IRA, of base | CRA, of base | Fréchet | seconds | GiB | changed | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in order:
+        p = pooled[name]
+        told = [f"collapses on {', '.join(p.collapsed)}"] if p.collapsed else []
+        told += [] if name in worse else ["not dominated"]
+        row = [
+            name,
+            f"{p.ua:.1%} ({p.ua_ci95[0]:.1%} to {p.ua_ci95[1]:.1%})",
+            f"{p.lowest_ua[1]:.0%} {p.lowest_ua[0]}",
+            f"{p.ira:.1%} ({p.ira_ci95[0]:.1%} to {p.ira_ci95[1]:.1%}), {p.ira_kept:.1%}",
+            f"{p.cra:.1%} ({p.cra_ci95[0]:.1%} to {p.cra_ci95[1]:.1%}), {p.cra_kept:.1%}",
+            f"{p.frechet:.2f}",
+            f"{p.seconds:.0f}",
+            f"{p.peak_gib:.2f}",
+            f"{p.changed:.1%}",
+            "; ".join(told),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += [f"| {name} | failed on every concept | | | | | | | | |" for name in lost]
+    return "\n".join(lines), pooled
+
+
+def curves_table(curves: Sequence[Curve]) -> str:
+    """Return a Markdown table of curves: what each keeps at equal UA, and its area."""
+    lines = [
+        f"| loss | mask | {' | '.join(f'kept at UA {level:.0%}' for level in LEVELS)} | area | strength: UA, kept |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in curves:
+        kept = [
+            "not reached" if value is None else f"{value:.1%}" + _range(interval)
+            for value, interval in zip(one.at, one.at_ci95, strict=True)
+        ]
+        points = "; ".join(f"{s:g}: {u:.0%}, {k:.0%}" for s, u, k in one.points)
+        lines.append(
+            f"| {one.entry} | {one.mask} | {' | '.join(kept)} | {one.area:.3f}{_range(one.area_ci95, '.3f')} "
+            f"| {points} |"
+        )
+    return "\n".join(lines)
+
+
+def _range(interval: Interval | None, form: str = ".1%") -> str:
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def compare(
+    model: str,
+    entries: Sequence[str],
+    concepts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    masks: Sequence[str | None] = (None,),
+    strengths: Sequence[float] = (1.0,),
+    tune_on: Sequence[str] = (),
+    trials: int = 6,
+) -> Iterator[tuple[str, int, int]]:
+    """Run a grid of erasures and write ``comparison.md``, ``comparison.json`` and the page ``report.html`` to ``out``.
+
+    ``entries`` are methods, the presets "default" and "paper", or either with settings in brackets. With ``tune_on``
+    each entry's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own, and
+    ``strengths`` multiply what was found; the search is kept in ``tuning.json``. Yields (what, cells done, cells in
+    all). Killed at any time, it goes on with the first cell that is not in ``out/cells.jsonl``. Raises RequestError,
+    before anything is measured, when an entry, a concept or a mask is unknown, or the model is not Emojinette, whose
+    classifier is the judge.
+    """
+    # Not at the top, for that module imports this whole package to know all metrics.
+    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
+
+    if model != "emojinette":
+        allowed = "a grid is judged by Emojinette's classifier: emojinette; for others use erase, eval and report"
+        raise RequestError("MODEL", model, allowed)
+    for concept in {*concepts, *tune_on}:
+        emojinette_benchmark(find_concept(concept))
+    if overlap := sorted({*concepts} & {*tune_on}):
+        raise RequestError("--tune", overlap[0], "is compared on too; tune on other concepts")
+    for entry in entries:
+        recipe_of(model, Cell(entry, concepts[0], 0))
+    best: dict[tuple[str, str | None], float] = {}
+    searches: dict[str, list[Trial]] = {}
+    pairs = [(entry, mask) for entry in entries for mask in masks]
+    for place, (entry, mask) in enumerate(pairs if tune_on else ()):
+        for found in tune(model, entry, tune_on, trials, out, mask=mask):
+            if isinstance(found, list):
+                best[entry, mask] = found[0].strength
+                searches[_named(entry, mask)] = found
+            else:
+                yield f"tuning {_named(entry, mask)}", place, len(pairs)
+        _write(out / "tuning.json", {name: [asdict(trial) for trial in some] for name, some in searches.items()})
+    cells = [
+        Cell(entry, concept, seed, mask, best.get((entry, mask), 1.0) * strength)
+        for seed in seeds
+        for concept in concepts
+        for entry, mask in pairs
+        for strength in strengths
+    ]
+    results = []
+    for cell, result in zip(cells, run_cells(model, cells, out), strict=True):
+        results.append(result)
+        yield cell.name, len(results), len(cells)
+    _publish(model, results, searches, concepts, out)
+
+
+def _named(entry: str, mask: str | None) -> str:
+    return entry if mask is None else f"{entry}, mask {mask}"
+
+
+def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], concepts: Sequence[str], out: Path) -> None:
+    """Write the tables, all numbers, and the page with pictures."""
+    groups = grouped(results)
+    parts = [f"# Methods and masks on {model}", _about(results, concepts)]
+    curves = []
+    if (
+        len({cell["strength"] / min(c["strength"] for c in groups[cell["entry"], cell["mask"]]) for cell in results})
+        > 1
+    ):
+        curves = [curve(entry, mask or "own", cells) for (entry, mask), cells in groups.items()]
+        parts += ["## Along the strength", curves_table(curves)]
+        pooled = {}
+    else:
+        table, pooled = methods_table(results)
+        parts += ["## At the tuned strength" if searches else "## At each method's own strength", table]
+        reports = {name: _report(model, name, one, groups, concepts, out) for name, one in pooled.items()}
+        if reports:
+            write_page(reports, out)
+    if searches:
+        parts += ["## The search", _searches_table(searches)]
+    with whole(out / "comparison.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    content = {
+        "methods": {name: asdict(one) | {"kept": one.kept} for name, one in pooled.items()},
+        "curves": [asdict(one) for one in curves],
+        "tuning": {name: [asdict(trial) for trial in some] for name, some in searches.items()},
+    }
+    _write(out / "comparison.json", content)
+
+
+def _about(results: Cells, concepts: Sequence[str]) -> str:
+    seeds = sorted({cell["seed"] for cell in results})
+    spent = sum(cell.get("cell_seconds", cell["seconds"]) for cell in results)
+    return (
+        f"{len(results)} cells: {', '.join(concepts)}; seeds {', '.join(map(str, seeds))}; {spent / 3600:.1f} hours. "
+        "UA, IRA and CRA with 95 % intervals (Wilson, over all images); of base is the share of the base model's own "
+        "from the same prompts and seeds; seconds of erasing and peak memory of the process are medians of the cells, "
+        "without what cells share; changed is the share of the UNet's weights that are not the base's any more. Not "
+        "dominated: no other is at least as good in UA, IRA and CRA, better in one, and as quick."
+    )
+
+
+def _searches_table(searches: dict[str, list[Trial]]) -> str:
+    lines = ["| method | strength | trials (strength: UA, kept) |", "|---|---|---|"]
+    for name, found in searches.items():
+        told = "; ".join(
+            f"{t.strength:.3g}: {t.ua:.0%}, {t.kept:.0%}" + (" (collapsed)" if t.collapsed else "")
+            for t in sorted(found, key=lambda t: t.strength)
+        )
+        lines.append(f"| {name} | {found[0].strength:.3g} | {told} |")
+    return "\n".join(lines)
+
+
+def _report(
+    model: str,
+    name: str,
+    pooled: Pooled,
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]],
+    concepts: Sequence[str],
+    out: Path,
+) -> Report:
+    """Return pooled cells as a report, with the images that were kept of them."""
+    n = pooled.n_forget + pooled.n_retain
+    how = f"Emojinette classifier; {pooled.cells} cells"
+    what = ", ".join(concepts)
+
+    def score(metric: str, value: float, interval: Interval, n: int, unit: str, kept: float | None = None) -> Score:
+        base = None if not kept else value / kept
+        return Score(metric, what, value, n, interval, unit, how, base, None if base is None else (base, base))
+
+    scores = (
+        score("ua", pooled.ua, pooled.ua_ci95, pooled.n_forget, "fraction"),
+        score("ira", pooled.ira, pooled.ira_ci95, pooled.n_retain, "fraction", pooled.ira_kept),
+        score("cra", pooled.cra, pooled.cra_ci95, pooled.n_retain, "fraction", pooled.cra_kept),
+        score("frechet", pooled.frechet, (pooled.frechet, pooled.frechet), n, "distance"),
+        score("seconds", pooled.seconds, (pooled.seconds, pooled.seconds), pooled.cells, "s"),
+        score("peak_gib", pooled.peak_gib, (pooled.peak_gib, pooled.peak_gib), pooled.cells, "GiB"),
+        score("changed", pooled.changed, (pooled.changed, pooled.changed), pooled.cells, "fraction"),
+    )
+    cells = next(cells for key, cells in groups.items() if _named(*key) == name)
+    pairs = [pair for cell in cells if "failed" not in cell for pair in read_pairs(out, cell)]
+    return Report(what, "object", "", model, "comparison", {}, {}, scores, pairs=tuple(pairs))
+
+
+def _write(file: Path, content: Any) -> None:
+    with whole(file) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

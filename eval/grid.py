@@ -1,0 +1,311 @@
+"""A grid of erasures on one base model: every cell is erased, sampled and judged in a process of its own.
+
+What cells share is made once and kept in the grid's folder: the base model's samples, the latents that the erasing
+learns from, and the masks. A cell's result is one line of ``cells.jsonl``; a line that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.files import whole
+
+if TYPE_CHECKING:
+    from erase_concept.data import ForgetRetain
+    from erase_concept.eval.report import Pair
+    from erase_concept.mask import Mask
+    from erase_concept.pipelines.diffusion import Diffusion
+    from erase_concept.pipelines.sample import ImageSet
+    from erase_concept.recipe import Recipe
+
+PRESETS = ("default", "paper")
+KEPT = 4  # pairs of images of the concept that are kept of a cell, and twice as many of all else
+METRICS = ("ua", "ira", "cra", "frechet")
+_HEAVY = ("erase_concept.run", "erase_concept.method", "erase_concept.eval.emojinette_benchmark")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One erasure. ``entry`` is a method, a preset of SalUn, or either with settings: ``esd-x[eta=2,steps=50]``.
+
+    ``mask`` None is the entry's own; ``strength`` multiplies the method's knob.
+    """
+
+    entry: str
+    concept: str
+    seed: int
+    mask: str | None = None
+    strength: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The cell in words that serve as a file name."""
+        parts = (self.entry, self.mask or "", f"{self.strength:g}", self.concept, str(self.seed))
+        return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
+
+
+def split_entry(entry: str) -> tuple[str, dict[str, Any]]:
+    """Return an entry's name and the settings in its brackets; raises RequestError where it has another form."""
+    matched = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?", entry)
+    if matched is None:
+        raise RequestError("--methods", entry, "must be NAME or NAME[KEY=VALUE,...]")
+    settings = {}
+    for text in (matched[2] or "").split(",") if matched[2] else ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError("--methods", entry, "must be NAME or NAME[KEY=VALUE,...]")
+        settings[key.strip()] = yaml.safe_load(value)
+    return matched[1], settings
+
+
+def recipe_of(model: str, cell: Cell) -> Recipe:
+    """Return the recipe of a cell, the knob turned; raises RequestError where it cannot be followed."""
+    from erase_concept.recipe import recipe_for
+
+    name, settings = split_entry(cell.entry)
+    values: dict[str, Any] = {"seed": cell.seed, "settings": settings}
+    if cell.mask is not None:
+        values["mask"] = {"kind": cell.mask}
+    preset = name if name in PRESETS else "default"
+    if name not in PRESETS:
+        values["method"] = name
+    recipe = recipe_for(model, cell.concept, preset_name=preset, **values)
+    knob = recipe.erasure().knob
+    if cell.strength != 1:
+        turned = recipe.settings | {knob: getattr(recipe.config(), knob) * cell.strength}
+        recipe = recipe.model_copy(update={"settings": turned})
+        recipe.config()
+    return recipe
+
+
+def read_cells(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the results in a file by their fingerprints; a line that a kill cut short does not count."""
+    found = {}
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found[line["fingerprint"]] = line
+    return found
+
+
+def fingerprint(model: str, cell: Cell) -> str:
+    """Return the SHA-256 over all that a cell's result depends on, but for the versions of what is installed."""
+    return recipe_of(model, cell).fingerprint(METRICS, KEPT)
+
+
+def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str, Any]]:
+    """Yield the result of each cell in order, measuring those that ``out/cells.jsonl`` does not have.
+
+    Raises RequestError before anything is measured when a cell's recipe cannot be followed, and EraseError when a
+    process dies; an erasure that fails is a result, with the reason under "failed".
+    """
+    from erase_concept.mask import Mask
+
+    cells = list(cells)
+    keys = {cell: fingerprint(model, cell) for cell in cells}
+    for kind in {cell.mask for cell in cells} - {None, "salient", "none", "random", "least-salient"}:
+        Mask.load(Path(str(kind)), argument="--masks")
+    done = read_cells(out / "cells.jsonl")
+    out.mkdir(parents=True, exist_ok=True)
+    # A server imports once, and forks a fresh process for each cell: no cell sees another's memory, and each has a
+    # peak of its own. Where there is no such server, a process starts from nothing.
+    way = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(way)
+    context.set_forkserver_preload(list(_HEAVY))
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
+        for cell in cells:
+            key = keys[cell]
+            if key not in done:
+                try:
+                    processes.submit(prepare, model, cell, out).result()
+                    found = processes.submit(measure, model, cell, out).result()
+                except BrokenProcessPool:
+                    raise EraseError(f"the process of {cell.name} died, perhaps for want of memory") from None
+                done[key] = {"fingerprint": key, **found}
+                with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[key], ensure_ascii=False) + "\n")
+            yield done[key]
+
+
+def prepare(model: str, cell: Cell, work: Path) -> None:
+    """Make what the cell shares with others, where it is not there yet, so that its own process need not."""
+    from erase_concept.pipelines.load import load
+
+    recipe = recipe_of(model, cell)
+    loaded = load(model)
+    base_hash = loaded.describe()["unet"]
+    _sampled(loaded, recipe, cell.seed, _base(work, recipe))
+    _mask(recipe, loaded, _data(recipe, loaded, base_hash, work), base_hash, work)
+
+
+def measure(model: str, cell: Cell, work: Path) -> dict[str, Any]:
+    """Erase, sample and judge one cell, and return its result. Keeps a few of its images in ``work/samples``."""
+    from erase_concept.eval.emojinette_benchmark import evaluate
+    from erase_concept.eval.report import drawn
+    from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.sample import read_images
+    from erase_concept.seed import stage_seed
+    from erase_concept.train import Record
+
+    began = time.perf_counter()
+    recipe = recipe_of(model, cell)
+    method, config = recipe.erasure(), recipe.config()
+    loaded = load(model)
+    base_hash = loaded.describe()["unet"]
+    data = _data(recipe, loaded, base_hash, work)
+    mask = _mask(recipe, loaded, data, base_hash, work)
+    before = {name: p.detach().clone() for name, p in loaded.unet.named_parameters()}
+    prepared = time.perf_counter()
+    result: dict[str, Any] = asdict(cell) | {
+        "kind": recipe.concept.kind,
+        "knob": method.knob,
+        "value": getattr(config, method.knob),
+    }
+    seed = stage_seed(recipe.seed, "method", recipe.method)
+    losses = []
+    try:
+        for record in method.run(loaded, data, mask, config, seed=seed):
+            if isinstance(record, Record):
+                losses.append(record.loss)
+    except EraseError as problem:
+        return result | {"failed": str(problem), "seconds": time.perf_counter() - prepared}
+    erased_in = time.perf_counter() - prepared
+    peak = _peak()  # before the sampling, which is the same for all methods
+    changed = sum(int((before[name] != p).sum()) for name, p in loaded.unet.named_parameters())
+    total = sum(p.numel() for p in before.values())
+    before.clear()
+    gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        images = _sampled(loaded, recipe, cell.seed, Path(folder) / "erased")
+        base = read_images(_base(work, recipe))
+        report = evaluate(recipe.concept, images, base, model=model)
+        _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / cell.name)
+    scores = {
+        score.metric: {"value": score.value, "n": score.n, "ci95": score.ci95, "baseline": score.baseline}
+        for score in report.scores
+        if score.metric in METRICS
+    }
+    return result | {
+        "scores": scores,
+        "seconds": round(erased_in, 2),
+        "cell_seconds": round(time.perf_counter() - began, 2),
+        "peak_gib": round(peak / 2**30, 2),
+        "changed": changed / total,
+        "loss": [losses[0], losses[-1]] if losses else [],
+    }
+
+
+def _base(work: Path, recipe: Recipe) -> Path:
+    return work / "base" / f"{recipe.concept.name.replace(' ', '-')}-{recipe.seed}"
+
+
+def _sampled(model: Diffusion, recipe: Recipe, seed: int, folder: Path) -> ImageSet:
+    """Return the images of the benchmark's prompts, and sample them where they are not there."""
+    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
+    from erase_concept.pipelines.sample import read_images, sample
+
+    if not (folder / "manifest.jsonl").is_file():
+        partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
+        # New noise for every seed, so that no two cells' samples are the same ones.
+        prompts = emojinette_benchmark(recipe.concept, seeds=1, first_seed=10_000 + 1_000 * seed)
+        for _ in sample(model, prompts, partial):
+            pass
+        partial.rename(folder)
+    return read_images(folder)
+
+
+def _data(recipe: Recipe, model: Diffusion, base_hash: str, work: Path) -> ForgetRetain:
+    """Return the recipe's data, which all methods share that ask for the same."""
+    from erase_concept.data import ForgetRetain
+    from erase_concept.run import make_data_for
+
+    parts = [base_hash, recipe.concept.to_dict(), {**dict(recipe.data), **recipe.latents}, recipe.seed]
+    key = _digest(parts)
+    file = work / "data" / f"{key}.safetensors"
+    data = ForgetRetain.load(file, key)
+    if data is None:
+        data = make_data_for(recipe, model)
+        data.save(file, key)
+    return data
+
+
+def _mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str, work: Path) -> Mask | None:
+    """Return the recipe's mask, of which no method changes anything but its kind and scope."""
+    from erase_concept.mask import Mask
+    from erase_concept.run import MASK_KINDS, make_mask
+
+    if (recipe.mask.kind, recipe.mask.scope) == ("none", "full"):
+        return None
+    if recipe.mask.kind not in MASK_KINDS:
+        return Mask.load(Path(recipe.mask.kind))
+    parts = [base_hash, recipe.concept.to_dict(), dict(recipe.mask), recipe.seed, len(data.forget_latents)]
+    file = work / "masks" / f"{_digest(parts)}.safetensors"
+    if not file.exists():
+        make_mask(recipe, model, data, base_hash).save(file)
+    return Mask.load(file)
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _peak() -> int:
+    """Return the most bytes of memory that this process ever held, on an accelerator those of the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def _keep(pairs: Sequence[Pair], folder: Path) -> None:
+    """Keep the images of some pairs, and what they show; the base model's lie where all cells have them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    lines = []
+    for place, pair in enumerate(pairs):
+        shutil.copyfile(pair.erased, folder / f"{place:03d}.png")
+        base = "" if pair.base is None else os.path.relpath(pair.base, folder)
+        told = asdict(pair) | {"erased": f"{place:03d}.png", "base": base}
+        lines.append(json.dumps(told, ensure_ascii=False))
+    with whole(folder / "pairs.jsonl") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_pairs(work: Path, result: dict[str, Any]) -> list[Pair]:
+    """Return the pairs of images that were kept of a cell; none where they are gone."""
+    from erase_concept.eval.report import Pair
+
+    cell = Cell(*(result[key] for key in ("entry", "concept", "seed", "mask", "strength")))
+    folder = work / "samples" / cell.name
+    if not (folder / "pairs.jsonl").is_file():
+        return []
+    lines = [json.loads(text) for text in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [Pair(**line | {"erased": folder / line["erased"], "base": folder / line["base"]}) for line in lines]

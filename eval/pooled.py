@@ -1,0 +1,106 @@
+"""Cells of a grid taken together: what was forgotten, what was kept, what it took, and what collapsed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from erase_concept.eval.score import Interval, wilson
+
+COLLAPSED = 0.5  # of the base model's accuracy: below that, a method has destroyed the model
+Cells = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Cells of one entry taken together: shares with their counts and 95 % intervals (Wilson), and medians.
+
+    ``kept`` is the smaller of IRA and CRA as shares of the base model's, and ``collapsed`` are the concepts of which
+    less than ``COLLAPSED`` was kept or whose erasing failed.
+    """
+
+    cells: int
+    ua: float
+    ua_ci95: Interval
+    ira: float
+    ira_ci95: Interval
+    ira_kept: float
+    cra: float
+    cra_ci95: Interval
+    cra_kept: float
+    frechet: float
+    n_forget: int
+    n_retain: int
+    seconds: float
+    cell_seconds: float
+    peak_gib: float
+    changed: float
+    lowest_ua: tuple[str, float]
+    collapsed: tuple[str, ...]
+
+    @property
+    def kept(self) -> float:
+        """The smaller of the two shares of the base model's accuracy."""
+        return min(self.ira_kept, self.cra_kept)
+
+
+def failed(cell: dict[str, Any]) -> bool:
+    """Tell whether a cell's erasing ended without a model, or with one that knows nothing any more."""
+    return "failed" in cell or kept(cell) < COLLAPSED
+
+
+def kept(cell: dict[str, Any]) -> float:
+    """Return the smaller of a cell's IRA and CRA as shares of the base model's."""
+    return min(cell["scores"][name]["value"] / cell["scores"][name]["baseline"] for name in ("ira", "cra"))
+
+
+def pool(cells: Cells) -> Pooled | None:
+    """Take cells together; None where all have failed. One that failed counts as collapsed, and for nothing else."""
+    done = [cell for cell in cells if "failed" not in cell]
+    if not done:
+        return None
+    share, interval, of_base, count = {}, {}, {}, {}
+    for name in ("ua", "ira", "cra"):
+        scores = [cell["scores"][name] for cell in done]
+        count[name] = n = sum(score["n"] for score in scores)
+        hits = round(sum(score["value"] * score["n"] for score in scores))
+        base = sum(score["baseline"] * score["n"] for score in scores)
+        share[name], interval[name] = hits / n, wilson(hits, n)
+        of_base[name] = hits / base if base else float("nan")
+    by_concept = defaultdict(list)
+    for cell in done:
+        by_concept[cell["concept"]].append(cell["scores"]["ua"]["value"])
+    lowest = min((sum(values) / len(values), concept) for concept, values in by_concept.items())
+    return Pooled(
+        cells=len(done),
+        ua=share["ua"],
+        ua_ci95=interval["ua"],
+        ira=share["ira"],
+        ira_ci95=interval["ira"],
+        ira_kept=of_base["ira"],
+        cra=share["cra"],
+        cra_ci95=interval["cra"],
+        cra_kept=of_base["cra"],
+        frechet=sum(cell["scores"]["frechet"]["value"] for cell in done) / len(done),
+        n_forget=count["ua"],
+        n_retain=count["ira"],
+        seconds=median(cell["seconds"] for cell in done),
+        cell_seconds=median(cell["cell_seconds"] for cell in done),
+        peak_gib=median(cell["peak_gib"] for cell in done),
+        changed=median(cell["changed"] for cell in done),
+        lowest_ua=(lowest[1], lowest[0]),
+        collapsed=tuple(dict.fromkeys(cell["concept"] for cell in cells if failed(cell))),
+    )
+
+
+def dominated(pooled: dict[str, Pooled]) -> set[str]:
+    """Return the entries for which another is as good in UA, IRA and CRA, better in one, and takes no more time."""
+
+    def beats(a: Pooled, b: Pooled) -> bool:
+        ours, theirs = (a.ua, a.ira_kept, a.cra_kept), (b.ua, b.ira_kept, b.cra_kept)
+        return ours != theirs and all(x >= y for x, y in zip(ours, theirs, strict=True)) and a.seconds <= b.seconds
+
+    return {name for name, one in pooled.items() if any(beats(other, one) for other in pooled.values())}
