@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
@@ -128,6 +129,12 @@ def _noised(
     latents, noise, timesteps = (t.to(model.device) for t in (latents, noise, timesteps))
     noisy = model.add_noise(latents, noise, timesteps)
     return Batch(latents, noise, noisy, timesteps, embeddings.to(model.device), remapped.to(model.device))
+
+
+def training_loss(model: Diffusion, batch: Batch) -> Tensor:
+    """Return the mean squared error of the model's prediction for noisy rows: the loss that it was trained with."""
+    predicted = model.predict(batch.noisy, batch.timesteps, batch.embeddings)
+    return mse_loss(predicted, model.target(batch.latents, batch.noise, batch.timesteps))
 
 
 def make_data(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from erase_concept.pipelines.diffusion import Diffusion
 
-Accumulate = Literal["signed", "absolute"]
+Accumulate = Literal["signed", "absolute", "squared"]
 
 
 def accumulate(
@@ -18,7 +18,8 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """Return each parameter's saliency over a sequence of losses, one per batch, in fp32.
 
-    ``signed`` is the paper's |sum of gradients|, in which batches may cancel; ``absolute`` is the sum of |gradient|.
+    ``signed`` is the paper's |sum of gradients|, in which batches may cancel; ``absolute`` is the sum of |gradient|,
+    ``squared`` that of gradient^2.
     Works one parameter at a time during the backward pass, so no batch's gradients ever exist in full beside the sums,
     which with ``offload`` are kept in main memory.
     The module's weights and ``requires_grad`` flags come out as they went in; gradients that it had are dropped.
@@ -34,7 +35,8 @@ def accumulate(
         def hook(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None  # autograd calls this after it has set the gradient
-            sums[name] += (gradient.abs() if how == "absolute" else gradient).to(sums[name])
+            changed = {"absolute": Tensor.abs, "squared": Tensor.square}.get(how)
+            sums[name] += (changed(gradient) if changed else gradient).to(sums[name])
             parameter.grad = None
 
         return hook

@@ -115,7 +115,7 @@ def train(
     lower = torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     began = time.perf_counter()
     resumed = checkpoint if checkpoint is not None and checkpoint.exists() else None
-    first = _steps(resumed) if resumed else 0
+    first = steps_done(checkpoint)
 
     def generator(step: int, part: int) -> torch.Generator:
         return stage_generator(seed, "step", step, part, accelerator.process_index)
@@ -182,9 +182,11 @@ def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
         save_file(tensors, partial, {"step": str(step)})
 
 
-def _steps(file: Path) -> int:
-    """Return how many steps a checkpoint has behind it."""
-    with safe_open(file, "pt") as tensors:
+def steps_done(checkpoint: Path | None) -> int:
+    """Return how many steps a run's checkpoint has behind it: none when there is no such file."""
+    if checkpoint is None or not checkpoint.exists():
+        return 0
+    with safe_open(checkpoint, "pt") as tensors:
         return int(tensors.metadata()["step"])
 
 

@@ -22,7 +22,7 @@ def linear_problem() -> tuple[nn.Linear, list[torch.Tensor], list[torch.Tensor]]
     return module, inputs, targets
 
 
-@pytest.mark.parametrize("how", ["signed", "absolute"])
+@pytest.mark.parametrize("how", ["signed", "absolute", "squared"])
 def test_linear_model_has_its_analytic_gradient(how: str) -> None:
     module, inputs, targets = linear_problem()
     losses = [lambda x=x, y=y: -nn.functional.mse_loss(module(x), y) for x, y in zip(inputs, targets, strict=True)]
@@ -32,8 +32,8 @@ def test_linear_model_has_its_analytic_gradient(how: str) -> None:
     weight = torch.stack([-2 / 18 * e.T @ x for e, x in zip(errors, inputs, strict=True)])
     bias = torch.stack([-2 / 18 * e.sum(0) for e in errors])
     for name, gradients in (("weight", weight), ("bias", bias)):
-        expected = gradients.sum(0).abs() if how == "signed" else gradients.abs().sum(0)
-        torch.testing.assert_close(found[name], expected)
+        sums = {"signed": gradients.sum(0).abs(), "absolute": gradients.abs().sum(0), "squared": (gradients**2).sum(0)}
+        torch.testing.assert_close(found[name], sums[how])
 
 
 def test_signed_batches_can_cancel_and_absolute_ones_cannot() -> None:

@@ -1,0 +1,92 @@
+"""EraseDiff (Wu et al., CVPR 2025, arXiv 2401.05779)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from erase_concept.data import ForgetRetain, draw, training_loss
+from erase_concept.gradients import dot, onto_half_space, salient_gradient, with_gradient
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Taught, Tensors, Training, train
+
+
+@dataclass(frozen=True)
+class EraseDiffConfig(Training):
+    """EraseDiff's settings beside those of the training."""
+
+    eta: float = 0.1  # share of its own gradient by which the constraint is to fall at least
+    inner_steps: int = 2  # K, of gradient descent on the forget loss alone
+    inner_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps must be at least 1, not {self.inner_steps}")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be at least 0, not {self.eta}")
+        if not 0 < self.inner_lr < math.inf:
+            raise ValueError(f"inner_lr must be above 0, not {self.inner_lr}")
+
+
+@method("erasediff", EraseDiffConfig, knob="eta")
+def erasediff(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: EraseDiffConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Keep the retain loss low, under the constraint that the concept's prediction is as far from the truth as it gets.
+
+    min L_r(theta)  with  g(theta) = L_f(theta) - L_f(phi_K) <= 0,  where phi_K is what K steps of gradient descent on
+    L_f make of theta. L_r is the training loss on retain rows and L_f = E |e(x_f,t, c_f) - u|^2 with noise u uniform
+    in [0, 1]. A step goes along  dL_r + l dg,  l = max(0, (w - <dL_r, dg>) / |dg|^2),  which is the nearest direction
+    to dL_r in which g falls by w = eta |dg|^2 or more; w is 0 where the constraint holds.
+    Approximated are: D_f by the step's batch; dg by dL_f, phi_K standing still (as in the authors' code, first order);
+    gradient descent by Adam. The authors' code takes |dL_r| |dg| for |dg|^2 in l, and u for the noise in x_t as well.
+    """
+    unet = model.unet
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget = data.forget_batch(model, draw(len(data.forget_latents), config.batch_size, generator), generator)
+        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+        uniform = torch.rand(forget.noise.shape, generator=generator).to(model.device)
+        target = model.target(forget.latents, uniform, forget.timesteps)
+
+        def forget_loss() -> Tensor:
+            return mse_loss(model.predict(forget.noisy, forget.timesteps, forget.embeddings), target)
+
+        moving = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+        start = {name: p.detach().clone() for name, p in moving.items()}
+        now = forget_loss()
+        descent = constraint = salient_gradient(now, unet, mask)
+        for step in range(config.inner_steps):
+            if step:
+                descent = salient_gradient(forget_loss(), unet, mask)
+            with torch.no_grad():
+                for name, p in moving.items():
+                    p.sub_(config.inner_lr * descent[name])
+        with torch.no_grad():
+            gap = now.detach() - forget_loss()
+            for name, p in moving.items():
+                p.copy_(start[name])
+        retain_loss = training_loss(model, retain)
+        gradient = salient_gradient(retain_loss, unet, mask)
+        least = config.eta * dot(constraint, constraint) * (gap > 0)
+        direction, multiplier = onto_half_space(gradient, constraint, least)
+        value = with_gradient(retain_loss + multiplier * now.detach(), unet, direction)
+        return value, {"forget": now, "retain": retain_loss, "gap": gap, "multiplier": multiplier}
+
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)

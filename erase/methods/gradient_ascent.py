@@ -1,0 +1,55 @@
+"""Gradient ascent (Thudi et al. 2022, arXiv 2109.13398), as the baseline of SalUn (arXiv 2310.12508)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from erase_concept.data import ForgetRetain, draw, training_loss
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Taught, Tensors, Training, train
+
+
+@dataclass(frozen=True)
+class GradientAscentConfig(Training):
+    """Gradient ascent's settings beside those of the training; the defaults are those of SalUn's baseline."""
+
+    alpha: float = 0.1  # weight of the retain term
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+
+
+@method("gradient-ascent", GradientAscentConfig)
+def gradient_ascent(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: GradientAscentConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Raise the training loss on the concept, and keep it low on everything else.
+
+    Minimises  -E |e(x_f,t, c_f) - noise|^2 + alpha * E |e(x_r,t, c_r) - noise|^2.  The first term has no lower bound:
+    how far it goes is for the learning rate and the number of steps to say, and a loss that is not finite ends the run.
+    """
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget = data.forget_batch(model, draw(len(data.forget_latents), config.batch_size, generator), generator)
+        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+        forget_loss, retain_loss = training_loss(model, forget), training_loss(model, retain)
+        return config.alpha * retain_loss - forget_loss, {"forget": forget_loss, "retain": retain_loss}
+
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)

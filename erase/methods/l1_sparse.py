@@ -1,0 +1,61 @@
+"""l1-sparse: sparsity-aware unlearning (Jia, Liu et al., NeurIPS 2023, arXiv 2304.04934)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from erase_concept.data import ForgetRetain, draw, training_loss
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Taught, Tensors, Training, steps_done, train
+
+
+@dataclass(frozen=True)
+class L1SparseConfig(Training):
+    """l1-sparse's settings beside those of the training."""
+
+    gamma: float = 5e-4  # weight of the l1 norm at the start
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be at least 0, not {self.gamma}")
+
+
+@method("l1-sparse", L1SparseConfig, latents=("retain",))
+def l1_sparse(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: L1SparseConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Fine-tune on what is retained under an l1 penalty: what is not rehearsed fades as the weights shrink.
+
+    Minimises  E |e(x_r,t, c_r) - noise|^2 + gamma (1 - t / T) |theta|_1  in step t of T, from 0. The penalty's gradient
+    is gamma in every weight: Adam makes a step of it where the training loss has a smaller one, however small gamma is.
+    The method never sees the concept.
+    """
+    step = steps_done(checkpoint)
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = draw(len(data.retain_latents), config.batch_size, generator)
+        retain_loss = training_loss(model, data.retain_batch(model, rows, generator))
+        norm = torch.stack([p.abs().sum() for p in model.unet.parameters()]).sum()
+        gamma = config.gamma * (1 - step / config.steps)
+        return retain_loss + gamma * norm, {"retain": retain_loss, "l1": norm}
+
+    for event in train(model, loss, mask, config, seed=seed, checkpoint=checkpoint):
+        if isinstance(event, Record):
+            step = event.step
+        yield event

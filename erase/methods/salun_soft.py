@@ -1,0 +1,63 @@
+"""SalUn-soft (Fan, Liu et al., ICLR 2024, arXiv 2310.12508): a soft threshold instead of the hard mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from erase_concept.data import ForgetRetain
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.methods.salun import SalUnConfig, salun
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Taught
+
+
+@dataclass(frozen=True)
+class SalUnSoftConfig(SalUnConfig):
+    """SalUn's settings, and the weight of the l1 penalty, which falls linearly to zero."""
+
+    beta: float = 0.5  # in units of Adam's step, which is about the learning rate
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be at least 0, not {self.beta}")
+
+
+@method("salun-soft", SalUnSoftConfig, latents=("forget", "anchor", "retain"))
+def salun_soft(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: SalUnSoftConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Minimise SalUn's loss plus beta |theta - theta_o|_1: weights that matter little fall back to the base model's.
+
+    By proximal gradient: after step t of T, from 0, with learning rate r, every change of a weight is drawn to zero,
+    theta = theta_o + S(theta - theta_o),  S(d) = sign(d) max(|d| - r beta (1 - t / T), 0).
+    The authors' code finds its threshold anew in each step, as a quantile of all |d|, whose share falls linearly.
+    """
+    base = {name: p.detach().clone() for name, p in model.unet.named_parameters()}  # a second UNet's weights in memory
+    for event in salun(model, data, mask, config, seed=seed, checkpoint=checkpoint):
+        if isinstance(event, Record):
+            # Before the next step, and before this one gets into the checkpoint.
+            shrink(model.unet, base, event.lr * config.beta * (1 - (event.step - 1) / config.steps))
+        yield event
+
+
+@torch.no_grad()
+def shrink(module: nn.Module, base: Mapping[str, Tensor], threshold: float) -> None:
+    """Draw every weight towards its base by a threshold, in place; one that is within it gets the base's very bits."""
+    for name, p in module.named_parameters():
+        change = nn.functional.softshrink(p - base[name], threshold)
+        p.copy_(torch.where(change == 0, base[name], base[name] + change))

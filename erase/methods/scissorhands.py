@@ -1,0 +1,106 @@
+"""Scissorhands (Wu and Harandi, ECCV 2024, arXiv 2401.06187)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from erase_concept import mask as masks
+from erase_concept.data import ForgetRetain, draw, training_loss
+from erase_concept.gradients import onto_half_space, salient_gradient, with_gradient
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.saliency import accumulate
+from erase_concept.seed import stage_generator
+from erase_concept.train import Record, Taught, Tensors, Training, train
+
+
+@dataclass(frozen=True)
+class ScissorhandsConfig(Training):
+    """Scissorhands' settings beside those of the training; the defaults are those of the authors' Stable Diffusion."""
+
+    lr: float = 5e-5
+    batch_size: int = 16
+    trimmed: float = 0.1  # share of the weights that are made new, of those that may move
+    trim_batches: int = 1  # of forget rows, for the sensitivity
+    alpha: float = 0.1  # weight of the forget loss, which is to rise
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        if not 0 <= self.trimmed <= 1:
+            raise ValueError(f"trimmed must be between 0 and 1, not {self.trimmed}")
+        if self.trim_batches < 1:
+            raise ValueError(f"trim_batches must be at least 1, not {self.trim_batches}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+
+
+@method("scissorhands", ScissorhandsConfig, scope="self-attention", knob="trimmed")
+def scissorhands(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: ScissorhandsConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Make the weights new to which the concept is most sensitive, then repair the rest without bringing it back.
+
+    Sensitivity is SNIP's (arXiv 1810.02340), |theta dL_f / dtheta|, with gradients' sizes summed over batches of the
+    training loss L_f on forget rows. The repair minimises  L_r - alpha L_f,  L_r on retain rows; where its gradient
+    g opposes g_o = -dL_f, taken once after the trimming, the nearest one with <g, g_o> >= 0 takes its place.
+    With a mask, only weights in it are ranked, trimmed and moved. The authors rank the whole UNet, and for Stable
+    Diffusion trim only what lies in two self-attention blocks and do not project.
+    """
+    unet = model.unet
+
+    def forget_loss(generator: torch.Generator) -> Tensor:
+        rows = draw(len(data.forget_latents), config.batch_size, generator)
+        return training_loss(model, data.forget_batch(model, rows, generator))
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+        retain_loss, forgotten = training_loss(model, retain), forget_loss(generator)
+        value = retain_loss - config.alpha * forgotten
+        direction, _ = onto_half_space(salient_gradient(value, unet, mask), memory)
+        return with_gradient(value, unet, direction), {"forget": forgotten, "retain": retain_loss}
+
+    # Done again when a run goes on: the checkpoint's weights are put in place after it.
+    if config.recompute:
+        unet.enable_gradient_checkpointing()
+    batches = [stage_generator(seed, "sensitivity", batch) for batch in range(config.trim_batches)]
+    gradients = accumulate(unet, [lambda g=g: forget_loss(g) for g in batches], "absolute")
+    sensitivity = {name: gradients.pop(name) * p.detach().abs() for name, p in unet.named_parameters()}
+    trim(unet, chosen(sensitivity, config.trimmed, mask), stage_generator(seed, "trim"))
+    unet.requires_grad_(True)
+    memory = salient_gradient(-forget_loss(stage_generator(seed, "memory")), unet, mask)
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+
+
+def chosen(scores: dict[str, Tensor], share: float, mask: Mask | None) -> Mask:
+    """Return the mask of the largest scores, a share of the weights that may move and among these."""
+    if mask is None:
+        total = sum(score.numel() for score in scores.values())
+        return masks.top_k(scores, masks.keep_count(share, total))
+    within = {name: score * mask.dense(name).to(score.device) for name, score in scores.items()}
+    return masks.top_k(within, masks.keep_count(share, mask.count)) & mask
+
+
+@torch.no_grad()
+def trim(module: nn.Module, mask: Mask, generator: torch.Generator) -> None:
+    """Draw a mask's weights anew, as torch begins: uniform within 1 / sqrt(inputs); biases are 0, scales of norms 1."""
+    for name, p in module.named_parameters():
+        if p.dim() < 2:
+            new = torch.full(p.shape, float(name.endswith("weight")))
+        else:
+            new = torch.empty(p.shape)
+            nn.init.kaiming_uniform_(new, a=math.sqrt(5), generator=generator)
+        p.copy_(torch.where(mask.dense(name).to(p.device), new.to(p), p))
