@@ -98,12 +98,13 @@ def sample_latents(
     height: int | None = None,
     width: int | None = None,
     scheduler: str | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """Sample scaled latents [n, 4, h/f, w/f], one seed and guidance scale each, with a scheduler of ``SCHEDULERS``.
 
     ``embeddings`` [n, tokens, width] and ``empty`` [1, tokens, width] are encoded prompts. The noise of an image, be
     it at the start or, with some schedulers, in every step, depends on its own seed alone. Sizes in pixels default to
-    the model's.
+    the model's. ``stop`` ends the way before the time step of that place, with latents as noisy as that one takes them.
     """
     solver = make_scheduler(model, scheduler, steps)
     sides = ((side or model.size) // model.factor for side in (height, width))
@@ -115,7 +116,7 @@ def sample_latents(
     taken = inspect.signature(solver.step).parameters
     # As diffusers' own pipelines call them: no noise where it is a choice, and where it is none, from the image's seed.
     drawn = {key: value for key, value in (("generator", generators), ("eta", 0.0)) if key in taken}
-    for timestep in solver.timesteps:
+    for timestep in solver.timesteps[:stop]:
         noisy = solver.scale_model_input(latents, timestep)
         predicted = model.guided(noisy, timestep, embeddings, empty, scale)
         latents = solver.step(predicted, timestep, latents, **drawn).prev_sample

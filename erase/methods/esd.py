@@ -1,0 +1,106 @@
+"""ESD, erased stable diffusion (Gandikota et al., ICCV 2023, arXiv 2303.07345)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.sample import make_scheduler, sample_latents
+from erase_concept.train import Record, Taught, Tensors, Training, train
+
+
+@dataclass(frozen=True)
+class PartwayTraining(Training):
+    """Settings of methods that learn on latents which the current model has sampled part of the way."""
+
+    batch_size: int = 1
+    eta: float = 1.0  # how far the target lies beyond what the concept becomes, away from the concept
+    start_guidance: float = 3.0  # of the sampling
+    sampling_steps: int = 50  # of which a random number is taken
+
+    def __post_init__(self) -> None:
+        """Raise ValueError that names the first setting out of its range."""
+        super().__post_init__()
+        for name in ("eta", "start_guidance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.sampling_steps < 1:
+            raise ValueError(f"sampling_steps must be at least 1, not {self.sampling_steps}")
+
+
+@dataclass(frozen=True)
+class ESDConfig(PartwayTraining):
+    """ESD's settings."""
+
+    steps: int = 1000
+
+
+@method("esd-full", ESDConfig, latents=())
+@method("esd-u", ESDConfig, latents=(), scope="non-cross-attention")
+@method("esd-x", ESDConfig, latents=(), scope="cross-attention")
+def esd(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: ESDConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Guide the concept's prediction away from it: esd-x in cross-attention, esd-u in all else, esd-full everywhere.
+
+    Minimises  E |e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0)))|^2  with the frozen base model e*, the empty
+    prompt 0 and x_t sampled by the current model from the concept's prompt c. The same holds of velocities, for the
+    target's weights sum up to one. esd-u trains all that is not cross-attention, as the paper says; its authors' code
+    leaves out the last layers and the time embedding as well.
+    """
+    # A second UNet in memory, for x_t is not known before the current model makes it.
+    base = replace(model, unet=copy.deepcopy(model.unet))
+    empty = data.empty.to(model.device)
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        concept = data.forget[draw(len(data.forget), config.batch_size, generator)].to(model.device)
+        noisy, timesteps = partway(model, data, concept, config, generator)
+        with torch.no_grad():
+            target = base.guided(noisy, timesteps, concept, empty, -config.eta)
+        forget = mse_loss(model.predict(noisy, timesteps, concept), target)
+        return forget, {"forget": forget}
+
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+
+
+def partway(
+    model: Diffusion, data: ForgetRetain, embeddings: Tensor, config: PartwayTraining, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Sample with guidance (DDIM, arXiv 2010.02502) up to a random step, one for all rows, so that they go together.
+
+    Returns the noisy latents [n, 4, h, w], of the size of the data's, and their time steps [n].
+    """
+    stop = int(torch.randint(0, config.sampling_steps, (1,), generator=generator))
+    seeds = torch.randint(0, 2**62, (len(embeddings),), generator=generator).tolist()
+    height, width = (side * model.factor for side in data.forget_latents.shape[-2:])
+    noisy = sample_latents(
+        model,
+        embeddings,
+        data.empty.to(model.device),
+        seeds,
+        [config.start_guidance] * len(seeds),
+        steps=config.sampling_steps,
+        height=height,
+        width=width,
+        scheduler="DDIMScheduler",
+        stop=stop,
+    )
+    timestep = make_scheduler(model, "DDIMScheduler", config.sampling_steps).timesteps[stop]
+    return noisy, timestep.to(model.device).expand(len(noisy))

@@ -1,0 +1,92 @@
+"""Forget-Me-Not (Zhang et al., CVPR workshops 2024, arXiv 2303.17591)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from erase_concept.data import ForgetRetain
+from erase_concept.mask import Mask
+from erase_concept.method import method
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.train import Record, Taught, Tensors, Training, train
+
+
+@dataclass(frozen=True)
+class ForgetMeNotConfig(Training):
+    """Forget-Me-Not's settings."""
+
+    steps: int = 35
+    batch_size: int = 1
+    lr: float = 2e-6
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    weight_decay: float = 0.01
+
+
+@method("forget-me-not", ForgetMeNotConfig, latents=("forget",))
+def forget_me_not(
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    config: ForgetMeNotConfig,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> Iterator[Record | Taught]:
+    """Draw the attention of pictures of the concept away from the words that name it.
+
+    Minimises  E sum |A_i|^2  over all cross-attentions, their heads and the concept's tokens i, where A_i is the map of
+    how much each place of x_t attends to the token, and x_t shows the concept: attention resteering. Each row counts as
+    much in a batch as alone. The authors' code takes the root of the sum and clips its gradient; it can also learn
+    embeddings of the concept first (textual inversion), and count the end token in: here its own words name it.
+    """
+
+    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = data.draw_forget(config.batch_size, generator)
+        batch = data.forget_batch(model, rows, generator)
+        which = torch.cat([data.forget_which, data.anchor_which])[rows]
+        with cross_attentions(model.unet) as seen:
+            model.predict(batch.noisy, batch.timesteps, batch.embeddings)
+        first, behind = data.forget_spans[which].to(model.device).T[..., None, None, None]
+        resteering = batch.noisy.new_zeros(())
+        for layer, pixels, tokens in seen:
+            maps = attention_maps(layer, pixels, tokens)
+            place = torch.arange(maps.shape[-1], device=maps.device)
+            named = (first <= place) & (place < behind)  # [n, 1, 1, tokens]
+            resteering = resteering + (maps.square() * named).sum() / len(maps)
+        return resteering, {"forget": resteering}
+
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+
+
+@contextmanager
+def cross_attentions(unet: nn.Module) -> Iterator[list[tuple[Any, Tensor, Tensor]]]:
+    """Collect each cross-attention that is called, with what it attends from [n, pixels, width] and to, with gradient.
+
+    What they compute is not touched, so activations may be computed anew after the context has ended.
+    """
+    seen: list[tuple[Any, Tensor, Tensor]] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], _: Tensor) -> None:
+        seen.append((layer, given[0], named["encoder_hidden_states"]))
+
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_maps(layer: Any, pixels: Tensor, tokens: Tensor) -> Tensor:
+    """Return a cross-attention's probabilities [n, heads, pixels, tokens], which its own fused arithmetic never has."""
+    queries, keys = layer.head_to_batch_dim(layer.to_q(pixels)), layer.head_to_batch_dim(layer.to_k(tokens))
+    maps: Tensor = layer.get_attention_scores(queries, keys)
+    return maps.unflatten(0, (len(pixels), -1))

@@ -1,0 +1,103 @@
+"""Concept Ablation's losses and updates against a plain transcription of its formulas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erase_concept import mask as masks
+from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.errors import RequestError
+from erase_concept.methods.concept_ablation import ConceptAblationConfig, concept_ablation, concept_ablation_noise
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.prompts.concept import Concept
+from erase_concept.seed import stage_generator
+
+BOTH = pytest.mark.parametrize("ablate", [concept_ablation, concept_ablation_noise])
+
+
+@pytest.fixture
+def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
+    # Forget rows are made for salient masks; the method must not learn from them.
+    return make_data(tiny, square, forget=2, anchor=4, retain=0, steps=2, guidance=2.0, seed=1)
+
+
+@BOTH
+def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablate: Callable[..., Any]) -> None:
+    config = ConceptAblationConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    unet = copy.deepcopy(tiny.unet).requires_grad_(True)
+    records = list(ablate(tiny, data, mask, config, seed=7))
+
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    concept, anchor = tiny.encode_prompts(["a square", "one square"]), tiny.encode_prompts(["a circle", "one circle"])
+    for step in range(2):
+        generator = stage_generator(7, "step", step, 0, 0)
+        parts = []
+        for _ in range(2):
+            rows = draw(4, 3, generator)
+            noise = torch.randn(3, 4, 8, 8, generator=generator)
+            t = torch.randint(0, 1000, (3,), generator=generator)
+            a = kept[t].view(-1, 1, 1, 1)
+            noisy = a.sqrt() * data.anchor_latents[rows] + (1 - a).sqrt() * noise
+            parts.append((noisy, t, noise, data.anchor_which[rows]))
+        (x, t, noise, which), (x2, t2, noise2, which2) = parts
+        wanted = noise if ablate is concept_ablation_noise else unet(x, t, anchor[which]).sample.detach()
+        forget = (unet(x, t, concept[which]).sample - wanted).square().mean()
+        regular = (unet(x2, t2, anchor[which2]).sample - noise2).square().mean()
+        loss = forget + 0.25 * regular
+        near = (1e-5, 1e-3)[step]
+        assert records[step].loss == pytest.approx(loss.item(), rel=near)
+        assert records[step].terms == pytest.approx({"forget": forget.item(), "anchor": regular.item()}, rel=near)
+        if step == 0:
+            gradients = torch.autograd.grad(loss, list(unet.parameters()))
+            with torch.no_grad():
+                for (name, p), g in zip(unet.named_parameters(), gradients, strict=True):
+                    # AdamW's first step, decay of 0.01 included.
+                    p -= (0.01 * 0.01 * p + 0.01 * g / (g.abs() + 1e-8)) * mask.dense(name)
+
+
+@BOTH
+def test_freezes_what_the_mask_freezes_and_resumes_to_the_same_bits(
+    tiny: Diffusion, data: ForgetRetain, tmp_path: Path, ablate: Callable[..., Any]
+) -> None:
+    config = ConceptAblationConfig(steps=4, batch_size=2, lr=1e-3, checkpoint_every=2)
+    mask, file = masks.random(tiny.unet, 0.5, seed=4, scope="cross-attention"), tmp_path / "last.safetensors"
+    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
+    list(ablate(models[0], data, mask, config, seed=7))
+    interrupted = ablate(models[1], data, mask, config, seed=7, checkpoint=file)
+    assert [next(interrupted).step for _ in range(3)] == [1, 2, 3]
+    interrupted.close()
+    assert [event.step for event in ablate(models[2], data, mask, config, seed=7, checkpoint=file)] == [3, 4]
+    resumed, before = models[2].unet.state_dict(), dict(tiny.unet.named_parameters())
+    moved = 0
+    for name, after in models[0].unet.named_parameters():
+        assert torch.equal(after, resumed[name]), name
+        chosen = mask.dense(name)
+        assert torch.equal(before[name][~chosen].view(torch.int32), after[~chosen].view(torch.int32)), name
+        moved += int((before[name] != after).sum())
+    assert moved > 0
+
+
+def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
+    rows = make_data(family, square, forget=0, anchor=2, retain=0, steps=2, guidance=2.0, seed=1)
+    config = ConceptAblationConfig(steps=1, batch_size=2, lr=1e-3)
+    assert next(concept_ablation(family, rows, None, config, seed=7)).loss > 0
+
+
+def test_needs_pictures_of_the_anchor(tiny: Diffusion, square: Concept) -> None:
+    rows = make_data(tiny, square, forget=1, anchor=0, retain=0, steps=2, guidance=2.0, seed=1)
+    with pytest.raises(RequestError, match=r"data\.anchor 0: must be at least 1"):
+        next(concept_ablation(tiny, rows, None, ConceptAblationConfig(), seed=7))
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", -1.0), ("alpha", float("inf")), ("batch_size", 0)])
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ConceptAblationConfig(**{name: value})

@@ -1,0 +1,113 @@
+"""ESD's loss and update against a plain transcription of its formula and of DDIM."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from erase_concept import mask as masks
+from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.method import methods
+from erase_concept.methods.esd import ESDConfig, esd, partway
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.prompts.concept import Concept
+from erase_concept.seed import stage_generator
+from erase_concept.train import Record
+
+
+def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
+    return make_data(model, concept, forget=0, retain=0, steps=2, guidance=2.0, seed=1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.5])
+def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: float) -> None:
+    config = ESDConfig(steps=2, batch_size=3, lr=1e-2, eta=eta, start_guidance=2.0, sampling_steps=5)
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    unet, base = copy.deepcopy(tiny.unet), copy.deepcopy(tiny.unet)
+    data = prompts_alone(tiny, square)
+    records = [event for event in esd(tiny, data, mask, config, seed=7) if isinstance(event, Record)]
+
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    empty = tiny.encode_prompts([""]).expand(3, -1, -1)
+    unet.requires_grad_(True)
+    stops = []
+    for step in range(2):
+        generator = stage_generator(7, "step", step, 0, 0)
+        concept = tiny.encode_prompts([["a square", "one square"][i] for i in draw(2, 3, generator)])
+        stops.append(int(torch.randint(0, 5, (1,), generator=generator)))
+        seeds = torch.randint(0, 2**62, (3,), generator=generator).tolist()
+        x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        with torch.no_grad():
+            for t in range(800, 800 - 200 * stops[-1], -200):
+                without = unet(x, t, empty).sample
+                e = without + 2 * (unet(x, t, concept).sample - without)
+                clean = (x - (1 - kept[t]).sqrt() * e) / kept[t].sqrt()
+                x = kept[t - 200].sqrt() * clean + (1 - kept[t - 200]).sqrt() * e
+            t = 800 - 200 * stops[-1]
+            without = base(x, t, empty).sample
+            wanted = without - eta * (base(x, t, concept).sample - without)
+        loss = (unet(x, t, concept).sample - wanted).square().mean()
+        near = (1e-5, 1e-3)[step]
+        assert records[step].loss == pytest.approx(loss.item(), rel=near)
+        assert records[step].terms == pytest.approx({"forget": loss.item()}, rel=near)
+        if step == 0:
+            gradients = torch.autograd.grad(loss, list(unet.parameters()))
+            with torch.no_grad():
+                for (name, p), g in zip(unet.named_parameters(), gradients, strict=True):
+                    p -= 0.01 * g / (g.abs() + 1e-8) * mask.dense(name)  # Adam's first step
+    assert max(stops) > 0  # some of it was sampled
+
+
+def test_before_the_first_of_the_sampling_steps_there_is_noise_alone(tiny: Diffusion, square: Concept) -> None:
+    data = prompts_alone(tiny, square)
+    config = ESDConfig(sampling_steps=1)
+    x, t = partway(tiny, data, data.forget, config, torch.Generator().manual_seed(0))
+    assert x.shape == (2, 4, 8, 8)
+    assert t.tolist() == [0, 0]
+    assert float(x.std()) == pytest.approx(1, abs=0.15)
+
+
+def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
+    config = ESDConfig(steps=2, batch_size=2, lr=1e-3, sampling_steps=3)
+    losses = [event.loss for event in esd(family, prompts_alone(family, square), None, config, seed=7)]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_freezes_what_the_mask_freezes_and_resumes_to_the_same_bits(
+    tiny: Diffusion, square: Concept, tmp_path: Path
+) -> None:
+    config = ESDConfig(steps=4, lr=1e-3, checkpoint_every=2, sampling_steps=3)
+    mask = masks.random(tiny.unet, 0.5, seed=4, scope="cross-attention")
+    data, file = prompts_alone(tiny, square), tmp_path / "last.safetensors"
+    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
+    list(esd(models[0], data, mask, config, seed=7))
+    interrupted = esd(models[1], data, mask, config, seed=7, checkpoint=file)
+    assert [next(interrupted).step for _ in range(3)] == [1, 2, 3]
+    interrupted.close()
+    assert [event.step for event in esd(models[2], data, mask, config, seed=7, checkpoint=file)] == [3, 4]
+    resumed = models[2].unet.state_dict()
+    before = dict(tiny.unet.named_parameters())
+    moved = 0
+    for name, after in models[0].unet.named_parameters():
+        assert torch.equal(after, resumed[name]), name
+        chosen = mask.dense(name)
+        assert torch.equal(before[name][~chosen].view(torch.int32), after[~chosen].view(torch.int32)), name
+        moved += int((before[name] != after).sum())
+    assert moved > 0
+
+
+def test_three_names_three_scopes() -> None:
+    found = {name: entry.scope for name, entry in methods().items() if name.startswith("esd-")}
+    assert found == {"esd-x": "cross-attention", "esd-u": "non-cross-attention", "esd-full": "full"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eta", -1.0), ("start_guidance", float("nan")), ("sampling_steps", 0), ("steps", 0)]
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ESDConfig(**{name: value})
