@@ -1,0 +1,194 @@
+"""Closed forms: exact minimisers, over all keys and values or over those of a mask."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from erase_concept import mask as masks
+from erase_concept.closed_form import ClosedForm, Demand, concept_tokens, edit, matrices, minimise
+from erase_concept.data import ForgetRetain, make_data
+from erase_concept.errors import RequestError
+from erase_concept.mask import Mask
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.prompts.concept import Concept
+
+SCALES = {"erase": 1.3, "preserve": 0.2}
+
+
+@pytest.fixture
+def demands() -> dict[str, Demand]:
+    g = torch.Generator().manual_seed(3)
+    erase, wanted, kept = (torch.randn(n, 16, generator=g, dtype=torch.float64) for n in (5, 5, 7))
+    return {"erase": Demand(erase, wanted, SCALES["erase"]), "preserve": Demand(kept, kept, SCALES["preserve"])}
+
+
+def prompt_data(model: Diffusion, concept: Concept) -> ForgetRetain:
+    """Prompts alone: closed forms need no latents."""
+    return make_data(model, concept, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+
+
+def objective(now: dict[str, Tensor], base: dict[str, Tensor], demands: dict[str, Demand], ridge: float) -> Tensor:
+    """The sum of squares as it is written, token by token."""
+    total = torch.zeros((), dtype=torch.float64)
+    for name, before in base.items():
+        for demand in demands.values():
+            for c, u in zip(demand.tokens, demand.wanted, strict=True):
+                total = total + demand.scale * (now[name] @ c - before @ u).square().sum()
+        total = total + ridge * (now[name] - before).square().sum()
+    return total
+
+
+def values(unet: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in matrices(unet).items()}
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_no_free_weight_has_a_gradient_at_the_solution(
+    tiny: Diffusion, demands: dict[str, Demand], density: float
+) -> None:
+    unet = tiny.unet.double()
+    base = values(unet)
+    mask = None if density == 1 else masks.random(unet, density, seed=4)
+    loss, terms = minimise(unet, demands, 0.3, mask)
+    now = {name: value.requires_grad_() for name, value in values(unet).items()}
+    total = objective(now, base, demands, 0.3)
+    assert loss == pytest.approx(total.item(), rel=1e-9)
+    assert terms.keys() == {"erase", "preserve", "change"}
+    total.backward()
+    start = {name: value.clone().requires_grad_() for name, value in base.items()}
+    objective(start, base, demands, 0.3).backward()
+    for name in base:
+        free = torch.ones_like(base[name], dtype=torch.bool) if mask is None else mask.dense(name)
+        grad, first = now[name].grad, start[name].grad
+        assert grad is not None
+        assert first is not None
+        assert grad[free].norm() < 1e-8 * first.norm()
+        assert torch.equal(now[name][~free], base[name][~free])
+        if mask is not None:
+            assert grad[~free].norm() > 1e-3  # what is frozen is missed
+
+
+def test_equals_the_published_formula_in_numpy(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    """W = (sum v* c^T + l sum W0 c_p c_p^T + r W0) (sum c c^T + l sum c_p c_p^T + r I)^-1."""
+    unet = tiny.unet.double()
+    base = {name: value.numpy() for name, value in values(unet).items()}
+    minimise(unet, demands, 0.3, None)
+    c, u, p = (t.numpy() for t in (demands["erase"].tokens, demands["erase"].wanted, demands["preserve"].tokens))
+    for name, now in values(unet).items():
+        left = 1.3 * (base[name] @ u.T) @ c + 0.2 * (base[name] @ p.T) @ p + 0.3 * base[name]
+        right = 1.3 * c.T @ c + 0.2 * p.T @ p + 0.3 * np.eye(16)
+        np.testing.assert_allclose(now.numpy(), left @ np.linalg.inv(right), rtol=1e-9, atol=1e-12)
+
+
+def test_each_masked_row_solves_its_own_system(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    """A_SS w_S = B_S - A_SF w0_F, row by row in numpy."""
+    unet = tiny.unet.double()
+    base = {name: value.numpy() for name, value in values(unet).items()}
+    mask = masks.random(unet, 0.5, seed=4)
+    minimise(unet, demands, 0.3, mask)
+    c, u, p = (t.numpy() for t in (demands["erase"].tokens, demands["erase"].wanted, demands["preserve"].tokens))
+    a = 1.3 * c.T @ c + 0.2 * p.T @ p + 0.3 * np.eye(16)
+    for name, now in values(unet).items():
+        b = base[name] @ (1.3 * u.T @ c + 0.2 * p.T @ p + 0.3 * np.eye(16))
+        for row, free in enumerate(mask.dense(name).numpy()):
+            wanted = base[name][row].copy()
+            wanted[free] = np.linalg.solve(a[free][:, free], b[row, free] - a[free][:, ~free] @ wanted[~free])
+            np.testing.assert_allclose(now[row].numpy(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_preserved_strongly_keeps_its_keys_and_values(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    unet = tiny.unet.double()
+    base = values(unet)
+    kept = demands["preserve"].tokens
+    erase = demands["erase"]
+    missed = []
+    for scale in (1.0, 1e9):
+        other = copy.deepcopy(unet)
+        minimise(other, demands | {"preserve": Demand(kept, kept, scale)}, 1e-4, None)
+        now = values(other)
+        missed.append(max(float((now[name] @ kept.T - base[name] @ kept.T).abs().max()) for name in base))
+        for name in base:  # 5 and 7 tokens of 16 dimensions: both can be had
+            torch.testing.assert_close(now[name] @ erase.tokens.T, base[name] @ erase.wanted.T, rtol=0, atol=1e-2)
+    assert missed[0] > 1e-6
+    assert missed[1] < 1e-9
+
+
+def test_a_mask_moves_its_own_weights_alone(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    """In fp32, bit for bit, minus zero among them; and nothing but keys and values, whatever the mask frees."""
+    with torch.no_grad():
+        for weight in matrices(tiny.unet).values():
+            weight[:, ::3] = -0.0
+    before = {name: p.clone() for name, p in tiny.unet.named_parameters()}
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    minimise(tiny.unet, demands, 0.3, mask)
+    for name, p in tiny.unet.named_parameters():
+        moved = p.view(torch.int32) != before[name].view(torch.int32)
+        if name in matrices(tiny.unet):
+            assert not (moved & ~mask.dense(name)).any()
+            assert moved[mask.dense(name)].float().mean() > 0.9
+        else:
+            assert not moved.any()
+
+
+def test_a_mask_without_keys_and_values_is_refused(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    mask = masks.within(masks.everything(masks.in_scope(tiny.unet, "self-attention")), tiny.unet)
+    with pytest.raises(RequestError, match=r"--mask .* leaves no weight of attn2.to_k and attn2.to_v free"):
+        minimise(tiny.unet, demands, 0.3, mask)
+
+
+def test_rows_with_the_same_free_weights_are_solved_as_one_with_all(
+    tiny: Diffusion, demands: dict[str, Demand]
+) -> None:
+    """A mask of ones in keys and values is no mask."""
+    other = copy.deepcopy(tiny.unet)
+    scope = masks.in_scope(tiny.unet, "cross-attention")
+    ones: Mask = masks.within(masks.everything(scope), tiny.unet)
+    minimise(tiny.unet, demands, 0.3, None)
+    minimise(other, demands, 0.3, ones)
+    assert all(torch.equal(a, b) for a, b in zip(values(tiny.unet).values(), values(other).values(), strict=True))
+
+
+@pytest.mark.parametrize("becomes", ["anchor", "empty"])
+@pytest.mark.parametrize("name", [True, False])
+def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
+    family: Diffusion, square: Concept, becomes: str, name: bool
+) -> None:
+    """The tokenizer has a token for each letter: start, "one", "square" and so on."""
+    data = prompt_data(family, replace(square, templates=("one {O} on",), anchor="triangle", retain=("line",)))
+    tokens, wanted = concept_tokens(family, data, becomes, name=name)  # type: ignore[arg-type]  # from parametrize
+    end = 1 + len("one") + len("square")  # of the name, 10; of "triangle" it is 12
+    first = end - 1 if name else end
+    other, start = (data.empty[0], 0) if becomes == "empty" else (data.remap[0, 0], first + 2)
+    count = 16 - max(first, start)
+    torch.testing.assert_close(tokens, data.forget[0, first : first + count])
+    torch.testing.assert_close(wanted, other[start : start + count])
+    whole = data.forget.shape[1] - 16
+    assert whole == (family.family == "sdxl")
+    if becomes == "empty":
+        assert torch.equal(tokens, data.forget[0, first:16])  # up to the last token, and not beyond
+    edit(family, data, None, ClosedForm(), tokens, wanted)  # fits every family's width
+
+
+def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Concept) -> None:
+    data = prompt_data(family, square)
+    tokens, wanted = concept_tokens(family, data, "anchor", name=True)
+    retain = data.retain.clone()
+    retain[:, 16:] = 1e6  # of SD XL alone
+    other = replace(family, unet=copy.deepcopy(family.unet))
+    first = edit(family, data, None, ClosedForm(), tokens, wanted)
+    assert edit(other, replace(data, retain=retain), None, ClosedForm(), tokens, wanted) == first
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("erase_scale", -1.0), ("preserve_scale", float("inf")), ("ridge", 0.0), ("ridge", float("nan"))],
+)
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ClosedForm(**{name: value})

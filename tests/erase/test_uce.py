@@ -1,0 +1,70 @@
+"""UCE against the published formula in numpy, from prompts to weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from erase_concept.closed_form import matrices
+from erase_concept.data import make_data
+from erase_concept.mask import Mask
+from erase_concept.methods.uce import UCEConfig, uce
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.export import save_pipeline
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import recipe_for
+from erase_concept.run import erase
+
+
+@pytest.mark.parametrize("becomes", ["anchor", "empty"])
+def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, becomes: str) -> None:
+    data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
+    config = UCEConfig(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)  # type: ignore[arg-type]
+    (record,) = uce(family, data, None, config, seed=0)
+    assert (record.step, record.steps) == (1, 1)
+    assert record.loss == pytest.approx(
+        2 * record.terms["erase"] + 0.3 * record.terms["preserve"] + 0.7 * record.terms["change"]
+    )
+    # One token for each letter: "a square" ends at 1 + 7 and "a circle" too, "one square" at 1 + 9.
+    empty = family.encode_empty()[0, :16].double().numpy()
+    pairs = []
+    for prompt, anchor, last in (("a square", "a circle", 7), ("one square", "one circle", 9)):
+        c = family.encode_prompts([prompt])[0, last:16].double().numpy()
+        pairs += list(
+            zip(
+                c,
+                empty[: 16 - last]
+                if becomes == "empty"
+                else family.encode_prompts([anchor])[0, last:16].double().numpy(),
+                strict=True,
+            )
+        )
+    kept = family.encode_prompts(["a circle", "one circle", "a line", "one line", ""])[:, :16].flatten(0, 1)
+    right = sum(2.0 * np.outer(c, c) for c, _ in pairs) + 0.7 * np.eye(len(pairs[0][0]))
+    right = right + 0.3 * sum(np.outer(c, c) for c in kept.double().numpy())
+    for name, weight in matrices(family.unet).items():
+        left = sum(2.0 * np.outer(base[name] @ u, c) for c, u in pairs) + 0.7 * base[name]
+        left = left + 0.3 * sum(np.outer(base[name] @ c, c) for c in kept.double().numpy())
+        np.testing.assert_allclose(weight.numpy(), left @ np.linalg.inv(right), rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_needs_no_latents_and_moves_keys_and_values_alone(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    concept = {"name": "square", "kind": "custom", "anchor": "circle", "templates": ["a {O}"], "retain": ["line"]}
+    for kind, density in (("none", None), ("random", 0.5)):
+        out = tmp_path / kind
+        recipe = recipe_for(str(tmp_path / "model"), concept, method="uce", mask={"kind": kind} if density else {})
+        assert (recipe.mask.kind, recipe.mask.scope) == (kind, "cross-attention")
+        assert recipe.latents == {"forget": 0, "anchor": 0, "retain": 0}
+        list(erase(recipe, out))
+        account = json.loads((out / "run.json").read_text())
+        assert account["checks"]["changed_outside_mask"] == 0
+        count = sum(weight.numel() for weight in matrices(tiny.unet).values())
+        assert 0.5 * count * (density or 1) < account["checks"]["changed"] <= count
+        assert Mask.load(out / "mask.safetensors").density < 0.2
+        lines = (out / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["steps"] for line in lines] == [1]
