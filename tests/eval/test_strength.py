@@ -1,0 +1,147 @@
+"""Cells taken together, the search of a strength, and curves at equal forgetting, against sums done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erase_concept.eval import strength as strengths
+from erase_concept.eval.pooled import dominated, failed, pool
+from erase_concept.eval.score import wilson
+from erase_concept.eval.strength import Trial, area, curve, kept_at, tune
+
+
+def cell(
+    ua: float, ira: float = 1.0, cra: float = 1.0, concept: str = "church", seed: int = 0, **more: Any
+) -> dict[str, Any]:
+    """A cell's result, of 20 forget and 80 retain images; the base model's accuracies are 1 and 0.8."""
+    scores = {
+        "ua": {"value": ua, "n": 20, "baseline": 0.0},
+        "ira": {"value": ira, "n": 80, "baseline": 1.0},
+        "cra": {"value": cra, "n": 80, "baseline": 0.8},
+        "frechet": {"value": 2.0, "n": 80, "baseline": 1.5},
+    }
+    costs = {"seconds": 3.0, "cell_seconds": 9.0, "peak_gib": 1.5, "changed": 0.5}
+    about = {"entry": "x", "mask": None, "strength": 1.0, "value": 0.1, "concept": concept, "seed": seed}
+    return {"scores": scores, **costs, **about, **more}
+
+
+def broken(**more: Any) -> dict[str, Any]:
+    """The result of an erasure that failed."""
+    return {"failed": "the loss is nan", "seconds": 1.0, **cell(0)} | {"scores": {}} | more
+
+
+def test_cells_pool_by_images_and_hold_against_the_base() -> None:
+    found = pool([cell(1.0, 1.0, 0.8), cell(0.5, 0.9, 0.4, "dog", seconds=5.0), cell(1.0, 0.95, 0.8, "dog", 1)])
+    assert found is not None
+    assert (found.ua, found.ua_ci95) == (pytest.approx(50 / 60), wilson(50, 60))
+    assert (found.ira, found.ira_kept) == (pytest.approx(228 / 240), pytest.approx(228 / 240))
+    assert (found.cra, found.cra_kept) == (pytest.approx(160 / 240), pytest.approx(160 / 192))
+    assert found.kept == found.cra_kept
+    assert (found.n_forget, found.n_retain, found.seconds) == (60, 240, 3.0)
+    assert found.lowest_ua == ("dog", 0.75)
+    assert found.collapsed == ()
+
+
+def test_what_failed_or_knows_nothing_any_more_has_collapsed() -> None:
+    assert failed(broken())
+    assert failed(cell(1.0, 0.4))
+    assert not failed(cell(1.0, 1.0, 0.4))  # half of the base model's 0.8
+    found = pool([cell(1.0), cell(1.0, 0.3, concept="dog"), broken(concept="car")])
+    assert found is not None
+    assert (found.cells, found.collapsed) == (2, ("dog", "car"))
+    assert pool([broken()]) is None
+
+
+def test_another_must_be_as_good_in_all_better_in_one_and_as_quick() -> None:
+    results = {
+        "best": pool([cell(1.0, 1.0, 0.8)]),
+        "worse": pool([cell(1.0, 0.9, 0.8)]),
+        "quick": pool([cell(0.9, 0.9, 0.8, seconds=1.0)]),
+        "equal": pool([cell(1.0, 1.0, 0.8)]),
+    }
+    assert dominated(results) == {"worse"}  # type: ignore[arg-type]  # none of them is None
+
+
+def test_a_curve_is_straight_between_its_points_and_from_the_base_model_on() -> None:
+    points = [(1.0, 0.5, 0.9), (2.0, 1.0, 0.7)]
+    assert kept_at(points, 0.25) == pytest.approx(0.95)
+    assert kept_at(points, 0.5) == pytest.approx(0.9)
+    assert kept_at(points, 0.75) == pytest.approx(0.8)
+    assert kept_at(points, 1.0) == pytest.approx(0.7)
+    assert kept_at(points[:1], 0.75) is None
+    # Of two ways to forget as much, the one that keeps more counts.
+    assert kept_at([*points, (4.0, 0.9, 0.95)], 0.8) == pytest.approx(0.95)
+    assert area([(1.0, 1.0, 1.0)]) == pytest.approx(1)
+    assert area(points) == pytest.approx(0.5 * 0.95 + 0.5 * 0.8)
+    assert area(points[:1]) == pytest.approx(0.5 * 0.95)
+
+
+def test_a_curve_pools_each_strength_and_its_interval_is_over_concepts_and_seeds() -> None:
+    cells = [
+        cell(ua + 0.1 * seed, 1.0 - 0.1 * place, 0.8, "church", seed, strength=factor)
+        for place, (factor, ua) in enumerate([(1.0, 0.4), (2.0, 0.8)])
+        for seed in (0, 1)
+    ]
+    found = curve("x", "salient", cells, resamples=200)
+    assert found.points == ((1.0, pytest.approx(0.45), 1.0), (2.0, pytest.approx(0.85), pytest.approx(0.9)))
+    assert found.at == (None, None)
+    low, high = found.area_ci95
+    assert low < found.area < high
+    again = curve("x", "salient", cells, resamples=200)
+    assert again == found
+
+
+@pytest.fixture
+def knob(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], dict[str, Any]]], list[float]]:
+    """Have the search meet a made-up method, told by what comes of each strength, and note the strengths it tries."""
+
+    def made_up(result: Callable[[float], dict[str, Any]]) -> list[float]:
+        tried: list[float] = []
+
+        def run(model: str, cells: Any, out: Path) -> Any:
+            tried.append(cells[0].strength)
+            return iter([result(c.strength) | {"concept": c.concept} for c in cells])
+
+        monkeypatch.setattr(strengths, "run_cells", run)
+        return tried
+
+    return made_up
+
+
+def search(trials: int) -> list[Trial]:
+    *_, found = tune("emojinette", "x", ("house", "sketch"), trials, Path("nowhere"))
+    assert isinstance(found, list)
+    return found
+
+
+def test_the_search_halves_the_gap_between_too_little_and_enough(knob: Any) -> None:
+    tried = knob(lambda s: cell(1.0 if s >= 3 else 0.5, 1.0 - s / 100, 0.8))
+    best = search(6)[0]
+    assert tried == pytest.approx([1, 4, 2, 8**0.5, (8**0.5 * 4) ** 0.5, (8**0.5 * (8**0.5 * 4) ** 0.5) ** 0.5])
+    assert best.strength == pytest.approx(min(s for s in tried if s >= 3))
+    assert best.fits
+
+
+def test_the_search_goes_down_from_what_erases_too_much(knob: Any) -> None:
+    tried = knob(lambda s: cell(1.0 if s >= 0.1 else 0.0, 1.0 if s < 0.5 else 0.6, 0.8))
+    assert search(4)[0].strength == 0.25
+    assert tried[:3] == [1, 0.25, 0.0625]
+
+
+def test_the_search_goes_no_further_than_a_collapse_and_takes_what_is_best_of_what_there_is(knob: Any) -> None:
+    tried = knob(lambda s: broken(value=s) if s > 2 else cell(0.4 * s, 1.0, 0.8))
+    found = search(5)
+    assert max(tried) == 4
+    assert not found[0].fits
+    assert found[0].strength == max(s for s in tried if s <= 2.1)
+    assert next(t for t in found if t.strength == 4).collapsed
+
+
+def test_no_strength_is_tried_twice(knob: Any) -> None:
+    tried = knob(lambda s: cell(0.2, 1.0, 0.8))
+    search(6)
+    assert len(set(tried)) == 6
