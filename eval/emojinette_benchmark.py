@@ -132,8 +132,7 @@ def _told(folder: Path, prompts: PromptSet) -> PromptSet:
         rows = read_images(folder).rows
         if any(row.object or row.style for row in rows):
             return PromptSet(prompts.name, rows)
-    numbered = zip(prompts.rows, prompts.case_numbers, strict=True)  # of which the base model's images may have others
-    return replace(prompts, rows=tuple(replace(row, case_number=number) for row, number in numbered))
+    return prompts
 
 
 def evaluate(
