@@ -79,7 +79,7 @@ BENCHMARKS = {
         "label",
     ),
     "style": Benchmark(
-        "one artist or technique: UA and IRA by --classifier, and how far the other styles moved",
+        "one artist or technique: UA, IRA and CRA by --classifier, and how far the other styles moved",
         "styles",
         ("classes", "distance", "similarity", "clip_score"),
         "label",
@@ -413,7 +413,8 @@ def _prompt_set(
         rows = [replace(row, seed=30_000 + place, guidance=GUIDANCE) for place, row in enumerate(rows)]
         found = PromptSet("imagenette, as Emojinette draws it", tuple(rows))
         if name == "style":
-            found = PromptSet("emojinette", emojinette_prompts(range(1)).rows)
+            rows = [replace(row, guidance=GUIDANCE) for row in emojinette_prompts(range(1)).rows]
+            found = PromptSet("emojinette", tuple(rows))
     elif isinstance(prompts, PromptSet):
         found = prompts
     elif (wanted := prompts or spec.prompts) is None:
@@ -424,7 +425,8 @@ def _prompt_set(
     found = replace(found, rows=tuple(replace(row, case_number=number) for row, number in numbered))
     if settings.category is not None:
         found = found.in_category(settings.category)
-    return found if settings.limit is None else found.stratified(settings.limit)
+    by: LabelKind | None = "style" if name == "style" else None
+    return found if settings.limit is None else found.stratified(settings.limit, by)
 
 
 def _target(
