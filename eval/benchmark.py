@@ -234,6 +234,7 @@ def benchmark(
     if seeds is not None:
         given["seeds"] = seeds
     plan = _Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if)
+    plan.find_base()
     if name == "emojinette":
         if prompts is not None:
             given["prompts"] = prompts
@@ -263,6 +264,16 @@ class _Plan:
         """Where the images of base models are kept, and what was seen in any: beside the results, or in them."""
         beside = self.out.resolve().parent
         return (beside if os.access(beside, os.W_OK) or not beside.exists() else self.out) / ".baselines"
+
+    def find_base(self) -> None:
+        """Raise RequestError where there is no base model, before hours go into the erased one's images."""
+        from erase_concept.pipelines.load import configs
+
+        if self.baseline is not None and not _is_images(Path(self.baseline)):
+            try:
+                configs(self.baseline)
+            except RequestError as problem:
+                raise RequestError("--baseline", self.baseline, problem.allowed) from problem
 
     def check_base(self, base: ImageSet) -> None:
         """Raise RequestError when the images are not those of the model that the run erased from."""
