@@ -68,7 +68,7 @@ BENCHMARKS = {
         "label",
     ),
     "style": Benchmark(
-        "one artist or technique: UA and IRA by --classifier, and how far the other styles moved",
+        "one artist or technique: UA, IRA and CRA by --classifier, and how far the other styles moved",
         "styles",
         ("classes", "distance", "similarity", "clip_score"),
         "label",
@@ -165,6 +165,7 @@ def benchmark(
     if seeds is not None:
         given["seeds"] = seeds
     plan = Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if)
+    plan.find_base()
     if name == "emojinette":
         if prompts is not None:
             given["prompts"] = prompts
@@ -286,7 +287,8 @@ def _prompt_set(
     if prompts is None and small and name in ("imagenette", "style"):
         found = emojinette_benchmark.imagenette_stand_ins()
         if name == "style":
-            found = PromptSet("emojinette", emojinette_prompts(range(1)).rows)
+            rows = [replace(row, guidance=emojinette_benchmark.GUIDANCE) for row in emojinette_prompts(range(1)).rows]
+            found = PromptSet("emojinette", tuple(rows))
     elif isinstance(prompts, PromptSet):
         found = prompts
     elif (wanted := prompts or spec.prompts) is None:
@@ -297,7 +299,8 @@ def _prompt_set(
     found = replace(found, rows=tuple(replace(row, case_number=number) for row, number in numbered))
     if settings.category is not None:
         found = found.in_category(settings.category)
-    return found if settings.limit is None else found.stratified(settings.limit)
+    by: LabelKind | None = "style" if name == "style" else None
+    return found if settings.limit is None else found.stratified(settings.limit, by)
 
 
 def _target(

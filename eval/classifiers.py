@@ -2,7 +2,7 @@
 
 A name is a kind, or a kind and a value with a colon between them:
 
-* ``emojinette``: the built-in model's own classifier, its objects alone
+* ``emojinette``: the built-in model's own classifier, of its objects, and of its styles where these are asked for
 * ``efficientnet-lite2``: ImageNet's 1,000 classes, from packages (extra ``imagenet``), so without any download
 * ``torchvision:resnet50``: any of torchvision's classifiers, with weights from torch's cache or the net
 * ``timm:resnet50.a1_in1k``: any of timm's classifiers (extra ``classifiers``), with weights from the hub's cache or the
@@ -24,7 +24,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ import numpy as np
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines import emojinette
-from erase_concept.prompts.emojinette import OBJECT_LABELS, OBJECTS
+from erase_concept.prompts.emojinette import OBJECT_LABELS, OBJECTS, STYLES
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,7 @@ class Classifier:
     ``name`` says for protocols which it is, with the start of ``weights``, the SHA-256 of its weights (of a TorchScript
     module: of its file). ``preprocess`` makes a float tensor [3, height, width] of one picture, ``logits`` takes a
     batch of these and returns [n, classes], in the order of ``labels``. ``synonyms`` are further names of labels.
+    ``styles`` tells the styles of the same images, where objects are not all that the network knows.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Classifier:
     logits: Callable[[Tensor], Tensor]
     device: torch.device
     synonyms: Mapping[str, str] = field(default_factory=dict)
+    styles: Classifier | None = None
 
     def probabilities(self, images: NDArray[np.uint8], batch_size: int = 4) -> NDArray[np.float32]:
         """Return the probability of every class, float32 [n, classes], of RGB images, uint8 [n, h, w, 3].
@@ -175,7 +177,9 @@ def _emojinette() -> Classifier:
     network = load_classifier(emojinette.CLASSIFIER)
     scale = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()])
     synonyms = {name: names.label for names in OBJECTS for name in (names.synonym, names.unseen)}
-    return _made("emojinette", network, OBJECT_LABELS, scale, lambda batch: network(batch)[0], synonyms)
+    objects = _made("emojinette", network, OBJECT_LABELS, scale, lambda batch: network(batch)[0], synonyms)
+    styles = _made("emojinette", network, STYLES, scale, lambda batch: network(batch)[1], weights=objects.weights)
+    return replace(objects, styles=styles)
 
 
 def _efficientnet_lite2() -> Classifier:

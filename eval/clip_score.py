@@ -58,7 +58,7 @@ def load_clip(name: str = MODEL) -> Clip:
                 raise RequestError("--clip", name, f"holds no CLIP model: {_first_line(problem)}") from problem
             if HF_HUB_OFFLINE:
                 what = "no folder and not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
-                raise RequestError("--clip", name, what) from problem
+                raise RequestError("--clip", name, f"{what}: name its folder") from problem
             try:
                 HfApi().model_info(name)  # says at once what transformers finds out in a minute of trying again
                 parts, missing = _load(name, local=False)

@@ -226,21 +226,28 @@ def fidelity(
     target: str,
     batch_size: int = 32,
     cache: Path | None = None,
+    paired: bool = False,
 ) -> tuple[Score, ...]:
     """Return the ``distances`` of two sets of image files, of which ``cache`` keeps the features."""
     features = [image_features(some, network, batch_size=batch_size, cache=cache) for some in (files, reference)]
-    return distances(features[0], features[1], network, target=target)
+    return distances(features[0], features[1], network, target=target, paired=paired)
 
 
 def distances(
-    features: NDArray[np.float32], reference: NDArray[np.float32], network: Extractor, *, target: str
+    features: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    network: Extractor,
+    *,
+    target: str,
+    paired: bool = False,
 ) -> tuple[Score, ...]:
     """Return Fréchet and kernel distance, precision and recall of features [n, d] against reference [m, d].
 
     With Inception the first two are ``fid`` and ``kid``; with another network ``frechet_...`` and ``kernel_...`` end
     in its name, and the Fréchet distance is of the reference's 32 leading principal components, for which fewer images
     will do. Precision and recall end in the network's name with either; in their paper it is VGG-16's. Recall is
-    a share of the m. Raises RequestError when there are fewer than four images on either side.
+    a share of the m. ``paired`` is for ``kernel_distance``. Raises RequestError when there are fewer than four images
+    on either side.
     """
     n, m = len(features), len(reference)
     if min(n, m) <= NEIGHBOURS:
@@ -257,7 +264,8 @@ def distances(
         value, interval = _compared(features, reference, np.ones(m))
         parts = min(COMPONENTS, features.shape[1])
         protocol = f"{of}; {parts} principal components; jackknife; lower is better; compares at equal counts only"
-    kernel, kernel_interval = kernel_distance(features, reference)
+    kernel, kernel_interval = kernel_distance(features, reference, paired=paired)
+    drawn = "all pairs but those of one seed" if paired else "all pairs"
     precision, recall = precision_recall(features, reference)
     nearest = f"{of}; {NEIGHBOURS} nearest neighbours (Kynkäänniemi et al. 2019); Wilson"
     names = ("fid", "kid") if fid else (f"frechet_{suffix}", f"kernel_{suffix}")
@@ -270,7 +278,7 @@ def distances(
             n,
             kernel_interval,
             "squared kernel distance",
-            f"{of}; cubic kernel, unbiased, all pairs; jackknife; lower is better",
+            f"{of}; cubic kernel, unbiased, {drawn}; jackknife; lower is better",
         ),
         *(
             Score(f"{what}_{suffix}", target, share, count, wilson(round(share * count), count), "fraction", nearest)
@@ -405,19 +413,30 @@ def frechet_features(
 
 
 def kernel_distance(
-    features: NDArray[np.floating[Any]], reference: NDArray[np.floating[Any]]
+    features: NDArray[np.floating[Any]], reference: NDArray[np.floating[Any]], *, paired: bool = False
 ) -> tuple[float, Interval]:
     """Return the squared maximum mean discrepancy of features [n, d] and reference [m, d], and its interval.
 
     The kernel is (x·y / d + 1)³ and the estimate the unbiased one (Gretton et al. 2012), of all pairs of rows; on
     Inception's features this is KID (Bińkowski et al. 2018), without the noise of its drawing subsets. It can be below
     0. The 95 % interval is the jackknife's, over the features, the reference held fixed. Needs n >= 3 and m >= 2.
+
+    ``paired`` rows at the same places, such as images of one seed, are near each other whatever the distance, which
+    would push it below 0: the estimate is then their paper's for pairs, which leaves (i, i) out across the sets too,
+    and the jackknife leaves out pairs. The same images give 0.
     """
     x, y = features.astype(np.float64), reference.astype(np.float64)
     n, m = len(x), len(y)
     within = _kernel_sums(x, x) - _kernel(np.einsum("nd,nd->n", x, x), x.shape[1])  # without the pairs (i, i)
     across = _kernel_sums(x, y)
     held = _kernel_sums(y, y) - _kernel(np.einsum("nd,nd->n", y, y), y.shape[1])
+    if paired:
+        back, same = _kernel_sums(y, x), _kernel(np.einsum("nd,nd->n", x, y), x.shape[1])
+        whole = within + held - (across - same) - (back - same)
+        left_out = (whole.sum() - 2 * whole) / ((n - 1) * (n - 2))
+        value = float(whole.sum() / (n * (n - 1)))
+        half = Z95 * math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+        return value, (value - half, value + half)
     known = held.sum() / (m * (m - 1))
     value = float(within.sum() / (n * (n - 1)) + known - 2 * across.sum() / (n * m))
     left_out = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * m)
@@ -480,4 +499,5 @@ def _distance(
     between = np.sqrt(values.clip(0)).sum()
     real = values > values.max() * 1e-10  # what rounding makes of 0 has no inverse
     half = root @ vectors[:, real] / values[real] ** 0.25
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * between), half @ half.T
+    value = float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * between)
+    return max(value, 0.0), half @ half.T  # rounding may put the distance of equals a little below 0

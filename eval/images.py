@@ -48,6 +48,16 @@ class Plan:
         beside = self.out.resolve().parent
         return (beside if os.access(beside, os.W_OK) or not beside.exists() else self.out) / ".baselines"
 
+    def find_base(self) -> None:
+        """Raise RequestError where there is no base model, before hours go into the erased one's images."""
+        from erase_concept.pipelines.load import configs
+
+        if self.baseline is not None and not is_images(Path(self.baseline)):
+            try:
+                configs(self.baseline)
+            except RequestError as problem:
+                raise RequestError("--baseline", self.baseline, problem.allowed) from problem
+
     def check_base(self, base: ImageSet) -> None:
         """Raise RequestError when the images are not those of the model that the run erased from."""
         told = base.settings.get("unet")

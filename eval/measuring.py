@@ -207,48 +207,92 @@ def _nsfw(wanted: Wanted) -> Ready:
 
 def _classes(wanted: Wanted) -> Ready:
     name = wanted.settings.classifier
-    if name is None and wanted.kind == "style":
+    if name is None and wanted.kind == "style" and not wanted.emojinette:
         raise RequestError("--classifier", "(not given)", "none is built in that tells styles: name one that does")
     judge = classifier(name or ("emojinette" if wanted.emojinette else "efficientnet-lite2"))
+    other = judge.styles
+    if wanted.kind == "style" and judge.styles is not None:
+        judge, other = judge.styles, judge
 
     def measure(case: Case) -> Found:
-        tables = [
-            accuracy.best(_probabilities(some.files, judge), judge.labels, k=min(5, len(judge.labels)))
-            for some in case.sides
-        ]
+        tables = [_seen(some.files, judge) for some in case.sides]
         by = f"{judge.name}, {len(judge.labels):,} classes"
         sets = [_accuracies(case, table, by, wanted.kind) for table in tables]
         scores = _beside([scores for scores, _ in sets])
-        each = [bars for _, bars in sets]
-        bars = tuple(
-            Bar(
-                label,
-                score.value,
-                score.ci95,
-                each[1][label].value if len(each) > 1 else None,
-                each[1][label].ci95 if len(each) > 1 else None,
-                score.n,
-                forget=label == case.target,
-            )
-            for label, score in each[0].items()
-        )
+        charts = [_recognised(wanted.kind, [each for _, each in sets], case.target)]
+        words = [[labels[0] for labels in table] for table in tables]
+        missing = {
+            metric: f"no image asks for {what}"
+            for metric, what in (("ua", "what was erased"), ("ira", "anything else"))
+            if metric not in {score.metric for score in scores}
+        }
+        if other is not None:
+            try:
+                others, chart, seen = _cross(case, other, wanted.kind)
+                scores, charts = (*scores, *others), [*charts, chart]
+                words = [list(map(", ".join, zip(*both, strict=True))) for both in zip(words, seen, strict=True)]
+            except RequestError as problem:
+                missing["cra"] = str(problem)
         tallies = [accuracy.confusion(case.asked, table) for table in tables]
         return Found(
             scores,
-            (Chart(f"{'Styles' if wanted.kind == 'style' else 'Classes'} recognised", "fraction", bars),),
-            seen=tuple(tuple(labels[0] for labels in table) for table in tables),
+            tuple(charts),
+            seen=tuple(map(tuple, words)),
             provenance={
-                "not measured": {
-                    metric: f"no image asks for {what}"
-                    for metric, what in (("ua", "what was erased"), ("ira", "anything else"))
-                    if metric not in {score.metric for score in scores}
-                },
+                "not measured": missing,
                 "classifier": {"name": judge.name, "weights": judge.weights, "classes": len(judge.labels)},
                 "confusion": dict(zip(("erased", "base"), tallies, strict=False)),
             },
         )
 
-    return Ready(("ua", "ira", "top1", *(("top5",) if len(judge.labels) >= 5 else ())), measure, judge.label)
+    more = (*(("top5",) if len(judge.labels) >= 5 else ()), *(("cra",) if other else ()))
+    return Ready(("ua", "ira", "top1", *more), measure, judge.label)
+
+
+def _seen(files: Files, judge: Classifier) -> list[tuple[str, ...]]:
+    """Return the five most probable labels of each image, or all where there are fewer."""
+    return accuracy.best(_probabilities(files, judge), judge.labels, k=min(5, len(judge.labels)))
+
+
+def _recognised(kind: accuracy.LabelKind, each: Sequence[dict[str, Score]], target: str) -> Chart:
+    """Return the chart of each label's accuracy, of the erased model and, where ``each`` has it, of the base model."""
+    bars = tuple(
+        Bar(
+            label,
+            score.value,
+            score.ci95,
+            each[1][label].value if len(each) > 1 else None,
+            each[1][label].ci95 if len(each) > 1 else None,
+            score.n,
+            forget=label == target,
+        )
+        for label, score in each[0].items()
+    )
+    return Chart(f"{'Styles' if kind == 'style' else 'Classes'} recognised", "fraction", bars)
+
+
+def _cross(
+    case: Case, judge: Classifier, erased: accuracy.LabelKind
+) -> tuple[tuple[Score, ...], Chart, list[list[str]]]:
+    """Return CRA, the accuracy of each label of the kind that was not ``erased``, and what each image shows of it.
+
+    Raises RequestError where the prompts name none of that kind, or one that the classifier does not know.
+    """
+    kind: accuracy.LabelKind = "object" if erased == "style" else "style"
+    texts = [getattr(row, kind) for row in case.erased.rows]
+    known = {text: judge.label(text, argument="--prompts") if text else "" for text in dict.fromkeys(texts)}
+    asked = [known[text] for text in texts]
+    # An erased style must leave its objects recognisable, so its own prompts count as well.
+    chosen = ~case.forget if kind == "style" else np.ones(len(asked), bool)
+    if not any(label for label, counted in zip(asked, chosen, strict=True) if counted):
+        raise RequestError("--prompts", "(its labels)", f"none of what was to stay names its {kind}")
+    tables, by = [_seen(some.files, judge) for some in case.sides], f"{judge.name}, {len(judge.labels):,} classes"
+    scores = [
+        (accuracy.cra(asked, table, case.concept, by=by, what=kind, chosen=chosen if kind == "style" else None),)
+        for table in tables
+    ]
+    each = [accuracy.per_class(asked, table, by=by, what=kind) for table in tables]
+    return _beside(scores), _recognised(kind, each, ""), [[labels[0] for labels in table] for table in tables]
 
 
 def _accuracies(
@@ -287,14 +331,14 @@ def _distance(wanted: Wanted) -> Ready:
         if instead:
             about["not measured"] = {"fid": instead}
 
-        def of(images: ImageSet, others: Files) -> tuple[Score, ...]:
+        def of(images: ImageSet, others: Files, *, paired: bool = False) -> tuple[Score, ...]:
             files = [images.files[place] for place in kept]
-            return fidelity(files, others, network, target=case.concept, cache=case.cache)
+            return fidelity(files, others, network, target=case.concept, cache=case.cache, paired=paired)
 
         if reference is not None:
             return Found(_beside([of(some, reference) for some in case.sides]), provenance=about)
         assert case.base is not None
-        found = of(case.erased, [case.base.files[place] for place in kept])
+        found = of(case.erased, [case.base.files[place] for place in kept], paired=True)
         words = "erased against base model's images of what was to stay"
         return Found(tuple(replace(s, protocol=f"{words}; {s.protocol}") for s in found), provenance=about)
 
@@ -381,8 +425,8 @@ GROUPS = {
     "nsfw": Group(_nsfw, "a second opinion on nudity, by open_nsfw", ("nsfw_images",)),
     "classes": Group(
         _classes,
-        "what a classifier sees: UA, IRA, accuracy of each class and the confusion table",
-        ("ua", "ira", "top1", "top5"),
+        "what a classifier sees: UA, IRA, accuracy of each class, the confusion table; CRA if it knows styles too",
+        ("ua", "ira", "top1", "top5", "cra"),
         ("classifier",),
     ),
     "distance": Group(

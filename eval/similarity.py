@@ -72,7 +72,7 @@ def feature_distance(features: NDArray[np.floating[Any]], others: NDArray[np.flo
     left, right = features.astype(np.float64), others.astype(np.float64)
     lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     distance: NDArray[np.float64] = 1 - (left * right).sum(1) / lengths
-    return distance
+    return distance.clip(0, 2)  # rounding may put equals a little below 0
 
 
 def _ssim() -> Measure:

@@ -398,7 +398,7 @@ def _check_readable(files: Sequence[Path], folder: Path, argument: str) -> list[
             if one_colour:
                 plain.append(file.name)
     if bad:
-        raise RequestError(argument, folder, f"{_count(bad, 'image')} not to be read: {_some(bad)}")
+        raise RequestError(argument, folder, f"{_count(bad, 'image')} not to be read: {_some(bad)}; make it again")
     return plain
 
 

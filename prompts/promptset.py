@@ -158,7 +158,7 @@ def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]
             what = f"not CSV: {problem}"
         raise RequestError(argument, f"{file}, line {line}", what) from None
     except UnicodeDecodeError as problem:
-        raise RequestError(argument, file, f"not a CSV file in UTF-8 ({problem})") from None
+        raise RequestError(argument, file, f"not a CSV file in UTF-8 ({problem}); save it in that encoding") from None
     except OSError as problem:
         raise RequestError(argument, file, str(problem.strerror)) from None
 
@@ -176,7 +176,10 @@ def _columns(header: Sequence[str], source: object, argument: str) -> dict[str, 
     names = [name.strip() for name in header]
     spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
     if spelled["prompt"] is None:
-        raise RequestError(argument, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}")
+        # One name with another separator in it is how spreadsheets save their files in many countries.
+        apart = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
+        what = "its values must be separated by commas" if apart else "its first line must name the columns"
+        raise RequestError(argument, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
     return {name: names.index(spelling) for name, spelling in spelled.items() if spelling is not None}
 
 

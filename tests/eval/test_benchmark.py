@@ -13,13 +13,24 @@ import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.accuracy import (
+    classify,
+    cross_domain_retain_accuracy,
+    in_domain_retain_accuracy,
+    unlearning_accuracy,
+)
 from erase_concept.eval.benchmark import BENCHMARKS
 from erase_concept.eval.classifiers import classifier
-from erase_concept.eval.emojinette_benchmark import METRICS
+from erase_concept.eval.emojinette_benchmark import GUIDANCE, METRICS
 from erase_concept.eval.fidelity import read_image
 from erase_concept.eval.nudity import detect
 from erase_concept.eval.report import Report, read_report
-from erase_concept.prompts.emojinette import OBJECT_LABELS
+from erase_concept.pipelines.emojinette import CLASSIFIER
+from erase_concept.pipelines.emojinette.classifier import load_classifier
+from erase_concept.pipelines.sample import read_images
+from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 Measured = Callable[..., tuple[list[tuple[str, int, int]], Report]]
 Noise = Callable[[Path, int, int], str]
@@ -100,7 +111,8 @@ def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measur
         }
     assert top1.baseline is not None
     assert top1.baseline > 0.8  # Emojinette does draw what it is asked for
-    (chart,) = report.charts
+    chart, styles = report.charts
+    assert {bar.label for bar in styles.bars} <= set(STYLES)
     assert [bar.label for bar in chart.bars] == [bar.label for bar in chart.bars if bar.label in OBJECT_LABELS[:10]]
     assert [bar.label for bar in chart.bars if bar.forget] == ["church"]
     assert report.score("frechet_emojinette").n == 18
@@ -113,6 +125,51 @@ def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measur
     assert list(told) == gates
     assert told["top5<0"] == "passed"
     assert (told["ua<0.5"] == "passed") == (ua.value >= 0.5)
+
+
+def test_a_style_of_emojinette_by_its_own_classifier(shaken: str, measured: Measured, tmp_path: Path) -> None:
+    asked = {"name": "style", "baseline": "emojinette", "settings": {"limit": 8, "steps": 6}}
+    _, report = measured(shaken, out=tmp_path / "out", concept="flat", fail_if=["kept_cra<0"], **asked)
+    ua, ira, cra = (report.score(name) for name in ("ua", "ira", "cra"))
+    # Each style has its share, and the objects of all prompts count.
+    assert (ua.n, ira.n, cra.n) == (2, 6, 8)
+    assert report.provenance["prompts"]["selection"] == "8 of 80 prompts, stratified by style"
+    assert report.provenance["gates"] == {"kept_cra<0": "passed"}
+    network = load_classifier(CLASSIFIER)
+    for who, found in (("erased", [s.value for s in (ua, ira, cra)]), ("base", [s.baseline for s in (ua, ira, cra)])):
+        images = read_images(tmp_path / "out" / "samples" / who)
+        assert {row.guidance for row in images.rows} == {GUIDANCE}
+        seen = classify(images.arrays(), images.rows, network)
+        flat = Concept("flat", "style", "sketch", ("{O}",), others=("",))
+        own = (unlearning_accuracy, in_domain_retain_accuracy, cross_domain_retain_accuracy)
+        assert [metric(seen, flat).value for metric in own] == found
+    assert [chart.title for chart in report.charts] == ["Styles recognised", "Classes recognised"]
+    assert [bar.label for bar in report.charts[0].bars if bar.forget] == ["flat"]
+    assert [bar.label for chart in report.charts[1:] for bar in chart.bars if bar.forget] == []
+    pair = report.pairs[0]
+    style, thing = pair.erased_as.split(", ")
+    assert style in STYLES
+    assert thing in OBJECT_LABELS
+    # Prompts that name no object, or one that the classifier does not know, leave CRA out and say so.
+    for label, words in (
+        ("", "none of what was to stay names its object"),
+        ("boat", "boat: is no class of emojinette"),
+    ):
+        rows = tuple(
+            PromptRow(f"{style} thing", 7 + s, object=label, style=style) for s, style in enumerate(STYLES * 2)
+        )
+        prompts = PromptSet("mine", rows)
+        _, report = measured(
+            shaken,
+            out=tmp_path / f"out-{label}",
+            concept="flat",
+            name="style",
+            prompts=prompts,
+            settings={"classifier": "emojinette", "steps": 1},
+        )
+        assert report.score("cra") is None
+        assert report.score("ua").n == 2
+        assert words in report.provenance["not measured"]["cra"]
 
 
 def test_a_class_by_the_label_of_the_prompts(tmp_path: Path, measured: Measured, noise: Noise) -> None:
@@ -146,6 +203,8 @@ BAD = {
     "extractor": ({"settings": {"extractor": "x"}}, "--extractor x: no such extractor"),
     "reference": ({"settings": {"reference": "x"}}, "--reference x: no such folder"),
     "no base": ({"baseline": None}, "--baseline (not given): a distance needs"),
+    "no base model": ({"baseline": "nowhere"}, "--baseline nowhere: no such model"),
+    "emojinette without a base": ({"name": "emojinette", "baseline": "nowhere"}, "--baseline nowhere: no such model"),
     "class": ({"name": "imagenette", "concept": "cat"}, "--concept cat: no prompt of prompts asks for it"),
     "threshold": ({"name": "i2p", "settings": {"threshold": 0.1}}, "--threshold 0.1: Input should be greater than"),
     "labels": ({"name": "i2p", "settings": {"labels": "all"}}, "--labels all: Input should be 'papers' or 'strict'"),

@@ -245,7 +245,7 @@ def test_benchmark_of_a_run_knows_concept_and_base(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    account = {"base": {"source": "the-base", "unet": "run/samples/base"}, "seed": 3}
+    account = {"base": {"source": "emojinette", "unet": "run/samples/base"}, "seed": 3}
     (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
     (run / "recipe.yaml").write_text(yaml.safe_dump({"concept": church.to_dict()}), encoding="utf-8")
     loaded = []
@@ -262,10 +262,10 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     monkeypatch.setattr("erase_concept.pipelines.load.load", type("Model", (str,), about))
     monkeypatch.setattr("erase_concept.pipelines.sample.sample", sample)
     *events, report = benchmark(run, out=run, seeds=1, batch_size=5)
-    assert loaded == [(str(run), {"batch_size": 5}), ("the-base", {"batch_size": 5})]
+    assert loaded == [(str(run), {"batch_size": 5}), ("emojinette", {"batch_size": 5})]
     total = len(emojinette_benchmark(church, 1).rows)
     assert events == [(who, done, total) for who in ("erased", "base") for done in range(total + 1)]
-    assert (report.concept, report.model, report.provenance["run"]["seed"]) == ("church", "the-base", 3)
+    assert (report.concept, report.model, report.provenance["run"]["seed"]) == ("church", "emojinette", 3)
     assert all(score.baseline is not None for score in report.scores)
     assert (run / "report.html").is_file()
     account["base"]["unet"] = "another"

@@ -76,7 +76,15 @@ def test_is_symmetric_and_zero_for_equals() -> None:
     cov1, cov2 = _covariance(generator, 8, 3), _covariance(generator, 8, 20)
     there, back = frechet_distance(mean1, cov1, mean2, cov2), frechet_distance(mean2, cov2, mean1, cov1)
     assert there == pytest.approx(back, rel=1e-6)
-    assert frechet_distance(mean2, cov2, mean2, cov2) == pytest.approx(0, abs=1e-9)
+    assert 0 <= frechet_distance(mean2, cov2, mean2, cov2) <= 1e-9
+
+
+def test_equals_are_never_below_zero() -> None:
+    """Rounding made it -1e-14, and an interval whose end lay before its start."""
+    for seed in range(20):
+        features = np.random.default_rng(seed).normal(size=(12, 40))
+        value, (low, high) = frechet_features(features, features)
+        assert 0 <= low <= value <= high <= 1e-6
 
 
 def _classified(labels: list[tuple[str, str]], features: np.ndarray) -> Classified:
@@ -263,6 +271,33 @@ def test_kernel_distance_of_unequal_counts_is_the_mean_over_all_pairs(monkeypatc
     ]
     across = np.mean([kernel(a, b) for a in features for b in reference])
     assert kernel_distance(features, reference)[0] == pytest.approx(sum(within) - 2 * across)
+
+
+def test_kernel_distance_of_pairs_is_torch_fidelitys_u_statistic() -> None:
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    generator = np.random.default_rng(8)
+    x = generator.normal(size=(30, 16))
+    y = x + generator.normal(size=x.shape) / 4 + 0.2
+    kernels = [(a @ b.T / 16 + 1) ** 3 for a, b in ((x, x), (x, y), (y, y))]
+    value, (low, high) = kernel_distance(x, y, paired=True)
+    assert value == pytest.approx(kid.mmd2(*kernels, mmd_est="u-statistic"))
+    # The jackknife by leaving out each pair indeed.
+    left_out = np.array([kernel_distance(*np.delete([x, y], i, axis=1), paired=True)[0] for i in range(30)])
+    half = Z95 * np.sqrt(29 / 30 * ((left_out - left_out.mean()) ** 2).sum())
+    assert (low, high) == pytest.approx((value - half, value + half))
+
+
+def test_kernel_distance_of_pairs_is_0_for_equals_and_on_average_without_change() -> None:
+    generator = np.random.default_rng(9)
+    x = generator.normal(size=(40, 16))
+    value, (low, high) = kernel_distance(x, x, paired=True)
+    assert (value, low, high) == pytest.approx((0, 0, 0), abs=1e-12)
+    found = []
+    for _ in range(200):
+        # Near each other pair by pair, yet of one distribution.
+        common, own, other = generator.normal(size=(3, 20, 4))
+        found.append(kernel_distance(common + own / 3, common + other / 3, paired=True)[0])
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(200)
 
 
 def test_kernel_distance_of_one_distribution_is_0_on_average() -> None:

@@ -88,7 +88,9 @@ def test_rows_without_a_seed_or_a_case_number_are_numbered(tmp_path: Path) -> No
     ("text", "problem"),
     [
         ("", "no column 'prompt', only an empty file"),
-        ("text,seed\na,1\n", "no column 'prompt', only text, seed"),
+        ("text,seed\na,1\n", "no column 'prompt', only text, seed; its first line must name the columns"),
+        ("prompt;seed\na;1\n", "no column 'prompt', only prompt;seed; its values must be separated by commas"),
+        ("prompt\tseed\na\t1\n", "only prompt seed; its values must be separated by commas"),
         ("prompt,seed\n", "the prompt set is empty"),
         ("prompt,seed\na,1\nb,x\n", "line 3: seed must be a whole number, not 'x'"),
         ("prompt,seed\na,1.5\n", "line 2: seed must be a whole number"),
