@@ -88,11 +88,11 @@ def recipe_of(model: str, cell: Cell) -> Recipe:
     if name not in PRESETS:
         values["method"] = name
     recipe = recipe_for(model, cell.concept, preset_name=preset, **values)
-    knob = recipe.erasure().knob
+    knob, config = recipe.erasure().knob, recipe.config()
     if cell.strength != 1:
-        turned = recipe.settings | {knob: getattr(recipe.config(), knob) * cell.strength}
+        turned = recipe.settings | {knob: getattr(config, knob) * cell.strength}
         recipe = recipe.model_copy(update={"settings": turned})
-        recipe.config()
+        recipe.config()  # such as a share that became more than 1
     return recipe
 
 
