@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ class ScissorhandsConfig(Training):
     batch_size: int = 16
     trimmed: float = 0.1  # share of the weights that are made new, of those that may move
     trim_batches: int = 1  # of forget rows, for the sensitivity
-    alpha: float = 0.1  # weight of the forget loss, which is to rise
+    ascent: float = 0.1  # weight of the forget loss, which is to rise
 
     def __post_init__(self) -> None:
         """Raise ValueError that names the first setting out of its range."""
@@ -38,8 +39,8 @@ class ScissorhandsConfig(Training):
             raise ValueError(f"trimmed must be between 0 and 1, not {self.trimmed}")
         if self.trim_batches < 1:
             raise ValueError(f"trim_batches must be at least 1, not {self.trim_batches}")
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+        if not 0 <= self.ascent < math.inf:
+            raise ValueError(f"ascent must be at least 0, not {self.ascent}")
 
 
 @method("scissorhands", ScissorhandsConfig, scope="self-attention", knob="trimmed")
@@ -55,7 +56,7 @@ def scissorhands(
     """Make the weights new to which the concept is most sensitive, then repair the rest without bringing it back.
 
     Sensitivity is SNIP's (arXiv 1810.02340), |theta dL_f / dtheta|, with gradients' sizes summed over batches of the
-    training loss L_f on forget rows. The repair minimises  L_r - alpha L_f,  L_r on retain rows; where its gradient
+    training loss L_f on forget rows. The repair minimises  L_r - ascent L_f,  L_r on retain rows; where its gradient
     g opposes g_o = -dL_f, taken once after the trimming, the nearest one with <g, g_o> >= 0 takes its place.
     With a mask, only weights in it are ranked, trimmed and moved. The authors rank the whole UNet, and for Stable
     Diffusion trim only what lies in two self-attention blocks and do not project.
@@ -69,7 +70,7 @@ def scissorhands(
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
         retain_loss, forgotten = training_loss(model, retain), forget_loss(generator)
-        value = retain_loss - config.alpha * forgotten
+        value = retain_loss - config.ascent * forgotten
         direction, _ = onto_half_space(salient_gradient(value, unet, mask), memory)
         return with_gradient(value, unet, direction), {"forget": forgotten, "retain": retain_loss}
 
@@ -77,7 +78,7 @@ def scissorhands(
     if config.recompute:
         unet.enable_gradient_checkpointing()
     batches = [stage_generator(seed, "sensitivity", batch) for batch in range(config.trim_batches)]
-    gradients = accumulate(unet, [lambda g=g: forget_loss(g) for g in batches], "absolute")
+    gradients = accumulate(unet, [partial(forget_loss, g) for g in batches], "absolute")
     sensitivity = {name: gradients.pop(name) * p.detach().abs() for name, p in unet.named_parameters()}
     trim(unet, chosen(sensitivity, config.trimmed, mask), stage_generator(seed, "trim"))
     unet.requires_grad_(True)

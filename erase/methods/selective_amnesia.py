@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from erase_concept.data import ForgetRetain, draw, training_loss
+from erase_concept.data import Batch, ForgetRetain, draw, training_loss
 from erase_concept.errors import RequestError
 from erase_concept.mask import Mask
 from erase_concept.method import method
@@ -88,10 +89,12 @@ def fisher(
     """Return the diagonal Fisher information of the model's weights over retain rows, by parameter."""
     steps = model.scheduler.config.num_train_timesteps
 
+    def bound(batch: Batch) -> Tensor:
+        return steps * training_loss(model, batch)
+
     def losses() -> Iterator[Callable[[], Tensor]]:
         for row in draw(len(data.retain_latents), config.fisher_rows, generator):
-            batch = data.retain_batch(model, row.expand(config.batch_size), generator)
-            yield lambda batch=batch: steps * training_loss(model, batch)
+            yield partial(bound, data.retain_batch(model, row.expand(config.batch_size), generator))
 
     if config.recompute:
         model.unet.enable_gradient_checkpointing()

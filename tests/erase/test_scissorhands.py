@@ -19,11 +19,11 @@ from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("ascent", [0.0, 0.5])
 def test_trimming_and_two_steps_equal_the_formulas(
-    tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any, alpha: float
+    tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any, ascent: float
 ) -> None:
-    config = ScissorhandsConfig(steps=2, batch_size=3, lr=1e-2, alpha=alpha, trimmed=0.2, trim_batches=2)
+    config = ScissorhandsConfig(steps=2, batch_size=3, lr=1e-2, ascent=ascent, trimmed=0.2, trim_batches=2)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(scissorhands(tiny, data, mask, config, seed=7))
@@ -63,7 +63,7 @@ def test_trimming_and_two_steps_equal_the_formulas(
         c = tiny.encode_prompts([square.retain_prompts[i] for i in data.retain_which[rows]])
         retain = (unet(x, t, c).sample - noise).square().mean()
         forget = forget_loss(generator)
-        loss = retain - alpha * forget
+        loss = retain - ascent * forget
         assert records[step].terms == pytest.approx({"forget": forget.item(), "retain": retain.item()}, rel=near)
         assert records[step].loss == pytest.approx(loss.item(), rel=near)
         g = flat_gradient(loss) * dense
@@ -103,7 +103,7 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: Forget
     assert not other.unet.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize(("name", "value"), [("trimmed", 1.5), ("trim_batches", 0), ("alpha", float("inf"))])
+@pytest.mark.parametrize(("name", "value"), [("trimmed", 1.5), ("trim_batches", 0), ("ascent", float("inf"))])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
         ScissorhandsConfig(**{name: value})
