@@ -1,0 +1,37 @@
+"""Adapters: where they stand, and that fusing them changes no prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from erase_concept import mask as masks
+from erase_concept.adapters import Adapters
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import Diffusion
+
+
+def test_adapters_stand_in_the_layers_only_while_attached(family: Diffusion) -> None:
+    noisy, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    prompts = family.encode_prompts(["a square", "one circle"])
+    base = family.predict(noisy, t, prompts)
+    adapters = Adapters(family.unet, None, torch.Generator().manual_seed(0))
+    model = replace(family, unet=adapters)
+    for up in adapters.up.values():
+        up.data.fill_(0.1)
+    with adapters.attached():
+        adapted = model.predict(noisy, t, prompts)
+        with adapters.off():
+            assert torch.equal(model.predict(noisy, t, prompts), base)
+    assert not torch.allclose(adapted, base)
+    assert torch.equal(family.predict(noisy, t, prompts), base)
+    adapters.fuse()
+    torch.testing.assert_close(family.predict(noisy, t, prompts), adapted.detach())
+
+
+def test_a_mask_that_leaves_no_layer_for_an_adapter_is_refused(tiny: Diffusion) -> None:
+    only = masks.within(masks.everything({"conv_in.weight": tuple(tiny.unet.conv_in.weight.shape)}), tiny.unet)
+    with pytest.raises(RequestError, match=r"--mask .*adapter"):
+        Adapters(tiny.unet, only, torch.Generator())
