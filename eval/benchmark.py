@@ -204,6 +204,7 @@ def benchmark(
     name: str = "emojinette",
     prompts: str | PromptSet | None = None,
     settings: Mapping[str, Any] | None = None,
+    guard: str | None = None,
     fail_if: Sequence[str] = (),
     seeds: int | None = None,
     first_seed: int = 10_000,
@@ -215,6 +216,8 @@ def benchmark(
     so is ``baseline``, the base model. A run folder knows what was erased, and from what: there both may be None.
     ``settings`` are fields of ``Settings``, laid over the benchmark's own; what they name is asked for and must be
     there, while a metric of the benchmark that needs what is not installed is left out, which the report says.
+    ``guard`` names a guard against the concept, with which the model samples and its baseline does not: by default the
+    model itself.
 
     Yields ("erased" or "base", images there, images in all) and last the report. The images stay in ``out/samples``,
     and run again it makes only what is missing. A base model's images are also kept in the folder ``.baselines`` beside
@@ -230,10 +233,14 @@ def benchmark(
         if concept is None:
             recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))
             concept = parse(recipe["concept"])
+    if guard is not None:
+        if _is_images(Path(model)):
+            raise RequestError("--guard", guard, f"is for a model that samples, and {model} holds images")
+        baseline = baseline or model
     given = dict(settings or {})
     if seeds is not None:
         given["seeds"] = seeds
-    plan = _Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if)
+    plan = _Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if, guard)
     if name == "emojinette":
         if prompts is not None:
             given["prompts"] = prompts
@@ -252,6 +259,13 @@ class _Plan:
     run: dict[str, Any]
     batch_size: int
     fail_if: Sequence[str]
+    guard: str | None
+
+    def guarded(self, options: Mapping[str, Any], concept: Concept) -> dict[str, Any]:
+        """Add the guard, if any, to the options of ``sample``."""
+        from erase_concept.pipelines.guards import find_guard
+
+        return {**options, **({} if self.guard is None else {"guard": find_guard(self.guard, concept)})}
 
     @property
     def source(self) -> str:
@@ -284,7 +298,7 @@ def _emojinette(
     checked = gates(plan.fail_if, tuple(METRICS), baseline=plan.baseline is not None)
     made: dict[str, int] = {}
     begun = time.perf_counter()
-    erased = yield from _images("erased", plan.model, prompts, plan, given, made, size=SIZE)
+    erased = yield from _images("erased", plan.model, prompts, plan, plan.guarded(given, concept), made, size=SIZE)
     base = None
     if plan.baseline is not None:
         again = PromptSet(prompts.name, erased.rows)
@@ -342,7 +356,7 @@ def _measured(
         prompts_asked = asked_set
     else:
         prompts_asked = _repeated(_unused(asked_set, target), settings.seeds)
-    erased = yield from _images("erased", plan.model, prompts_asked, plan, options, made)
+    erased = yield from _images("erased", plan.model, prompts_asked, plan, plan.guarded(options, target), made)
     base = None
     if plan.baseline is not None:
         again = PromptSet(prompts_asked.name, erased.rows)
@@ -797,6 +811,8 @@ def _sampling(settings: Mapping[str, Any], rows: Sequence[PromptRow]) -> str:
     if "sampler" not in settings:
         return f"images made elsewhere, matched by {settings.get('matched', 'manifest')}"
     told = f"{settings.get('steps', '?')} steps of {settings['sampler']}"
+    if "guard" in settings:
+        told = f"{told}, guard {settings['guard']} (no weights changed)"
     asked = {settings.get("guidance") if row.guidance is None else row.guidance for row in rows}
     scales = sorted(float(scale) for scale in asked if scale is not None)
     if len(scales) > 4:
