@@ -55,6 +55,9 @@ ScopeOption = Annotated[
 ]
 SparsityOption = Annotated[float | None, typer.Option(help="Share of the weights that stay frozen.")]
 _EMA = typer.Option("--ema/--no-ema", help="Of a single file with both, take the UNet's averaged or its live weights.")
+GuardOption = Annotated[
+    str | None, typer.Option(help="Sample with a guard against the concept, see 'list guards': no weight is changed.")
+]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images sampled together; each keeps its own noise.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 
@@ -226,20 +229,37 @@ def sample(
         str | None,
         typer.Option(help="A scheduler of diffusers, such as DDIMScheduler. (default: DPM-Solver++ 2M)"),
     ] = None,
+    guard: GuardOption = None,
+    concept: Annotated[str | None, typer.Option("--concept", "-c", help="What the guard keeps out.")] = None,
     ema: Annotated[bool, _EMA] = True,
     batch_size: BatchOption = 16,
     json_: JsonOption = False,
 ) -> None:
     """Sample images for a prompt set; run again, it makes only what is missing."""
+    from erase_concept.pipelines.guards import PLAIN, find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
     from erase_concept.pipelines.sample import sample as sample_set
+    from erase_concept.prompts.concept import concept as find_concept
     from erase_concept.prompts.promptset import prompts as find_prompts
     from erase_concept.terminal import print_json, progress
 
+    if (guard is None) != (concept is None):
+        given = ("--guard", guard) if concept is None else ("--concept", concept)
+        raise RequestError(*given, "--guard and --concept go together")
+    guarded = PLAIN if guard is None or concept is None else find_guard(guard, find_concept(concept))
     found = find_prompts(prompts)
     loaded = load(model, ema=ema)
-    made = sample_set(loaded, found, out, steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler)
+    made = sample_set(
+        loaded,
+        found,
+        out,
+        steps=steps,
+        guidance=guidance,
+        batch_size=batch_size,
+        scheduler=scheduler,
+        guard=guarded,
+    )
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count})
@@ -291,6 +311,7 @@ def evaluate(
         str | None,
         typer.Option(help="A scheduler of diffusers, such as DDIMScheduler. (default: DPM-Solver++ 2M)"),
     ] = None,
+    guard: GuardOption = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="EXPR", help='Such as "ua<0.95" or "kept_ira<0.98": exit code 1 if so.'),
@@ -326,6 +347,7 @@ def evaluate(
         name=benchmark,
         prompts=prompts,
         settings={key: value for key, value in given.items() if value is not None},
+        guard=guard,
         fail_if=fail_if or (),
         seeds=seeds,
         batch_size=batch_size,
@@ -492,7 +514,7 @@ def apply(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="models, concepts, methods, metrics, benchmarks or prompts.")],
+    what: Annotated[str, typer.Argument(help="models, concepts, methods, guards, metrics, benchmarks or prompts.")],
     json_: JsonOption = False,
 ) -> None:
     """List what there is, with a line on each."""
@@ -527,6 +549,12 @@ def _list_methods() -> dict[str, str]:
     return {name: f"{m.summary} Settings: {', '.join(m.config.__dataclass_fields__)}" for name, m in methods().items()}
 
 
+def _list_guards() -> dict[str, str]:
+    from erase_concept.pipelines.guards import GUARDS
+
+    return {name: guard.summary for name, guard in GUARDS.items()}
+
+
 def _list_metrics() -> dict[str, str]:
     from erase_concept.eval.emojinette_benchmark import METRICS
     from erase_concept.eval.measuring import GROUPS
@@ -552,6 +580,7 @@ _LISTINGS = {
     "models": _list_models,
     "concepts": _list_concepts,
     "methods": _list_methods,
+    "guards": _list_guards,
     "metrics": _list_metrics,
     "benchmarks": _list_benchmarks,
     "prompts": _list_prompts,

@@ -132,6 +132,7 @@ def benchmark(
     name: str = "emojinette",
     prompts: str | PromptSet | None = None,
     settings: Mapping[str, Any] | None = None,
+    guard: str | None = None,
     fail_if: Sequence[str] = (),
     seeds: int | None = None,
     first_seed: int = 10_000,
@@ -143,6 +144,8 @@ def benchmark(
     so is ``baseline``, the base model. A run folder knows what was erased, and from what: there both may be None.
     ``settings`` are fields of ``Settings``, laid over the benchmark's own; what they name is asked for and must be
     there, while a metric of the benchmark that needs what is not installed is left out, which the report says.
+    ``guard`` names a guard against the concept, with which the model samples and its baseline does not: by default the
+    model itself.
 
     Yields ("erased" or "base", images there, images in all) and last the report. The images stay in ``out/samples``,
     and run again it makes only what is missing. A base model's images are also kept in the folder ``.baselines`` beside
@@ -161,10 +164,14 @@ def benchmark(
         if concept is None:
             recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))
             concept = parse(recipe["concept"])
+    if guard is not None:
+        if is_images(Path(model)):
+            raise RequestError("--guard", guard, f"is for a model that samples, and {model} holds images")
+        baseline = baseline or model
     given = dict(settings or {})
     if seeds is not None:
         given["seeds"] = seeds
-    plan = Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if)
+    plan = Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if, guard)
     plan.find_base()
     if name == "emojinette":
         if prompts is not None:
@@ -262,7 +269,7 @@ def _asked(
             provenance=about,
         )
 
-    return Asked(prompts_asked, options, checked, measure)
+    return Asked(prompts_asked, options, plan.guarded(target), checked, measure)
 
 
 def _settings(spec: Benchmark, given: Mapping[str, Any], name: str) -> Settings:

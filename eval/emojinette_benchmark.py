@@ -121,7 +121,7 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
             about["notes"] = notes
         return evaluate(target, images.erased, images.base, model=plan.source, provenance=about)
 
-    return Asked(prompts, options, checked, measure, size=SIZE)
+    return Asked(prompts, options, plan.guarded(target), checked, measure, size=SIZE)
 
 
 def _told(folder: Path, prompts: PromptSet) -> PromptSet:

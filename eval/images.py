@@ -22,6 +22,7 @@ from erase_concept.prompts.promptset import PromptRow, PromptSet
 if TYPE_CHECKING:
     from erase_concept.pipelines.diffusion import Diffusion
     from erase_concept.pipelines.sample import ImageSet
+    from erase_concept.prompts.concept import Concept
 
 _FULL = 512  # pixels; the sizes that prompts name are meant for models of this size and above
 
@@ -36,6 +37,13 @@ class Plan:
     run: dict[str, Any]
     batch_size: int
     fail_if: Sequence[str]
+    guard: str | None = None
+
+    def guarded(self, concept: Concept) -> dict[str, Any]:
+        """Return the guard, if any, as an option of ``sample``; raises RequestError when there is no such one."""
+        from erase_concept.pipelines.guards import find_guard
+
+        return {} if self.guard is None else {"guard": find_guard(self.guard, concept)}
 
     @property
     def source(self) -> str:
@@ -85,11 +93,13 @@ class Gathered:
 class Asked:
     """The images that a benchmark asks for, and what becomes of them.
 
-    ``options`` are those of ``sample``. Only images of ``size`` pixels will do, where it is given.
+    ``options`` are those of ``sample``, ``guarded`` more of them for the erased model alone. Only images of ``size``
+    pixels will do, where it is given.
     """
 
     prompts: PromptSet
     options: Mapping[str, Any]
+    guarded: Mapping[str, Any]
     gates: Sequence[Gate]
     measure: Callable[[Gathered], Report]
     size: int | None = None
@@ -102,7 +112,8 @@ def gather(plan: Plan, asked: Asked) -> Generator[tuple[str, int, int], None, Ga
     """
     begun = time.perf_counter()
     made: dict[str, int] = {}
-    erased = yield from _images("erased", plan.model, asked.prompts, plan, asked, made)
+    guarded = replace(asked, options={**asked.options, **asked.guarded})
+    erased = yield from _images("erased", plan.model, asked.prompts, plan, guarded, made)
     base = None
     if plan.baseline is not None:
         # A folder that lacks images would shift those of another folder, were only its own prompts asked for again.
@@ -245,6 +256,8 @@ def sampling(settings: Mapping[str, Any], rows: Sequence[PromptRow]) -> str:
     if "sampler" not in settings:
         return f"images made elsewhere, matched by {settings.get('matched', 'manifest')}"
     told = f"{settings.get('steps', '?')} steps of {settings['sampler']}"
+    if "guard" in settings:
+        told = f"{told}, guard {settings['guard']} (no weights changed)"
     asked = {settings.get("guidance") if row.guidance is None else row.guidance for row in rows}
     scales = sorted(float(scale) for scale in asked if scale is not None)
     if len(scales) > 4:

@@ -86,13 +86,22 @@ class Diffusion:
         """Side of the images that the model was trained for, in pixels."""
         return int(self.unet.config.sample_size) * self.factor
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings [n, tokens, width] of prompts, padded and cut as Stable Diffusion does."""
+        return self.encode_ids(self.token_ids(prompts))
+
+    def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the tokens of prompts for each text encoder, int64 [n, tokens], padded and cut."""
+        tokenizers = (self.tokenizer, self.tokenizer_2) if self.text_encoder_2 is not None else (self.tokenizer,)
+        return tuple(self._ids(tokenizer, prompts) for tokenizer in tokenizers)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings [n, tokens, width] of what ``token_ids`` gave."""
         if self.text_encoder_2 is None:
-            return self.text_encoder(self._ids(self.tokenizer, prompts))[0]
-        first = self.text_encoder(self._ids(self.tokenizer, prompts), output_hidden_states=True)
-        second = self.text_encoder_2(self._ids(self.tokenizer_2, prompts), output_hidden_states=True)
+            return self.text_encoder(ids[0])[0]
+        first = self.text_encoder(ids[0], output_hidden_states=True)
+        second = self.text_encoder_2(ids[1], output_hidden_states=True)
         tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         whole = nn.functional.pad(second[0], (0, tokens.shape[-1] - second[0].shape[-1]))
         return torch.cat([tokens, whole[:, None]], 1)

@@ -28,6 +28,7 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.from_single_file import out_of_memory
+from erase_concept.pipelines.guards import PLAIN, Guard
 from erase_concept.pipelines.load import quiet
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.promptset import PromptRow, PromptSet
@@ -98,13 +99,15 @@ def sample_latents(
     height: int | None = None,
     width: int | None = None,
     scheduler: str | None = None,
+    guard: Guard = PLAIN,
     stop: int | None = None,
 ) -> Tensor:
     """Sample scaled latents [n, 4, h/f, w/f], one seed and guidance scale each, with a scheduler of ``SCHEDULERS``.
 
-    ``embeddings`` [n, tokens, width] and ``empty`` [1, tokens, width] are encoded prompts. The noise of an image, be
-    it at the start or, with some schedulers, in every step, depends on its own seed alone. Sizes in pixels default to
-    the model's. ``stop`` ends the way before the time step of that place, with latents as noisy as that one takes them.
+    ``embeddings`` [n, tokens, width] and ``empty`` [1, tokens, width] are prompts, the former as ``guard`` encodes
+    them. The noise of an image, be it at the start or, with some schedulers, in every step, depends on its own seed
+    alone. Sizes in pixels default to the model's. ``stop`` ends the way before the time step of that place, with
+    latents as noisy as that one takes them.
     """
     solver = make_scheduler(model, scheduler, steps)
     sides = ((side or model.size) // model.factor for side in (height, width))
@@ -116,10 +119,10 @@ def sample_latents(
     taken = inspect.signature(solver.step).parameters
     # As diffusers' own pipelines call them: no noise where it is a choice, and where it is none, from the image's seed.
     drawn = {key: value for key, value in (("generator", generators), ("eta", 0.0)) if key in taken}
-    for timestep in solver.timesteps[:stop]:
+    guided = guard.guide(model, guard.concepts, embeddings, empty, scale, len(solver.timesteps))
+    for step, timestep in enumerate(solver.timesteps[:stop]):
         noisy = solver.scale_model_input(latents, timestep)
-        predicted = model.guided(noisy, timestep, embeddings, empty, scale)
-        latents = solver.step(predicted, timestep, latents, **drawn).prev_sample
+        latents = solver.step(guided(noisy, timestep, step), timestep, latents, **drawn).prev_sample
     return latents
 
 
@@ -131,6 +134,7 @@ def sample_images(
     guidance: float = GUIDANCE,
     batch_size: int = 16,
     scheduler: str | None = None,
+    guard: Guard = PLAIN,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (place in rows, uint8 image [h, w, 3]) for every row; batches mix prompts but not sizes.
@@ -150,7 +154,7 @@ def sample_images(
         height, width = rows[batch[0]].height, rows[batch[0]].width
         try:
             if new := list(dict.fromkeys(prompt for prompt in asked if prompt not in encoded)):
-                rows_of_new = model.encode_prompts(new).cpu().split(1)
+                rows_of_new = guard.encode(model, guard.concepts, new).cpu().split(1)
                 encoded.update((prompt, row.clone()) for prompt, row in zip(new, rows_of_new, strict=True))
             latents = sample_latents(
                 model,
@@ -162,6 +166,7 @@ def sample_images(
                 height=height,
                 width=width,
                 scheduler=scheduler,
+                guard=guard,
             )
             images = model.decode(latents).numpy()
         except (RuntimeError, MemoryError) as problem:
@@ -197,12 +202,14 @@ def sample(
     guidance: float = GUIDANCE,
     batch_size: int = 16,
     scheduler: str | None = None,
+    guard: Guard = PLAIN,
 ) -> Iterator[Path]:
     """Sample a prompt set into a folder, yielding each image's file as soon as it is written.
 
     Images are named by their place in the set; ``manifest.jsonl`` gets a line for each, with its row and SHA-256.
     Run again with the same model, prompts and settings, it makes only what is missing or has changed since; a folder
-    made with others is refused with RequestError. ``scheduler`` is one of ``SCHEDULERS``.
+    made with others is refused with RequestError. ``scheduler`` is one of ``SCHEDULERS``, ``guard`` what ``find_guard``
+    gives: it changes no weight, and the settings tell of it.
 
     Where Accelerate has started several processes, they share the batches; each yields the images that it makes, and
     when all have gone to the end, the folder is as one process would have made it.
@@ -216,6 +223,7 @@ def sample(
         "sampler": scheduler or SAMPLER,
         "steps": steps,
         "guidance": guidance,
+        **({} if guard is PLAIN else {"guard": str(guard)}),
     }
     out.mkdir(parents=True, exist_ok=True)
     about = out / "sampling.json"
@@ -235,7 +243,14 @@ def sample(
     manifest = out / ("manifest.jsonl" if state.num_processes == 1 else f"manifest-{state.process_index}.jsonl")
     with manifest.open("a", encoding="utf-8") as stream:
         for place, image in sample_images(
-            model, rows, steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, share=share
+            model,
+            rows,
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
+            scheduler=scheduler,
+            guard=guard,
+            share=share,
         ):
             file = out / _name(missing[place])
             with whole(file) as partial:

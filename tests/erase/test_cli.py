@@ -240,3 +240,21 @@ def test_installed_command_answers() -> None:
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
     for name in ("demo", "erase", "mask", "mask-info", "sample", "eval", "report", "export", "list"):
         assert name in done.stdout
+
+
+def test_samples_with_a_guard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "p.csv").write_text("prompt,seed\na square,1\na line,2\n")
+    asked = ["sample", "model", "-p", "p.csv", "-o", "images", "--steps", "2"]
+    guard = ["--guard", "sld-max", "--concept", "square.yaml"]
+    assert call(monkeypatch, capsys, *asked, *guard)[0] == 0
+    assert json.loads((folder / "images" / "sampling.json").read_text())["guard"] == "sld-max: square"
+    code, _, err = call(monkeypatch, capsys, *asked)
+    assert (code, "holds images of another model, prompt set or setting" in err) == (2, True)
+    for part in (guard[:2], guard[2:]):
+        code, _, err = call(monkeypatch, capsys, *asked, *part)
+        assert (code, f"{' '.join(part)}: --guard and --concept go together" in err) == (2, True)
+    listed = json.loads(call(monkeypatch, capsys, "list", "guards", "--json")[1])
+    assert set(listed) == {"negative-prompt", "sld-weak", "sld-medium", "sld-strong", "sld-max", "safree"}
+    assert all("arXiv" in about or name == "negative-prompt" for name, about in listed.items())

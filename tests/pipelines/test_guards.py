@@ -1,0 +1,209 @@
+"""Guards: each against a transcription of its formula, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.guards import GUARDS, PLAIN, Guard, Safety, find_guard, safe_latent_diffusion
+from erase_concept.pipelines.sample import read_images, sample, sample_images, sample_latents
+from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.promptset import PromptRow, PromptSet
+
+PROMPTS = ("a square on a line", "one square", "a circle")
+SCALES = (7.5, 3.0, 1.0)
+# scale, warmup, threshold, momentum_scale, momentum_beta, as in the paper's table
+SLD = {
+    "sld-weak": (200, 15, 0.0, 0.0, 0.0),
+    "sld-medium": (1000, 10, 0.01, 0.3, 0.4),
+    "sld-strong": (2000, 7, 0.025, 0.5, 0.7),
+    "sld-max": (5000, 0, 1.0, 0.5, 0.7),
+}
+
+
+@pytest.fixture
+def exact(family: Diffusion) -> Diffusion:
+    """A model in fp64: SLD multiplies differences by thousands, and those of random weights are next to nothing."""
+    for part in (family.unet, family.vae, *family.text_encoders.values()):
+        part.double()
+    return family
+
+
+@pytest.fixture
+def named(square: Concept) -> Concept:
+    return replace(square, synonyms=("box",))
+
+
+def latents(model: Diffusion, guard: Guard, steps: int, prompts: Sequence[str] = PROMPTS) -> Tensor:
+    embeddings = guard.encode(model, guard.concepts, list(prompts))
+    seeds, scales = range(len(prompts)), SCALES[: len(prompts)]
+    return sample_latents(model, embeddings, model.encode_empty(), seeds, scales, steps=steps, guard=guard)
+
+
+@torch.no_grad()
+def transcribed(model: Diffusion, settings: tuple[float, ...], steps: int) -> Tensor:
+    """SLD's pseudo code, one image after the other."""
+    scale, warmup, threshold, momentum_scale, beta = settings
+    e_empty, e_safety = model.encode_empty(), model.encode_prompts(["square, box"])
+    found = []
+    for seed, (prompt, guidance) in enumerate(zip(PROMPTS, SCALES, strict=True)):
+        e_prompt = model.encode_prompts([prompt])
+        solver = diffusers.DPMSolverMultistepScheduler.from_config(model.scheduler.config, algorithm_type="dpmsolver++")
+        solver.set_timesteps(steps)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).to(e_empty)
+        momentum = torch.zeros_like(x)
+        for i, t in enumerate(solver.timesteps):
+            uncond, text, concept = (model.predict(x, t[None], e) for e in (e_empty, e_prompt, e_safety))
+            phi = scale * (text - concept)
+            mu = torch.where(text - concept < threshold, torch.minimum(phi.abs(), torch.ones(())), torch.zeros(()))
+            gamma = mu * (concept - uncond) + momentum_scale * momentum
+            momentum = beta * momentum + (1 - beta) * gamma
+            if i < warmup * steps / 50:
+                gamma = torch.zeros_like(gamma)
+            x = solver.step(uncond + guidance * (text - uncond - gamma), t, x).prev_sample
+        found.append(x)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", SLD)
+def test_sld_equals_its_pseudo_code(exact: Diffusion, named: Concept, name: str) -> None:
+    found = latents(exact, find_guard(name, named), 10)
+    torch.testing.assert_close(found, transcribed(exact, SLD[name], 10), rtol=1e-6, atol=1e-6)
+    assert (found - latents(exact, PLAIN, 10)).abs().max() > 1e-4
+
+
+def test_sld_counts_its_first_steps_in_the_papers_fifty(exact: Diffusion, named: Concept) -> None:
+    guard = find_guard("sld-strong", named)  # 7 of 50
+    embeddings, empty = exact.encode_prompts(["a square"]), exact.encode_empty()
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(empty), torch.tensor(500)
+    scale = torch.full((1, 1, 1, 1), 5.0).to(empty)
+    plain = exact.guided(x, t, embeddings, empty, scale)
+    for steps, first in ((50, 7), (25, 4), (100, 14)):
+        predict = guard.guide(exact, guard.concepts, embeddings, empty, scale, steps)
+        moved = [float((predict(x, t, step) - plain).abs().max()) > 1e-10 for step in range(20)]
+        assert moved == [step >= first for step in range(20)]
+
+
+def test_sld_with_scale_zero_is_plain_sampling_bit_for_bit(family: Diffusion, named: Concept) -> None:
+    nothing = partial(safe_latent_diffusion, Safety(0, 0, 1.0, 0.5, 0.7))
+    guard = Guard("sld-nothing", guide=nothing, concepts=("square",))
+    assert torch.equal(latents(family, guard, 5), latents(family, PLAIN, 5))
+
+
+def test_a_negative_prompt_is_that_of_diffusers(tiny: Diffusion, named: Concept) -> None:
+    pipeline = tiny.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(tiny.scheduler.config)
+    theirs = pipeline(
+        "a square on a line",
+        negative_prompt="square, box",
+        num_inference_steps=4,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images[0]
+    row, guard = PromptRow("a square on a line", 5, guidance=6.0), find_guard("negative-prompt", named)
+    ((_, ours),) = sample_images(tiny, [row], steps=4, scheduler="DDIMScheduler", guard=guard)
+    ((_, plain),) = sample_images(tiny, [row], steps=4, scheduler="DDIMScheduler")
+    assert np.abs(ours - theirs * 255).max() <= 1
+    assert np.abs(ours.astype(int) - plain).max() > 1
+
+
+def test_a_negative_prompt_replaces_the_empty_one_in_every_family(family: Diffusion, named: Concept) -> None:
+    guard = find_guard("negative-prompt", named)
+    away = family.encode_prompts(["square, box"])
+    wanted = sample_latents(family, family.encode_prompts(PROMPTS), away, range(3), SCALES, steps=3)
+    assert torch.equal(latents(family, guard, 3), wanted)
+
+
+def ends(model: Diffusion, ids: list[list[int]]) -> np.ndarray:
+    """What stands for prompts of the given tokens as a whole: of SD 1 and 2 the text encoder's pooled output."""
+    length = model.tokenizer.model_max_length
+    padded = torch.tensor([row + [model.tokenizer.pad_token_id] * (length - len(row)) for row in ids])
+    if model.text_encoder_2 is None:
+        return model.text_encoder(padded).pooler_output.double().numpy()
+    both = [
+        encoder(padded, output_hidden_states=True).hidden_states[-2]
+        for encoder in (model.text_encoder, model.text_encoder_2)
+    ]
+    return torch.cat(both, -1)[range(len(ids)), [len(row) - 1 for row in ids]].double().numpy()
+
+
+def onto(rows: np.ndarray) -> np.ndarray:
+    """The projection onto the span of rows, from an orthonormal basis of it."""
+    _, sizes, basis = np.linalg.svd(rows, full_matrices=False)
+    basis = basis[sizes > 1e-10 * sizes[0]]
+    return basis.T @ basis
+
+
+@torch.no_grad()
+def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
+    tokenizer, guard = family.tokenizer, find_guard("safree", named)
+    concept = onto(ends(family, [tokenizer(name).input_ids for name in ("square", "box")]))
+    some = 0
+    for prompt in (*PROMPTS, "box", "a thin red line"):
+        ids = tokenizer(prompt, truncation=True).input_ids
+        count = len(ids) - 2
+        masked = ends(family, [[*ids[:i], 0, *ids[i + 1 :]] for i in range(1, count + 1)])
+        far = np.linalg.norm(masked - masked @ concept, axis=1)
+        plain = family.encode_prompts([prompt])[0].double().numpy()
+        wanted = plain.copy()
+        for i in range(count):
+            if count > 1 and far[i] < 1.01 * np.delete(far, i).mean():
+                continue
+            some += 1
+            wanted[i + 1] = onto(masked) @ (np.eye(len(concept)) - concept) @ plain[i + 1]
+        found = guard.encode(family, guard.concepts, [prompt])[0]
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
+        assert np.array_equal(found[count + 1 :].numpy(), plain[count + 1 :].astype(np.float32))  # end, padding, whole
+    assert some >= 3
+
+
+def test_safree_leaves_a_prompt_without_words_alone(family: Diffusion, named: Concept) -> None:
+    guard = find_guard("safree", named)
+    torch.testing.assert_close(guard.encode(family, guard.concepts, [""]), family.encode_prompts([""]))
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_batch_size_changes_no_image(exact: Diffusion, named: Concept, name: str) -> None:
+    guard = find_guard(name, named)
+    rows = [PromptRow(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    whole, alone = (
+        np.stack([image for _, image in sorted(sample_images(exact, rows, steps=4, batch_size=size, guard=guard))])
+        for size in (3, 1)
+    )
+    assert np.array_equal(whole, alone)
+    assert whole.std() > 1
+
+
+def test_images_of_another_guard_never_mix(tiny: Diffusion, named: Concept, tmp_path: Path) -> None:
+    prompts = PromptSet("p", (PromptRow("a square", 1), PromptRow("a line", 2)))
+    medium, plain = find_guard("sld-medium", named), tmp_path / "plain"
+    before = {name: p.clone() for name, p in tiny.unet.named_parameters()}
+    assert len(list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=medium))) == 2
+    assert all(torch.equal(before[name], p) for name, p in tiny.unet.named_parameters())
+    assert read_images(tmp_path / "out").settings["guard"] == "sld-medium: square, box"
+    assert list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=medium)) == []
+    other = find_guard("sld-medium", replace(named, synonyms=()))
+    for guard in (PLAIN, other, find_guard("sld-max", named)):
+        with pytest.raises(RequestError, match="another model, prompt set or setting"):
+            list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=guard))
+    list(sample(tiny, prompts, plain, steps=2))
+    assert "guard" not in read_images(plain).settings
+    with pytest.raises(RequestError, match="another model, prompt set or setting"):
+        list(sample(tiny, prompts, plain, steps=2, guard=medium))
+
+
+def test_an_unknown_guard_is_refused(named: Concept) -> None:
+    with pytest.raises(RequestError, match="--guard sld: allowed: negative-prompt, sld-weak, sld-medium"):
+        find_guard("sld", named)
