@@ -395,7 +395,9 @@ def compare(
     out: OutOption,
     methods: Annotated[
         str,
-        typer.Option(help="Methods and presets, such as 'default,paper,esd-x[eta=2],uce'; 'all' is every one of both."),
+        typer.Option(
+            help="Methods, presets and guards, such as 'default,paper,esd-x[eta=2],safree'; 'all' is every one."
+        ),
     ] = "all",
     concepts: Annotated[str, typer.Option(help="Concepts to erase.")] = "church,dog,parachute,guitar,truck,flat,3d",
     seeds: Annotated[str, typer.Option(help="Seeds, each of a run of its own.")] = "0,1",
@@ -414,9 +416,10 @@ def compare(
     from erase_concept.eval.comparison import compare as run
     from erase_concept.eval.grid import PRESETS
     from erase_concept.method import methods as known
+    from erase_concept.pipelines.guards import GUARDS
     from erase_concept.terminal import bar
 
-    entries = [*PRESETS, *known()] if methods == "all" else _split_entries(methods)
+    entries = [*PRESETS, *known(), *GUARDS] if methods == "all" else _split_entries(methods)
     numbers = {}
     for option, text, kind in (("--seeds", seeds, int), ("--strengths", strengths, float)):
         try:

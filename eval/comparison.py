@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.grid import Cell, read_pairs, recipe_of, run_cells
+from erase_concept.eval.grid import Cell, is_guard, read_pairs, recipe_of, run_cells
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
@@ -48,6 +48,7 @@ def methods_table(cells: Cells) -> tuple[str, dict[str, Pooled]]:
     for name in order:
         p = pooled[name]
         told = [f"collapses on {', '.join(p.collapsed)}"] if p.collapsed else []
+        told += ["no weights changed"] if p.changed == 0 else []
         told += [] if name in worse else ["not dominated"]
         row = [
             name,
@@ -124,7 +125,7 @@ def compare(
         recipe_of(model, Cell(entry, concepts[0], 0))
     best: dict[tuple[str, str | None], float] = {}
     searches: dict[str, list[Trial]] = {}
-    pairs = [(entry, mask) for entry in entries for mask in masks]
+    pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in masks))
     for place, (entry, mask) in enumerate(pairs if tune_on else ()):
         for found in tune(model, entry, tune_on, trials, out, mask=mask):
             if isinstance(found, list):
@@ -138,7 +139,7 @@ def compare(
         for seed in seeds
         for concept in concepts
         for entry, mask in pairs
-        for strength in strengths
+        for strength in ((1.0,) if is_guard(entry) else strengths)
     ]
     results = []
     for cell, result in zip(cells, run_cells(model, cells, out), strict=True):

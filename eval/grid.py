@@ -6,7 +6,6 @@ learns from, and the masks. A cell's result is one line of ``cells.jsonl``; a li
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from erase_concept.eval.report import Pair
     from erase_concept.mask import Mask
     from erase_concept.pipelines.diffusion import Diffusion
+    from erase_concept.pipelines.guards import Guard
     from erase_concept.pipelines.sample import ImageSet
     from erase_concept.recipe import Recipe
 
@@ -76,11 +76,26 @@ def split_entry(entry: str) -> tuple[str, dict[str, Any]]:
     return matched[1], settings
 
 
+def is_guard(entry: str) -> bool:
+    """Tell whether an entry is a guard, which changes no weights."""
+    from erase_concept.pipelines.guards import GUARDS
+
+    return split_entry(entry)[0] in GUARDS
+
+
 def recipe_of(model: str, cell: Cell) -> Recipe:
-    """Return the recipe of a cell, the knob turned; raises RequestError where it cannot be followed."""
+    """Return the recipe of a cell, the knob turned; raises RequestError where it cannot be followed.
+
+    Of a guard's, which erases nothing, only the concept and the seed count.
+    """
+    from erase_concept.pipelines.guards import GUARDS
     from erase_concept.recipe import recipe_for
 
     name, settings = split_entry(cell.entry)
+    if name in GUARDS:
+        if settings or cell.mask is not None or cell.strength != 1:
+            raise RequestError("--methods", cell.entry, "a guard changes no weights: it has no settings and no mask")
+        return recipe_for(model, cell.concept, seed=cell.seed)
     values: dict[str, Any] = {"seed": cell.seed, "settings": settings}
     if cell.mask is not None:
         values["mask"] = {"kind": cell.mask}
@@ -110,7 +125,8 @@ def read_cells(file: Path) -> dict[str, dict[str, Any]]:
 
 def fingerprint(model: str, cell: Cell) -> str:
     """Return the SHA-256 over all that a cell's result depends on, but for the versions of what is installed."""
-    return recipe_of(model, cell).fingerprint(METRICS, KEPT)
+    guard = cell.entry if is_guard(cell.entry) else ""
+    return recipe_of(model, cell).fingerprint(METRICS, KEPT, guard)
 
 
 def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str, Any]]:
@@ -155,48 +171,32 @@ def prepare(model: str, cell: Cell, work: Path) -> None:
     loaded = load(model)
     base_hash = loaded.describe()["unet"]
     _sampled(loaded, recipe, cell.seed, _base(work, recipe))
-    _mask(recipe, loaded, _data(recipe, loaded, base_hash, work), base_hash, work)
+    if not is_guard(cell.entry):
+        _mask(recipe, loaded, _data(recipe, loaded, base_hash, work), base_hash, work)
 
 
 def measure(model: str, cell: Cell, work: Path) -> dict[str, Any]:
     """Erase, sample and judge one cell, and return its result. Keeps a few of its images in ``work/samples``."""
     from erase_concept.eval.emojinette_benchmark import evaluate
     from erase_concept.eval.report import drawn
+    from erase_concept.pipelines.guards import PLAIN, find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.sample import read_images
-    from erase_concept.seed import stage_seed
-    from erase_concept.train import Record
 
     began = time.perf_counter()
     recipe = recipe_of(model, cell)
-    method, config = recipe.erasure(), recipe.config()
     loaded = load(model)
-    base_hash = loaded.describe()["unet"]
-    data = _data(recipe, loaded, base_hash, work)
-    mask = _mask(recipe, loaded, data, base_hash, work)
-    before = {name: p.detach().clone() for name, p in loaded.unet.named_parameters()}
-    prepared = time.perf_counter()
-    result: dict[str, Any] = asdict(cell) | {
-        "kind": recipe.concept.kind,
-        "knob": method.knob,
-        "value": getattr(config, method.knob),
-    }
-    seed = stage_seed(recipe.seed, "method", recipe.method)
-    losses = []
-    try:
-        for record in method.run(loaded, data, mask, config, seed=seed):
-            if isinstance(record, Record):
-                losses.append(record.loss)
-    except EraseError as problem:
-        return result | {"failed": str(problem), "seconds": time.perf_counter() - prepared}
-    erased_in = time.perf_counter() - prepared
-    peak = _peak()  # before the sampling, which is the same for all methods
-    changed = sum(int((before[name] != p).sum()) for name, p in loaded.unet.named_parameters())
-    total = sum(p.numel() for p in before.values())
-    before.clear()
-    gc.collect()
+    result: dict[str, Any] = asdict(cell) | {"kind": recipe.concept.kind}
+    guard = PLAIN
+    if is_guard(cell.entry):
+        guard = find_guard(cell.entry, recipe.concept)
+        result |= {"knob": "", "value": 1.0, "seconds": 0.0, "peak_gib": 0.0, "changed": 0.0, "loss": []}
+    else:
+        result |= _erased(loaded, recipe, work)
+        if "failed" in result:
+            return result
     with tempfile.TemporaryDirectory() as folder:
-        images = _sampled(loaded, recipe, cell.seed, Path(folder) / "erased")
+        images = _sampled(loaded, recipe, cell.seed, Path(folder) / "erased", guard)
         base = read_images(_base(work, recipe))
         report = evaluate(recipe.concept, images, base, model=model)
         _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / cell.name)
@@ -205,13 +205,33 @@ def measure(model: str, cell: Cell, work: Path) -> dict[str, Any]:
         for score in report.scores
         if score.metric in METRICS
     }
-    return result | {
-        "scores": scores,
-        "seconds": round(erased_in, 2),
-        "cell_seconds": round(time.perf_counter() - began, 2),
-        "peak_gib": round(peak / 2**30, 2),
-        "changed": changed / total,
-        "loss": [losses[0], losses[-1]] if losses else [],
+    return result | {"scores": scores, "cell_seconds": round(time.perf_counter() - began, 2)}
+
+
+def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
+    """Erase from a loaded model, and return what it took and how much changed, or why it failed."""
+    from erase_concept.seed import stage_seed
+    from erase_concept.train import Record
+
+    method, config, base_hash = recipe.erasure(), recipe.config(), model.describe()["unet"]
+    data = _data(recipe, model, base_hash, work)
+    mask = _mask(recipe, model, data, base_hash, work)
+    before = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
+    began = time.perf_counter()
+    told = {"knob": method.knob, "value": getattr(config, method.knob)}
+    losses = []
+    try:
+        for record in method.run(model, data, mask, config, seed=stage_seed(recipe.seed, "method", recipe.method)):
+            if isinstance(record, Record):
+                losses.append(record.loss)
+    except EraseError as problem:
+        return told | {"failed": str(problem), "seconds": round(time.perf_counter() - began, 2)}
+    return told | {
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_gib": round(_peak() / 2**30, 2),  # before the sampling, which is the same for all methods
+        "changed": sum(int((before[name] != p).sum()) for name, p in model.unet.named_parameters())
+        / sum(p.numel() for p in before.values()),
+        "loss": [losses[0], losses[-1]],
     }
 
 
@@ -219,16 +239,17 @@ def _base(work: Path, recipe: Recipe) -> Path:
     return work / "base" / f"{recipe.concept.name.replace(' ', '-')}-{recipe.seed}"
 
 
-def _sampled(model: Diffusion, recipe: Recipe, seed: int, folder: Path) -> ImageSet:
+def _sampled(model: Diffusion, recipe: Recipe, seed: int, folder: Path, guard: Guard | None = None) -> ImageSet:
     """Return the images of the benchmark's prompts, and sample them where they are not there."""
     from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
+    from erase_concept.pipelines.guards import PLAIN
     from erase_concept.pipelines.sample import read_images, sample
 
     if not (folder / "manifest.jsonl").is_file():
         partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
         # New noise for every seed, so that no two cells' samples are the same ones.
         prompts = emojinette_benchmark(recipe.concept, seeds=1, first_seed=10_000 + 1_000 * seed)
-        for _ in sample(model, prompts, partial):
+        for _ in sample(model, prompts, partial, guard=guard or PLAIN):
             pass
         partial.rename(folder)
     return read_images(folder)
