@@ -16,7 +16,8 @@ from erase_concept.eval.gate import gates
 from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, is_images, sampling
 from erase_concept.eval.measuring import option
 from erase_concept.eval.report import Bar, Chart, Pair, Report
-from erase_concept.eval.score import Score, metrics, wilson
+from erase_concept.eval.score import Score, wilson
+from erase_concept.eval.score import metrics as all_metrics
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts import emojinette
 from erase_concept.prompts.concept import Concept, fill
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from erase_concept.pipelines.sample import ImageSet
 
 GUIDANCE = 5.0
-METRICS = metrics()
+METRICS = all_metrics()
 
 
 def emojinette_benchmark(concept: Concept, seeds: int = 2, first_seed: int = 10_000) -> PromptSet:
@@ -142,8 +143,9 @@ def evaluate(
     *,
     model: str = "emojinette",
     provenance: Mapping[str, Any] | None = None,
+    metrics: Sequence[str] = tuple(METRICS),
 ) -> Report:
-    """Run every metric on the erased model's images and, on the same prompts and seeds, on the base model's.
+    """Run metrics, by default all, on the erased model's images and, on the same prompts and seeds, on the base model's.
 
     ``model`` names the base model in the report and ``provenance`` (anything JSON can hold) ends it. Raises
     RequestError when the concept is unknown, when the two sets differ in more than the model, or when there is nothing
@@ -159,7 +161,7 @@ def evaluate(
     seen_base = None if base is None else _classify(base)
     seen = replace(_classify(erased), base=seen_base)
     try:
-        found_scores = [_score(name, seen, concept, erased.settings) for name in METRICS]
+        found_scores = [_score(name, seen, concept, erased.settings) for name in metrics]
     except ValueError as problem:
         raise RequestError("DIR", folder_of(erased), str(problem)) from problem
     found, found_base = per_concept(seen), None if seen_base is None else per_concept(seen_base)

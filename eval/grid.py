@@ -198,12 +198,11 @@ def measure(model: str, cell: Cell, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images = _sampled(loaded, recipe, cell.seed, Path(folder) / "erased", guard)
         base = read_images(_base(work, recipe))
-        report = evaluate(recipe.concept, images, base, model=model)
+        report = evaluate(recipe.concept, images, base, model=model, metrics=METRICS)
         _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / cell.name)
     scores = {
         score.metric: {"value": score.value, "n": score.n, "ci95": score.ci95, "baseline": score.baseline}
         for score in report.scores
-        if score.metric in METRICS
     }
     return result | {"scores": scores, "cell_seconds": round(time.perf_counter() - began, 2)}
 
