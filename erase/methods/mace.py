@@ -37,10 +37,9 @@ def mace(
     Minimises  sum |W e_f - W0 e_g|^2 + l sum |W e_p - W0 e_p|^2 + ridge |W - W0|^2  for every key and value matrix of
     cross-attention: e_f the tokens behind the name in the concept's prompts, end tokens and padding included, e_g the
     same words' tokens in the anchor's prompts, e_p all tokens of the retained prompts. Words before the name know
-    nothing of it, for the text encoder is causal. The name's own tokens stay as they are: MACE trains a LoRA against
-    them afterwards, and merges the LoRAs of many concepts by a formula; neither is done here, so this alone weakens a
-    concept rather than erase it. With a mask, see ``closed_form``: the minimiser over its weights alone. Nothing is
-    drawn at random.
+    nothing of it, for the text encoder is causal. The name's own tokens keep what they carry: MACE trains a LoRA
+    against it afterwards, and merges the LoRAs of many concepts by a formula, neither of which is done here. With a
+    mask, see ``closed_form``: the minimiser over its weights alone. Nothing is drawn at random.
     """
     began = time.perf_counter()
     loss, terms = edit(model, data, mask, config, *concept_tokens(model, data, "anchor", name=False))
