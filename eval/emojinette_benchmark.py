@@ -145,7 +145,7 @@ def evaluate(
     provenance: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = tuple(METRICS),
 ) -> Report:
-    """Run metrics, by default all, on the erased model's images and, on the same prompts and seeds, on the base model's.
+    """Run metrics on the erased model's images and, on the same prompts and seeds, on the base model's.
 
     ``model`` names the base model in the report and ``provenance`` (anything JSON can hold) ends it. Raises
     RequestError when the concept is unknown, when the two sets differ in more than the model, or when there is nothing
