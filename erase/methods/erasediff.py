@@ -48,7 +48,7 @@ def erasediff(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | Taught]:
-    """Keep the retain loss low, under the constraint that the concept's prediction is as far from the truth as it gets.
+    """Keep the retain loss low, under the constraint that the concept's prediction is as near to noise as it gets.
 
     min L_r(theta)  with  g(theta) = L_f(theta) - L_f(phi_K) <= 0,  where phi_K is what K steps of gradient descent on
     L_f make of theta. L_r is the training loss on retain rows and L_f = E |e(x_f,t, c_f) - u|^2 with noise u uniform
