@@ -34,8 +34,11 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A diffusers folder, a checkpoint file, a run folder, a hub id or a built-in name."
     ),
 ]
-ConceptOption = Annotated[
-    str, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
+_CONCEPT = "A built-in concept, or a YAML file that describes one"
+ConceptOption = Annotated[str, typer.Option("--concept", "-c", help=f"{_CONCEPT}.")]
+ConceptsOption = Annotated[
+    list[str] | None,
+    typer.Option("--concept", "-c", help=f"{_CONCEPT}. Given several times, all are erased together."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
@@ -82,7 +85,7 @@ def demo(
     from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
     from erase_concept.terminal import print_report
 
-    recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, None, seed, None, None)
+    recipe = _recipe("emojinette", [concept], None, "default", None, None, None, None, None, seed, None, None)
     emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
@@ -95,9 +98,7 @@ def demo(
 def erase(
     model: ModelArgument,
     out: OutOption,
-    concept: Annotated[
-        str | None, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
-    ] = None,
+    concept: ConceptsOption = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'list methods' (default: salun).")] = None,
     mask: MaskOption = None,
     scope: ScopeOption = None,
@@ -119,7 +120,7 @@ def erase(
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Erase a concept from a model: a run folder with the erased pipeline in it."""
+    """Erase concepts from a model: a run folder with the erased pipeline in it."""
     from erase_concept.terminal import print_json, print_plan
 
     recipe = _recipe(
@@ -151,15 +152,19 @@ def erase(
     checks = account["checks"]
     typer.echo(
         f"{recipe.concept.name} erased: {checks['changed']:,} of {checks['weights']:,} weights changed, "
-        f"{checks['changed_outside_mask']} outside the mask.\nPipeline: {out / 'pipeline'}"
+        f"{checks['changed_outside_mask']} outside the mask.{_density(account)}\nPipeline: {out / 'pipeline'}"
     )
+
+
+def _density(account: dict[str, Any]) -> str:
+    return "" if account["mask"] is None else f" The mask holds {account['mask']['density']:.1%} of the weights."
 
 
 @app.command()
 def mask(
     model: ModelArgument,
-    concept: ConceptOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="The mask file to write (.safetensors).")],
+    concept: ConceptsOption = None,
     kind: Annotated[str, typer.Option("--kind", help="salient, random or least-salient.")] = "salient",
     scope: ScopeOption = None,
     sparsity: SparsityOption = None,
@@ -169,7 +174,7 @@ def mask(
     seed: SeedOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Compute the saliency mask of a concept."""
+    """Compute the saliency mask of a concept, or of several."""
     if kind not in ("salient", "random", "least-salient"):
         raise RequestError("--kind", kind, "allowed: salient, random, least-salient")
     recipe = _recipe(model, concept, None, preset, kind, scope, sparsity, set_, None, seed, None, None, ema)
@@ -560,7 +565,7 @@ _LISTINGS = {
 
 def _recipe(
     model: str,
-    concept: str | None,
+    concept: list[str] | None,
     method: str | None,
     preset: str,
     mask: str | None,

@@ -99,6 +99,21 @@ def test_a_delta_makes_the_erased_model_and_gives_the_base_back(
     assert weights_hash(half.unet) == weights_hash(erased.unet)
 
 
+def test_several_concepts_are_named_one_by_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "star.yaml").write_text(CONCEPT.replace("square", "star"))
+    options = ["-c", "square.yaml", "-c", "star.yaml", "-s", "mask.combine=union", *SMALL]
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", *options, "-o", "run")
+    assert (code, "square and star erased: " in out) == (0, True)
+    account = json.loads((folder / "run" / "run.json").read_text())
+    assert f"The mask holds {account['mask']['density']:.1%} of the weights" in out
+    assert account["mask"]["density"] > 0.5
+    code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
+    assert code == 0
+    assert json.loads((folder / "again" / "run.json").read_text())["erased"] == account["erased"]
+
+
 def test_mask_command_makes_the_runs_mask(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +171,7 @@ def test_a_recipe_file_is_a_whole_request(
 
 WRONG = {
     "unknown concept": (["erase", "model", "-c", "chruch", "-o", "x"], "--concept chruch: unknown concept; did you"),
+    "concept twice": (["erase", "model", "-c", "dog", "-c", "dog", "-o", "x"], "--concept dog: 'dog' is named twice"),
     "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
     "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
     "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),
