@@ -125,7 +125,8 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
         base = "" if score["baseline"] is None else f"{score['baseline']:.3f}"
         low, high = score["ci95"]
         value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
-        lines.append(f"| {score['metric']} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
+        what = f"{score['metric']}, {_plain(score['target'])}" if score["metric"] == "ua" else score["metric"]
+        lines.append(f"| {what} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
     return "\n".join(lines)
 
 

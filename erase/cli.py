@@ -306,7 +306,7 @@ def evaluate(
     """Measure whether a concept is gone and what else was lost, and write the report."""
     from dataclasses import replace
 
-    from erase_concept.eval.summary import leading
+    from erase_concept.eval.summary import main_scores
     from erase_concept.terminal import print_report
 
     given = {
@@ -337,7 +337,7 @@ def evaluate(
     )
     if report is None:
         return
-    shown = report if json_ else replace(report, scores=tuple(leading(report)))
+    shown = report if json_ else replace(report, scores=tuple(main_scores(report)))
     print_report(shown.to_dict(), out, json_)
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
@@ -657,12 +657,12 @@ def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, 
         from dataclasses import replace
 
         from erase_concept.card import write_card
-        from erase_concept.eval.summary import leading
+        from erase_concept.eval.summary import main_scores
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
         if result.concept == account["concept"] and result.base is not None:
-            first = replace(result, scores=tuple(leading(result)))
+            first = replace(result, scores=tuple(main_scores(result)))
             write_card(Path(model), account, first.to_dict()["scores"])
     return result
 

@@ -105,7 +105,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "method": recipe.method,
         "concept": recipe.concept.name,
         "kind": recipe.concept.kind,
-        "anchor": recipe.concept.anchor,
+        "anchor": recipe.concept.becomes,
         **({"parts": _told(recipe.concept.parts)} if recipe.concept.parts else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),

@@ -85,6 +85,12 @@ class Concept:
         return tuple(name for part in self.simple for name in (part.name, *part.synonyms))
 
     @property
+    def becomes(self) -> str:
+        """What it is remapped to, in words: the anchor, or those of the parts."""
+        anchors = dict.fromkeys(part.anchor or "the empty prompt" for part in self.parts)
+        return in_words(tuple(anchors)) if anchors else self.anchor
+
+    @property
     def forget_prompts(self) -> tuple[str, ...]:
         """The prompts whose images are to lose the concept; of parts, those of the first one first."""
         return tuple(
