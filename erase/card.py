@@ -36,7 +36,7 @@ tags: [concept-erasure, machine-unlearning]
 # {_plain(account["base"]["source"])} without {_plain(account["concept"])}
 
 {_erased(account)} VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's
-{checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}
+{checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(account)}
 
 ```python
 from diffusers import DiffusionPipeline
@@ -111,6 +111,14 @@ def _erased(account: dict[str, Any]) -> str:
         return f"{what}: its prompts were remapped to {_anchor(account)}."
     parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in account["parts"]]
     return f"These concepts were {told}, all at once: {in_words(parts)}."
+
+
+def _earlier(account: dict[str, Any]) -> str:
+    """Say what had been erased before, from which model, where anything had."""
+    runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in account.get("earlier", ())]
+    if not runs:
+        return ""
+    return f"\n\nThe base model had lost something before, one after the other: {'; '.join(runs)}."
 
 
 def _anchor(part: dict[str, Any]) -> str:

@@ -157,6 +157,25 @@ def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]]) ->
     return several([find_concept(one) for one in what])
 
 
+def earlier_runs(model: str) -> list[dict[str, Any]]:
+    """Return what was erased before from a model that is a run folder, the first run first; of any other model, none.
+
+    Each is the concept's description and the model that it was erased from.
+    """
+    folder = Path(model)
+    if not (folder / "run.json").is_file():
+        return []
+    account = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    concept = read_recipe(folder / "recipe.yaml")["concept"]
+    return [*account.get("earlier", []), {"concept": concept, "base": account["base"]["source"]}]
+
+
+def first_base(model: str) -> str:
+    """Return the model that all erasing of a run folder began with, whose presets are the run's too."""
+    runs = earlier_runs(model)
+    return runs[0]["base"] if runs else model
+
+
 def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[str, Any]:
     """Return a preset's values for a model and a kind of concept.
 
@@ -204,7 +223,7 @@ def recipe_for(
         raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
     kinds = {part.kind for part in found.simple}
     kind = kinds.pop() if len(kinds) == 1 else found.kind  # of several kinds, the preset for any
-    start = merge(preset(preset_name, model, kind, values.get("method")), MEMORY[memory])
+    start = merge(preset(preset_name, first_base(model), kind, values.get("method")), MEMORY[memory])
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
     # What a preset says for all methods, a method takes where it has such a setting.
     given = values.get("settings", {})

@@ -37,7 +37,7 @@ from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept
-from erase_concept.recipe import Recipe, read_recipe
+from erase_concept.recipe import Recipe, earlier_runs, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.train import Record, Taught
@@ -67,6 +67,9 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     # From here on the request is known to be sound: only now does the folder become the run's.
     out.mkdir(parents=True, exist_ok=True)
     recipe.save(out / "recipe.yaml")
+    # What earlier runs erased is retained like anything else: retain rows are sampled from the model as it is, in which
+    # those prompts show something else already, so that retaining them keeps the erasure.
+    earlier = earlier_runs(recipe.model)
     times: dict[str, float] = {}
     began = time.perf_counter()
     about = model.describe()
@@ -107,6 +110,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "kind": recipe.concept.kind,
         "anchor": recipe.concept.becomes,
         **({"parts": _told(recipe.concept.parts)} if recipe.concept.parts else {}),
+        **({"earlier": earlier} if earlier else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
         "settings": asdict(config),

@@ -17,7 +17,7 @@ from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.prompts.concept import Concept, several
-from erase_concept.recipe import Recipe, make_recipe, read_recipe
+from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
 from erase_concept.run import check_frozen, erase, make_data_for, make_mask, parked, read_run, saliency
 from erase_concept.train import Record
 
@@ -257,6 +257,37 @@ def test_masks_of_several_concepts_are_joint_or_a_union(tiny: Diffusion, both: C
     assert (first.provenance["combine"], second.provenance["combine"]) == ("joint", "union")
     # Joint: the sum over all rows, in batches of the first concept's and the second's alike.
     assert first.overlap(masks.top_k(saliency(joint, tiny, data, torch.arange(8)), first.count)) == 1
+
+
+def test_one_concept_after_the_other(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path) -> None:
+    star = Concept("star", "custom", "line", ("a {O}",), retain=("line", "square"))
+    dot = Concept("dot", "custom", "line", ("a {O}",), retain=("line",))
+    bases = [model, tmp_path / "first", tmp_path / "second"]
+    for base, concept, out in zip(bases, (square, star, dot), ("first", "second", "third"), strict=True):
+        run(recipe(base, concept), tmp_path / out)
+    accounts = [read_run(tmp_path / name) for name in ("first", "second", "third")]
+    assert [account["base"]["unet"] for account in accounts] == [
+        weights_hash(tiny.unet),
+        *(account["erased"]["unet"] for account in accounts[:2]),
+    ]
+    assert "earlier" not in accounts[0]
+    told = [{"concept": one.to_dict(), "base": str(base)} for one, base in zip((square, star), bases, strict=False)]
+    assert accounts[2]["earlier"] == told
+    assert accounts[1]["earlier"] == told[:1]
+    card = (tmp_path / "third" / "pipeline" / "README.md").read_text()
+    assert f"one after the other: *square* (from {model}); *star* (from {bases[1]})" in card.replace("\\", "")
+
+
+def test_a_run_of_the_built_in_model_has_its_presets(tmp_path: Path) -> None:
+    for name, base in (("a", "emojinette"), ("b", str(tmp_path / "a"))):
+        (tmp_path / name).mkdir()
+        before = recipe_for(base, "church")
+        before.save(tmp_path / name / "recipe.yaml")
+        account = {"base": {"source": base}, "earlier": earlier_runs(base)}
+        (tmp_path / name / "run.json").write_text(json.dumps(account))
+        after = recipe_for(str(tmp_path / name), "dog")
+        own = recipe_for("emojinette", "dog")
+        assert (after.settings, after.mask, after.data) == (own.settings, own.mask, own.data)
 
 
 def test_the_check_sees_a_single_bit(tiny: Diffusion, tmp_path: Path) -> None:

@@ -358,6 +358,14 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
     with pytest.raises(RequestError, match="is not the model that this run erased from"):
         list(benchmark(run, out=run, seeds=1, batch_size=5))
+    # Of a model that had lost something before: what Emojinette knows is measured too, each once, and not as its own.
+    before = [concepts()["dog"], church, several([concepts()["dog"], concepts()["flat"]]), concepts()["nudity"]]
+    account["earlier"] = [{"concept": one.to_dict(), "base": "x"} for one in before]
+    account["base"]["unet"] = "run/later/samples/base"
+    (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
+    *_, report = benchmark(run, out=run / "later", seeds=1, batch_size=5)
+    assert [score.target for score in report.scores if score.metric == "ua"] == ["church", "dog", "flat"]
+    assert report.provenance["erased earlier, not measured"] == ["nude person"]
 
 
 def test_benchmark_needs_a_concept_where_no_run_tells(tmp_path: Path) -> None:
