@@ -17,6 +17,7 @@ from erase_concept.pipelines.processes import main_process
 
 if TYPE_CHECKING:
     from erase_concept.eval.report import Report
+    from erase_concept.prompts.concept import Concept
     from erase_concept.recipe import Recipe
 
 app = typer.Typer(
@@ -34,11 +35,14 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A diffusers folder, a checkpoint file, a run folder, a hub id or a built-in name."
     ),
 ]
-_CONCEPT = "A built-in concept, or a YAML file that describes one"
-ConceptOption = Annotated[str, typer.Option("--concept", "-c", help=f"{_CONCEPT}.")]
 ConceptsOption = Annotated[
     list[str] | None,
-    typer.Option("--concept", "-c", help=f"{_CONCEPT}. Given several times, all are erased together."),
+    typer.Option(
+        "--concept",
+        "-c",
+        help="A built-in concept, words ('blue rocket'), a YAML file that describes a concept, a file of prompts "
+        "(.csv, .txt) or a folder of images. Given several times, all are erased together.",
+    ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
@@ -76,7 +80,7 @@ def _options(
 
 @app.command()
 def demo(
-    concept: ConceptOption = "church",
+    concept: Annotated[str, typer.Option("--concept", "-c", help="An object or style of the model.")] = "church",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder. (default: runs/demo-CONCEPT)")] = None,
     seed: SeedOption = None,
     json_: JsonOption = False,
@@ -263,8 +267,12 @@ def evaluate(
         str, typer.Option("--benchmark", "-b", help="See 'list benchmarks'; or a YAML file.")
     ] = "emojinette",
     concept: Annotated[
-        str | None,
-        typer.Option("--concept", "-c", help="What was erased; a label of the prompts will do. (default: the run's)"),
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            "-c",
+            help="What was erased, each for itself; a label of the prompts will do. (default: the run's)",
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The base model or its images, measured alike. (default: the run's)")
@@ -307,6 +315,7 @@ def evaluate(
     from dataclasses import replace
 
     from erase_concept.eval.summary import main_scores
+    from erase_concept.recipe import find_concept
     from erase_concept.terminal import print_report
 
     given = {
@@ -323,9 +332,10 @@ def evaluate(
         "guidance": guidance,
         "scheduler": scheduler,
     }
+    wanted = concept[0] if concept and len(concept) == 1 else find_concept(concept, model) if concept else None
     report = _evaluate(
         model,
-        concept,
+        wanted,
         baseline,
         out,
         name=benchmark,
@@ -636,7 +646,9 @@ def _erase(recipe: Recipe, out: Path) -> None:
                 shown.update(task, description=event, completed=0, total=None)
 
 
-def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, **options: Any) -> Report | None:
+def _evaluate(
+    model: str, concept: str | Concept | None, baseline: str | None, out: Path, **options: Any
+) -> Report | None:
     """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result.
 
     Of several processes only the main one measures; the others return None.

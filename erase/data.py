@@ -220,11 +220,13 @@ def make_data(
     forgotten = [_Forgotten(model, part) for part in parts]
     rows: dict[str, list[tuple[Tensor, ...]]] = {"forget": [], "anchor": [], "retain": []}
     for number, (part, own, prompts) in enumerate(zip(parts, seeds, forgotten, strict=True)):
-        if forget_images is None:
+        files = {file: name for file, name in shown.items() if name == part.name}
+        if forget_images is None and part.images:
+            files = image_files(Path(part.images), part, part="forget", argument="--concept")
+        if not files:
             rows["forget"].append(sampled("forget", prompts.embedded, forget, own))
         else:
             captions = {part.name: [part.forget_prompts.index(prompt) for prompt in part.prompts_for(part.name)]}
-            files = {file: name for file, name in shown.items() if name == part.name}
             rows["forget"].append(encoded("forget", files, captions, own))
         rows["anchor"].append(sampled("anchor", prompts.remapped[0], anchor, own))
         if retain_images is None:
@@ -259,7 +261,8 @@ class _Forgotten:
     """A simple concept's forget prompts and what they become, embedded, with the places of what they are about."""
 
     def __init__(self, model: Diffusion, concept: Concept) -> None:
-        names = [name for name in concept.names for _ in concept.templates]
+        # Prompts that stand as they are name nothing: all of their words are what they are about.
+        names = [""] * len(concept.prompts) or [name for name in concept.names for _ in concept.templates]
         becomes = tuple(dict.fromkeys((concept.anchor, *concept.retain)))
         remapped = [(concept.remapped_to(name), [name] * len(names)) for name in becomes]
         self.embedded = _embed(model, concept.forget_prompts)
@@ -305,7 +308,7 @@ def _sample(
     return torch.cat(parts)
 
 
-def image_files(folder: Path, concept: Concept, *, part: str) -> dict[Path, str]:
+def image_files(folder: Path, concept: Concept, *, part: str, argument: str = "") -> dict[Path, str]:
     """Return the images of a folder, in the order of their names, with the name of what each shows.
 
     Images to forget lie in the folder itself and show the concept; of several concepts, in a folder named after each.
@@ -313,7 +316,7 @@ def image_files(folder: Path, concept: Concept, *, part: str) -> dict[Path, str]
     concept retains one name alone. Raises RequestError when there are none, of some concept to forget none, or a
     folder's name is not retained.
     """
-    argument = f"--{part}-images"
+    argument = argument or f"--{part}-images"
     if not folder.is_dir():
         raise RequestError(argument, folder, "no such folder")
     retained = tuple(dict.fromkeys(name for one in concept.simple for name in one.retain))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
@@ -75,8 +75,8 @@ class Recipe(_Part):
 
     @field_validator("concept", mode="before")
     @classmethod
-    def _find_concept(cls, value: Any) -> Any:
-        return value if isinstance(value, Concept) else find_concept(value)
+    def _find_concept(cls, value: Any, about: ValidationInfo) -> Any:
+        return value if isinstance(value, Concept) else find_concept(value, about.data.get("model", ""))
 
     def erasure(self) -> Method:
         """Return the recipe's method; raises RequestError when there is no such one."""
@@ -148,13 +148,13 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return values
 
 
-def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]]) -> Concept:
-    """Return a concept by key, file or description, or the one that erases all of a list; raises ValueError."""
+def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]], model: str) -> Concept:
+    """Return a concept by key, file, words or description, or the one that erases all of a list; raises ValueError."""
     if isinstance(what, str | dict):
-        return concept(what) if isinstance(what, str) else parse(what)
+        return concept(what, first_base(model)) if isinstance(what, str) else parse(what)
     if not what:
         raise RequestError("--concept", what, "at least one is needed")
-    return several([find_concept(one) for one in what])
+    return several([find_concept(one, model) for one in what])
 
 
 def earlier_runs(model: str) -> list[dict[str, Any]]:
@@ -208,13 +208,13 @@ def recipe_for(
     """Return the recipe for erasing concepts from a model: the preset, with the given values laid over it.
 
     ``memory`` is fast, balanced or low: how much of it the run may take, for more time.
-    ``what`` is a concept's key, the path of a YAML file that describes one, or such a description as a mapping; or a
-    list of these, which are erased together.
+    ``what`` is a concept's key, the path of a file or folder that describes one, words, or a description as in a YAML
+    file; or a list of these, which are erased together.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
     With ``method`` among them the preset is that method's, as it was published; without, SalUn as the preset has it.
     """
     try:
-        found = find_concept(what)
+        found = find_concept(what, model)
     except ValueError as problem:
         if isinstance(problem, RequestError):
             raise

@@ -163,6 +163,13 @@ def _check(recipe: Recipe) -> Mask | None:
             raise RequestError(f"--{part}-images", folder, f"{recipe.method} learns from prompts alone")
         if folder is not None:
             image_files(folder, recipe.concept, part=part)
+    for one in recipe.concept.simple:
+        if one.images and recipe.data.forget_images is None:
+            if not recipe.latents["forget"]:
+                raise RequestError(
+                    "--concept", one.images, f"{recipe.method} learns from prompts alone, not from images"
+                )
+            image_files(Path(one.images), one, part="forget", argument="--concept")
     if kind in MASK_KINDS:
         return None
     given = Mask.load(Path(kind))

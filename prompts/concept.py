@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from erase_concept.errors import RequestError
 from erase_concept.prompts import emojinette
 
+_WORDS = "words:"
 Kind = Literal["object", "style", "nudity", "person", "custom", "several"]
 
 
@@ -40,6 +41,8 @@ class Concept:
     ``others`` are further prompts to retain as they stand, such as the empty one. An empty anchor is the empty prompt.
     ``key`` is the name under which it is found, where that is not the name itself.
 
+    ``prompts`` in the place of templates are forgotten as they stand, whatever they say, and the empty prompt is what
+    they become. ``images`` is a folder of images that show the concept, to be used in the place of sampled ones.
     A concept of ``parts`` erases them together: name, kind ("several") and parts are all that it has of its own.
     """
 
@@ -51,6 +54,8 @@ class Concept:
     others: tuple[str, ...] = ()
     synonyms: tuple[str, ...] = ()
     key: str = ""
+    prompts: tuple[str, ...] = ()
+    images: str = ""
     parts: tuple[Concept, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,13 +65,15 @@ class Concept:
         if self.parts:
             if any(part.parts for part in self.parts):
                 raise ValueError("a part of a concept has no parts itself")
-            if self.anchor or self.templates or self.retain or self.others or self.synonyms:
+            if self.anchor or self.templates or self.retain or self.others or self.synonyms or self.prompts:
                 raise ValueError("a concept of parts has nothing else: anchors, templates and the rest are its parts'")
             return
         for template in self.templates:
             if "{o}" not in template and "{O}" not in template:
                 raise ValueError(f"template {template!r} has no place for the name: it needs {{o}} or {{O}}")
-        if not self.templates:
+        if self.prompts and (self.anchor or self.templates or self.synonyms or self.retain):
+            raise ValueError("prompts that are forgotten as they stand have no anchor, templates, synonyms or retain")
+        if not self.templates and not self.prompts:
             raise ValueError("a concept needs at least one template")
         if not self.retain and not self.others:
             raise ValueError("a concept needs something to retain: names in retain, or prompts in others")
@@ -81,8 +88,8 @@ class Concept:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is erased: the name and its synonyms, of every part."""
-        return tuple(name for part in self.simple for name in (part.name, *part.synonyms))
+        """What is erased: the name and its synonyms, or the prompts themselves, of every part."""
+        return tuple(name for part in self.simple for name in part.prompts or (part.name, *part.synonyms))
 
     @property
     def becomes(self) -> str:
@@ -108,8 +115,13 @@ class Concept:
         return tuple(dict.fromkeys((*named, *(prompt for part in self.simple for prompt in part.others))))
 
     def prompts_for(self, name: str) -> tuple[str, ...]:
-        """Return the same sentences, in the same order, about ``name``; about nothing, each is the empty prompt."""
-        return tuple(fill(template, name) if name else "" for template in self.templates)
+        """Return the same sentences, in the same order, about ``name``; about nothing, each is the empty prompt.
+
+        Prompts that stand as they are have one thing alone that they are about.
+        """
+        if not name:
+            return ("",) * len(self.templates or self.prompts)
+        return self.prompts or tuple(fill(template, name) for template in self.templates)
 
     def beside(self, erased: Sequence[Concept]) -> Concept:
         """Return the concept as it is erased together with others, whose names nothing of it holds as whole words.
@@ -118,7 +130,7 @@ class Concept:
         name that is left, or to the empty prompt. Raises ValueError when no template is left, or nothing to retain.
         """
         names = [name for other in erased for name in other.names]
-        words = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names) or "(?!)", re.IGNORECASE)
+        words = whole_words(names)
 
         def left(texts: Sequence[str]) -> tuple[str, ...]:
             return tuple(text for text in texts if not words.search(re.sub(r"\{[oO]\}", "", text)))
@@ -132,6 +144,11 @@ class Concept:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["parts"] = [part.to_dict() for part in self.parts]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value}
+
+
+def whole_words(names: Sequence[str]) -> re.Pattern[str]:
+    """Return the pattern that finds any of the names as whole words, in whatever case."""
+    return re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names) or "(?!)", re.IGNORECASE)
 
 
 def several(found: Sequence[Concept]) -> Concept:
@@ -219,21 +236,35 @@ def _style(style: str) -> Concept:
     )
 
 
-def concept(name: str) -> Concept:
-    """Return a built-in concept by key, or read one from a YAML file whose path is given.
+def concept(name: str, model: str = "") -> Concept:
+    """Return a built-in concept by key, or one of the user's own.
 
-    Raises RequestError when there is no such concept (with the nearest keys) or the file does not describe one.
+    That is a YAML file's, a prompt file's (``.csv`` or ``.txt``), an image folder's, or that of any words. ``model`` is
+    the base model's name, for words leave alone what the built-in one is known to draw. Raises RequestError when a file
+    does not describe a concept, or words look like a key that is misspelt; after ``words:`` they are taken as they are.
     """
+    from erase_concept.prompts import custom  # which makes concepts, so it imports this
+
     known = concepts()
     # A style's name alone may be said of many things; "sketch style" says what is meant.
-    styled = {f"{key} style": found for key, found in known.items() if found.kind == "style"}
-    if name in known or name in styled:
-        return known.get(name) or styled[name]
-    if name.endswith((".yaml", ".yml")):
-        return _read(Path(name))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(known)}"
-    raise RequestError("--concept", name, f"unknown concept; {hint} A YAML file may describe another one.")
+    known |= {f"{key} style": found for key, found in known.items() if found.kind == "style"}
+    path = Path(name)
+    if name in known:
+        return known[name]
+    if name.startswith(_WORDS):
+        return custom.from_words(name.removeprefix(_WORDS), model)
+    if path.suffix in (".yaml", ".yml"):
+        return _read(path)
+    if path.suffix.lower() in (".csv", ".txt"):
+        return custom.from_prompts(path, model)
+    if path.is_dir():
+        return custom.from_images(path, model)
+    as_it_is = f"{_WORDS}{name} takes the words as they are"
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.75):
+        raise RequestError("--concept", name, f"unknown concept; did you mean {' or '.join(near)}? {as_it_is}")
+    if "/" in name or "\\" in name:
+        raise RequestError("--concept", name, f"no such file or folder; {as_it_is}")
+    return custom.from_words(name, model)
 
 
 def _read(file: Path) -> Concept:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from erase_concept import cli
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
@@ -112,6 +113,28 @@ def test_several_concepts_are_named_one_by_one(
     code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
     assert code == 0
     assert json.loads((folder / "again" / "run.json").read_text())["erased"] == account["erased"]
+
+
+def test_concepts_of_ones_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words, prompts and images, all in one run."""
+    (folder / "asked.txt").write_text("a dot\ntwo dots\n")
+    (folder / "red_star").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(folder / "red_star" / f"{i}.png")
+    options = ["-c", "blue disc", "-c", "asked.txt", "-c", "red_star", *SMALL]
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", *options, "-o", "run", "--json")
+    account = json.loads(out)
+    assert (code, account["concept"]) == (0, "blue disc, asked and red star")
+    assert [part["anchor"] for part in account["parts"]] == ["", "", ""]
+    assert "remapped to the empty prompt" in (folder / "run" / "pipeline" / "README.md").read_text()
+    code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
+    assert (code, json.loads((folder / "again" / "run.json").read_text())["erased"]) == (0, account["erased"])
+    code, _, err = call(monkeypatch, capsys, "eval", "run", "-o", "out")
+    assert (code, "--concept 'blue disc' (custom): Emojinette's objects and styles are: " in err) == (2, True)
+    code, _, err = call(monkeypatch, capsys, "eval", "model", "-c", "dog", "-c", "dog", "-o", "out")
+    assert (code, "'dog' is named twice" in err) == (2, True)
 
 
 def test_mask_command_makes_the_runs_mask(

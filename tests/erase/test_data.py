@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +174,27 @@ def test_images_of_several_concepts_lie_in_folders_of_their_names(
     (tmp_path / "square" / "0.png").unlink()
     with pytest.raises(RequestError, match=r"--forget-images .*has no image of square"):
         make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
+
+
+def test_prompts_as_they_stand_become_the_empty_prompt(tiny: Diffusion) -> None:
+    asked = Concept("file", "custom", prompts=("file it", "two dots"), others=("", "a line"))
+    data = make_data(tiny, asked, seed=1, **SMALL, anchor=2)
+    assert torch.allclose(data.forget, tiny.encode_prompts(asked.prompts), atol=1e-6)
+    assert data.remap.shape[:2] == (1, 2)
+    assert torch.allclose(data.remap[0], tiny.encode_empty().expand(2, -1, -1), atol=1e-6)
+    assert data.forget_spans.tolist() == [[1, 7], [1, 8]]  # all words, though "file" is the concept's name
+    assert len(data.anchor_latents) == 2
+
+
+def test_a_concepts_own_images_are_its_forget_rows(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    seen = Concept("star", "custom", "", ("a {O}",), ("dot",), images=str(tmp_path))
+    data = make_data(tiny, several([square, seen]), seed=1, **SMALL)
+    assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 3
+    alone = make_data(tiny, seen, seed=1, **SMALL)
+    given = make_data(tiny, replace(seen, images=""), seed=1, forget_images=tmp_path, **SMALL)
+    assert torch.equal(alone.forget_latents, given.forget_latents)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(RequestError, match=r"--concept .*: holds no image"):
+        make_data(tiny, replace(seen, images=str(tmp_path / "none")), seed=1, **SMALL)

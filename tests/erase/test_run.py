@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,8 @@ def test_a_wrong_request_leaves_the_folder_free(model: Path, square: Concept, tm
         recipe(model, square, mask={"kind": "absent.safetensors"}),
         recipe(model, square, data={"forget_images": "absent"}),
         recipe(Path("absent"), square),
+        recipe(model, replace(square, images=str(tmp_path / "absent"))),
+        recipe(model, replace(square, images=str(tmp_path)), method="esd-x", mask={"kind": "none"}),
     ):
         with pytest.raises(RequestError):
             run(wrong, tmp_path / "run")

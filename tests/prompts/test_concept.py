@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,12 @@ def test_objects_and_styles_cover_one_another() -> None:
 def test_unknown_concept_names_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"--concept chruch: unknown concept; did you mean church"):
         concept("chruch")
-    with pytest.raises(RequestError, match="allowed: fish, dog"):
-        concept("qqqq")
+    with pytest.raises(RequestError, match="did you mean sketch style"):
+        concept("skech style")
+    with pytest.raises(RequestError, match=r"words:chruch takes the words as they are"):
+        concept("chruch")
+    assert concept("words:chruch").name == "chruch"
+    assert concept("sketch style") == concept("sketch")
 
 
 def test_a_yaml_file_describes_a_concept(tmp_path: Path) -> None:
@@ -156,3 +161,84 @@ def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
 def test_a_concept_is_simple_or_made_of_simple_ones(wrong: dict, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Concept(**{"name": "x", "kind": "custom", **wrong})
+
+
+def test_words_make_a_concept(tmp_path: Path) -> None:
+    found = concept(" blue  rocket")
+    assert found.forget_prompts == (
+        "a photo of a blue rocket",
+        "an image of a blue rocket",
+        "a picture of a blue rocket",
+        "a blue rocket",
+    )
+    assert set(found.remapped_to(found.anchor)) == {""}
+    assert found.retain == ("rocket",)
+    assert {"", "a cat asleep on a warm windowsill"} < set(found.others)
+    assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+    known = concept("blue rocket", "emojinette")
+    assert set(known.retain) == set(emojinette.OBJECT_LABELS)
+    assert {f"an image in {style} style" for style in emojinette.STYLES} < set(known.others)
+    assert not set(known.forget_prompts) & set(known.retain_prompts)
+
+
+@pytest.mark.parametrize(
+    ("words", "retained", "left"),
+    [
+        ("gas station", (), {"gas pump"}),  # shares a word, and is none of the words' own names
+        ("pixel dog", ("dog",), set()),
+        ("old Chapel", ("chapel",), {"church"}),  # the name within the words stands for its object
+        ("words:golf ball", (), {"golf"}),  # another name of the object itself
+        ("village church bell", ("church",), set()),
+        ("carpet", (), set()),
+    ],
+)
+def test_known_names_within_the_words_are_retained(words: str, retained: tuple[str, ...], left: set[str]) -> None:
+    assert concept(words).retain == retained
+    assert set(concept(words, "emojinette").retain) == {*emojinette.OBJECT_LABELS, *retained} - left
+    assert ("an image in pixel style" in concept(words).others) == ("pixel" in words)
+
+
+def test_everyday_prompts_about_the_words_are_not_retained() -> None:
+    assert not any(re.search(r"\bbread\b", prompt) for prompt in concept("bread").retain_prompts)
+    assert any(re.search(r"\bbread\b", prompt) for prompt in concept("breadth").retain_prompts)
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.txt"])
+def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
+    head = "prompt\n" if name.endswith("csv") else "\n"
+    (tmp_path / name).write_text(head + "a church by the sea\na {o} dog\na church by the sea\n", encoding="utf-8")
+    found = concept(str(tmp_path / name), "emojinette")
+    assert found.forget_prompts == ("a church by the sea", "a {o} dog")
+    assert found.remapped_to("") == ("", "")
+    assert "an image of a church" in found.retain_prompts
+    assert found.name == "prompts"
+    assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+    both = several([found, concept("dog")])
+    assert both.parts[0].prompts == found.prompts
+    assert "an image of a dog" not in both.retain_prompts
+    (tmp_path / name).write_text(head)
+    with pytest.raises(RequestError, match=r"holds no prompt|is empty"):
+        concept(str(tmp_path / name))
+
+
+def test_a_folder_makes_a_concept_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blue_rocket").mkdir()
+    found = concept(str(tmp_path / "blue_rocket"))
+    assert (found.name, found.images) == ("blue rocket", str(tmp_path / "blue_rocket"))
+    assert found.forget_prompts == concept("blue rocket").forget_prompts
+
+
+def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    for name, problem in (
+        ("words: ", "needs at least one word"),
+        ("?!", "needs at least one word"),
+        (str(tmp_path / "absent"), "no such file or folder"),
+        (str(tmp_path / "absent.txt"), "not a readable text"),
+        (str(tmp_path / "absent.csv"), "No such file"),
+        (str(tmp_path / "bytes.txt"), "not a readable text"),
+    ):
+        with pytest.raises(RequestError, match=f"--concept .*{problem}"):
+            concept(name)
+    with pytest.raises(ValueError, match="as they stand have no anchor"):
+        Concept("x", "custom", "y", prompts=("a",), others=("",))
