@@ -156,7 +156,9 @@ class Classified:
         """Return the chosen [n] images, of both models."""
         places = np.flatnonzero(chosen).tolist()
         return Classified(
-            *(tuple(some[place] for place in places) for some in (self.rows, self.objects, self.styles)),
+            tuple(self.rows[place] for place in places),
+            tuple(self.objects[place] for place in places),
+            tuple(self.styles[place] for place in places),
             self.features[chosen],
             None if self.images is None else self.images[chosen],
             None if self.base is None else self.base.where(chosen),
@@ -223,8 +225,9 @@ def retained(seen: Classified, concept: Concept) -> Classified:
     return seen.where(~forget_mask(seen.rows, concept))
 
 
-def _pooled(scores: Sequence[Score], target: str, protocol: str) -> Score:
+def _pooled(found: Sequence[Score | None], target: str, protocol: str) -> Score:
     """Return the share over the images behind several scores of one metric taken together."""
+    scores = [score for score in found if score is not None]
     n = sum(score.n for score in scores)
     hits = sum(round(score.value * score.n) for score in scores)
     return replace(
