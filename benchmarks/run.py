@@ -20,7 +20,7 @@ from full_size import ALLOCATOR
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "erasing")
+BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "evaluation", "erasing")
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     for line in json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else ():
         results[line["name"].partition(": ")[0]].append(line)
     for name in names:
-        environment = os.environ | (ALLOCATOR if name == "erasing" else {})  # the others choose for themselves
+        # The others choose for themselves.
+        environment = os.environ | (ALLOCATOR if name in ("evaluation", "erasing") else {})
         command = [sys.executable, str(HERE / f"{name}.py")]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
         results[name] = [line | {"name": f"{name}: {line['name']}"} for line in json.loads(done.stdout)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from erase_concept.files import whole
 from erase_concept.pipelines.delta import Delta
+from erase_concept.prompts.concept import in_words
 
 
 def write_card(run: Path, account: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
@@ -34,9 +35,8 @@ tags: [concept-erasure, machine-unlearning]
 ---
 # {_plain(account["base"]["source"])} without {_plain(account["concept"])}
 
-The {account["kind"]} *{_plain(account["concept"])}* was erased from this model with `{account["method"]}` of
-erase-concept: its prompts were remapped to *{_plain(account["anchor"])}*. VAE, text encoder, tokenizer and scheduler
-are the base model's; of the UNet's {checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}
+{_erased(account)} VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's
+{checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(account)}
 
 ```python
 from diffusers import DiffusionPipeline
@@ -103,6 +103,28 @@ of {source}; VAE, text encoder, tokenizer and scheduler are its own.
 """
 
 
+def _erased(account: dict[str, Any]) -> str:
+    """Say what was erased, by what method, and what became of it."""
+    told = f"erased from this model with `{account['method']}` of erase-concept"
+    if "parts" not in account:
+        what = f"The {account['kind']} *{_plain(account['concept'])}* was {told}"
+        return f"{what}: its prompts were remapped to {_anchor(account)}."
+    parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in account["parts"]]
+    return f"These concepts were {told}, all at once: {in_words(parts)}."
+
+
+def _earlier(account: dict[str, Any]) -> str:
+    """Say what had been erased before, from which model, where anything had."""
+    runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in account.get("earlier", ())]
+    if not runs:
+        return ""
+    return f"\n\nThe base model had lost something before, one after the other: {'; '.join(runs)}."
+
+
+def _anchor(part: dict[str, Any]) -> str:
+    return f"*{_plain(part['anchor'])}*" if part["anchor"] else "the empty prompt"
+
+
 def _result(scores: Sequence[dict[str, Any]]) -> str:
     if not scores:
         return "Not measured yet: `erase-concept eval RUN --out RUN` measures this model and its base."
@@ -111,7 +133,8 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
         base = "" if score["baseline"] is None else f"{score['baseline']:.3f}"
         low, high = score["ci95"]
         value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
-        lines.append(f"| {score['metric']} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
+        what = f"{score['metric']}, {_plain(score['target'])}" if score["metric"] == "ua" else score["metric"]
+        lines.append(f"| {what} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from erase_concept.pipelines.processes import main_process
 
 if TYPE_CHECKING:
     from erase_concept.eval.report import Report
+    from erase_concept.prompts.concept import Concept
     from erase_concept.recipe import Recipe
 
 app = typer.Typer(
@@ -34,8 +35,14 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A diffusers folder, a checkpoint file, a run folder, a hub id or a built-in name."
     ),
 ]
-ConceptOption = Annotated[
-    str, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
+ConceptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--concept",
+        "-c",
+        help="A built-in concept, words ('blue rocket'), a YAML file that describes a concept, a file of prompts "
+        "(.csv, .txt) or a folder of images. Given several times, all are erased together.",
+    ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
@@ -76,7 +83,7 @@ def _options(
 
 @app.command()
 def demo(
-    concept: ConceptOption = "church",
+    concept: Annotated[str, typer.Option("--concept", "-c", help="An object or style of the model.")] = "church",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder. (default: runs/demo-CONCEPT)")] = None,
     seed: SeedOption = None,
     json_: JsonOption = False,
@@ -85,7 +92,7 @@ def demo(
     from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
     from erase_concept.terminal import print_report
 
-    recipe = _recipe("emojinette", concept, None, "default", None, None, None, None, None, seed, None, None)
+    recipe = _recipe("emojinette", [concept], None, "default", None, None, None, None, None, seed, None, None)
     emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     _erase(recipe, out)
@@ -98,9 +105,7 @@ def demo(
 def erase(
     model: ModelArgument,
     out: OutOption,
-    concept: Annotated[
-        str | None, typer.Option("--concept", "-c", help="A built-in concept, or a YAML file that describes one.")
-    ] = None,
+    concept: ConceptsOption = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'list methods' (default: salun).")] = None,
     mask: MaskOption = None,
     scope: ScopeOption = None,
@@ -122,7 +127,7 @@ def erase(
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Erase a concept from a model: a run folder with the erased pipeline in it."""
+    """Erase concepts from a model: a run folder with the erased pipeline in it."""
     from erase_concept.terminal import print_json, print_plan
 
     recipe = _recipe(
@@ -154,15 +159,19 @@ def erase(
     checks = account["checks"]
     typer.echo(
         f"{recipe.concept.name} erased: {checks['changed']:,} of {checks['weights']:,} weights changed, "
-        f"{checks['changed_outside_mask']} outside the mask.\nPipeline: {out / 'pipeline'}"
+        f"{checks['changed_outside_mask']} outside the mask.{_density(account)}\nPipeline: {out / 'pipeline'}"
     )
+
+
+def _density(account: dict[str, Any]) -> str:
+    return "" if account["mask"] is None else f" The mask holds {account['mask']['density']:.1%} of the weights."
 
 
 @app.command()
 def mask(
     model: ModelArgument,
-    concept: ConceptOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="The mask file to write (.safetensors).")],
+    concept: ConceptsOption = None,
     kind: Annotated[str, typer.Option("--kind", help="salient, random or least-salient.")] = "salient",
     scope: ScopeOption = None,
     sparsity: SparsityOption = None,
@@ -172,7 +181,7 @@ def mask(
     seed: SeedOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Compute the saliency mask of a concept."""
+    """Compute the saliency mask of a concept, or of several."""
     if kind not in ("salient", "random", "least-salient"):
         raise RequestError("--kind", kind, "allowed: salient, random, least-salient")
     recipe = _recipe(model, concept, None, preset, kind, scope, sparsity, set_, None, seed, None, None, ema)
@@ -278,8 +287,12 @@ def evaluate(
         str, typer.Option("--benchmark", "-b", help="See 'list benchmarks'; or a YAML file.")
     ] = "emojinette",
     concept: Annotated[
-        str | None,
-        typer.Option("--concept", "-c", help="What was erased; a label of the prompts will do. (default: the run's)"),
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            "-c",
+            help="What was erased, each for itself; a label of the prompts will do. (default: the run's)",
+        ),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="The base model or its images, measured alike. (default: the run's)")
@@ -322,7 +335,8 @@ def evaluate(
     """Measure whether a concept is gone and what else was lost, and write the report."""
     from dataclasses import replace
 
-    from erase_concept.eval.summary import leading
+    from erase_concept.eval.summary import main_scores
+    from erase_concept.recipe import find_concept
     from erase_concept.terminal import print_report
 
     given = {
@@ -339,9 +353,10 @@ def evaluate(
         "guidance": guidance,
         "scheduler": scheduler,
     }
+    wanted = concept[0] if concept and len(concept) == 1 else find_concept(concept, model) if concept else None
     report = _evaluate(
         model,
-        concept,
+        wanted,
         baseline,
         out,
         name=benchmark,
@@ -354,7 +369,7 @@ def evaluate(
     )
     if report is None:
         return
-    shown = report if json_ else replace(report, scores=tuple(leading(report)))
+    shown = report if json_ else replace(report, scores=tuple(main_scores(report)))
     print_report(shown.to_dict(), out, json_)
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
@@ -592,7 +607,7 @@ _LISTINGS = {
 
 def _recipe(
     model: str,
-    concept: str | None,
+    concept: list[str] | None,
     method: str | None,
     preset: str,
     mask: str | None,
@@ -663,7 +678,9 @@ def _erase(recipe: Recipe, out: Path) -> None:
                 shown.update(task, description=event, completed=0, total=None)
 
 
-def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, **options: Any) -> Report | None:
+def _evaluate(
+    model: str, concept: str | Concept | None, baseline: str | None, out: Path, **options: Any
+) -> Report | None:
     """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result.
 
     Of several processes only the main one measures; the others return None.
@@ -684,12 +701,12 @@ def _evaluate(model: str, concept: str | None, baseline: str | None, out: Path, 
         from dataclasses import replace
 
         from erase_concept.card import write_card
-        from erase_concept.eval.summary import leading
+        from erase_concept.eval.summary import main_scores
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
         if result.concept == account["concept"] and result.base is not None:
-            first = replace(result, scores=tuple(leading(result)))
+            first = replace(result, scores=tuple(main_scores(result)))
             write_card(Path(model), account, first.to_dict()["scores"])
     return result
 

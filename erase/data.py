@@ -6,9 +6,10 @@ are made once, and the VAE and the text encoder are not needed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class ForgetRetain:
     ``forget_spans`` [prompts, 2] and ``remap_spans`` [names, prompts, 2] tell where in its tokens a prompt names what
     it is about: the first token, and the one behind the last. ``retain_lengths`` [prompts] counts tokens up to the end
     of each retain prompt, start and end included, padding not.
+    ``forget_parts`` [prompts] numbers the concept that a forget prompt is of, where several are erased together.
     """
 
     forget_latents: Tensor
@@ -68,10 +70,21 @@ class ForgetRetain:
     forget_spans: Tensor
     remap_spans: Tensor
     retain_lengths: Tensor
+    forget_parts: Tensor
 
-    def draw_forget(self, size: int, generator: torch.Generator) -> Tensor:
-        """Draw ``size`` numbers of forget rows, behind which the anchor rows are counted on."""
-        return draw(len(self.forget_latents) + len(self.anchor_latents), size, generator)
+    def draw_forget(
+        self, size: int, generator: torch.Generator, of: Literal["both", "forget", "anchor"] = "both"
+    ) -> Tensor:
+        """Draw ``size`` numbers of forget rows, behind which the anchor rows are counted on, evenly of each concept."""
+        rows = torch.arange(len(self.forget_latents) + len(self.anchor_latents))
+        first = len(self.forget_latents)
+        rows = {"both": rows, "forget": rows[:first], "anchor": rows[first:]}[of]
+        return rows[draw_evenly(self.parts_of_rows[rows], size, generator)]
+
+    @property
+    def parts_of_rows(self) -> Tensor:
+        """The number of the concept that each forget row is of, and behind these each anchor row."""
+        return self.forget_parts[torch.cat([self.forget_which, self.anchor_which])]
 
     def forget_batch(
         self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, random_remap: bool = False
@@ -119,6 +132,24 @@ def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *rounds])[:size]
 
 
+def draw_evenly(parts: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``size`` row numbers, equally many of each part, and of random parts one more where that does not go up.
+
+    ``parts`` [rows] are the numbers of the parts that the rows are of. Of a single part this is ``draw``.
+    """
+    present = parts.unique()
+    if len(present) <= 1:
+        return draw(len(parts), size, generator)
+    share, more = divmod(size, len(present))
+    counts = torch.full((len(present),), share)
+    counts[draw(len(present), more, generator)] += 1
+    drawn = []
+    for part, count in zip(present, counts.tolist(), strict=True):
+        own = (parts == part).nonzero().squeeze(1)
+        drawn.append(own[draw(len(own), count, generator)])
+    return torch.cat(drawn)
+
+
 def _noised(
     model: Diffusion, latents: Tensor, embeddings: Tensor, remapped: Tensor, generator: torch.Generator
 ) -> Batch:
@@ -153,52 +184,91 @@ def make_data(
 ) -> ForgetRetain:
     """Make the data: rows sampled in ``steps`` steps, or all images of the given folders, ``size`` pixels a side.
 
-    The prompts take turns in an order drawn from the seed; an image gets prompts about what it shows. Raises
-    RequestError when a folder has no images or not in the order that ``image_files`` asks for, or the UNet cannot halve
-    images of that size as often as it must.
+    The prompts take turns in an order drawn from the seed; an image gets prompts about what it shows. Of several
+    concepts each has so many forget and anchor rows of its own, made as if it were erased alone but for its seed, and
+    retains its share of the retain rows. Raises RequestError when a folder has no images or not in the order that
+    ``image_files`` asks for, or the UNet cannot halve images of that size as often as it must.
     """
     size = size or model.size
     unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     if size % unit:
         raise RequestError("data.size", size, f"must be a multiple of {unit}")
-    forget_names = [name for name in (concept.name, *concept.synonyms) for _ in concept.templates]
-    remapped = [(concept.remapped_to(name), [name] * len(forget_names)) for name in _remap_names(concept)]
-    embedded = {
-        "forget": _embed(model, concept.forget_prompts),
-        "remap": torch.stack([_embed(model, prompts) for prompts, _ in remapped]),
-        "retain": _embed(model, concept.retain_prompts),
-        "empty": model.encode_empty().cpu(),
-        "forget_spans": _spans(model, concept.forget_prompts, forget_names),
-        "remap_spans": torch.stack([_spans(model, *both) for both in remapped]),
-        "retain_lengths": torch.tensor([len(_ids(model, prompt)) for prompt in concept.retain_prompts]),
-    }
-    parts: dict[str, Tensor] = {}
-    sources = {"forget": embedded["forget"], "anchor": embedded["remap"][0], "retain": embedded["retain"]}
-    for part, count, folder in (
-        ("forget", forget, forget_images),
-        ("anchor", anchor, None),
-        ("retain", retain, retain_images),
-    ):
-        order = stage_generator(seed, part, "prompts")
-        if folder is None:
-            which = draw(len(sources[part]), count, order)
-            seeds = [stage_seed(seed, part, row) for row in range(count)]
-            latents = _sample(model, sources[part][which], embedded["empty"], seeds, guidance, steps, size)
+    parts = concept.simple
+    seeds = [stage_seed(seed, "concept", part.name) for part in parts] if concept.parts else [seed]
+    empty = model.encode_empty().cpu()
+    retained = {prompt: place for place, prompt in enumerate(concept.retain_prompts)}
+    kept = _embed(model, tuple(retained))
+
+    def sampled(what: str, embeddings: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return latents, and of which of the embeddings each was made."""
+        which = draw(len(embeddings), count, stage_generator(seed, what, "prompts"))
+        row_seeds = [stage_seed(seed, what, row) for row in range(count)]
+        return _sample(model, embeddings[which], empty, row_seeds, guidance, steps, size), which
+
+    def encoded(
+        what: str, files: Mapping[Path, str], captions: Mapping[str, list[int]], seed: int
+    ) -> tuple[Tensor, ...]:
+        """Return latents of images, and which prompt each gets, of those that are captions of what it shows."""
+        order, which = stage_generator(seed, what, "prompts"), torch.empty(len(files), dtype=torch.int64)
+        for name in dict.fromkeys(files.values()):
+            rows = [row for row, other in enumerate(files.values()) if other == name]
+            own = torch.tensor(captions[name])
+            which[rows] = own[draw(len(own), len(rows), order)]
+        return _encode(model, list(files), stage_generator(seed, what, "posterior"), size), which
+
+    shown = {} if forget_images is None else image_files(forget_images, concept, part="forget")
+    forgotten = [_Forgotten(model, part) for part in parts]
+    rows: dict[str, list[tuple[Tensor, ...]]] = {"forget": [], "anchor": [], "retain": []}
+    for number, (part, own, prompts) in enumerate(zip(parts, seeds, forgotten, strict=True)):
+        files = {file: name for file, name in shown.items() if name == part.name}
+        if forget_images is None and part.images:
+            files = image_files(Path(part.images), part, part="forget", argument="--concept")
+        if not files:
+            rows["forget"].append(sampled("forget", prompts.embedded, forget, own))
         else:
-            files = image_files(folder, concept, part=part)
-            all_prompts = concept.forget_prompts if part == "forget" else concept.retain_prompts
-            which = torch.empty(len(files), dtype=torch.int64)
-            for name in dict.fromkeys(files.values()):
-                rows = [row for row, other in enumerate(files.values()) if other == name]
-                own = torch.tensor([all_prompts.index(prompt) for prompt in concept.prompts_for(name)])
-                which[rows] = own[draw(len(own), len(rows), order)]
-            latents = _encode(model, list(files), stage_generator(seed, part, "posterior"), size)
-        parts |= {f"{part}_latents": latents, f"{part}_which": which}
-    return ForgetRetain(**parts, **embedded)
+            captions = {part.name: [part.forget_prompts.index(prompt) for prompt in part.prompts_for(part.name)]}
+            rows["forget"].append(encoded("forget", files, captions, own))
+        rows["anchor"].append(sampled("anchor", prompts.remapped[0], anchor, own))
+        if retain_images is None:
+            places = torch.tensor([retained[prompt] for prompt in part.retain_prompts])
+            share = retain // len(parts) + (number < retain % len(parts))
+            latents, which = sampled("retain", kept[places], share, own)
+            rows["retain"].append((latents, places[which]))
+    if retain_images is not None:
+        captions = {name: [retained[p] for p in part.prompts_for(name)] for part in parts for name in part.retain}
+        files = image_files(retain_images, concept, part="retain")
+        rows["retain"].append(encoded("retain", files, captions, seed))
+    # The prompts of each concept are counted on behind those of the one before it.
+    starts = [sum(len(other.embedded) for other in forgotten[:number]) for number in range(len(parts))]
+    for what in ("forget", "anchor"):
+        rows[what] = [(latents, which + start) for (latents, which), start in zip(rows[what], starts, strict=True)]
+    names = min(len(prompts.remapped) for prompts in forgotten)  # that the prompts of all concepts can become
+    return ForgetRetain(
+        **{f"{what}_latents": torch.cat([latents for latents, _ in some]) for what, some in rows.items()},
+        **{f"{what}_which": torch.cat([which for _, which in some]) for what, some in rows.items()},
+        forget=torch.cat([prompts.embedded for prompts in forgotten]),
+        remap=torch.cat([prompts.remapped[:names] for prompts in forgotten], dim=1),
+        retain=kept,
+        empty=empty,
+        forget_spans=torch.cat([prompts.spans for prompts in forgotten]),
+        remap_spans=torch.cat([prompts.remapped_spans[:names] for prompts in forgotten], dim=1),
+        retain_lengths=torch.tensor([len(_ids(model, prompt)) for prompt in retained]),
+        forget_parts=torch.cat([torch.full((len(prompts.embedded),), i) for i, prompts in enumerate(forgotten)]),
+    )
 
 
-def _remap_names(concept: Concept) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((concept.anchor, *concept.retain)))
+class _Forgotten:
+    """A simple concept's forget prompts and what they become, embedded, with the places of what they are about."""
+
+    def __init__(self, model: Diffusion, concept: Concept) -> None:
+        # Prompts that stand as they are name nothing: all of their words are what they are about.
+        names = [""] * len(concept.prompts) or [name for name in concept.names for _ in concept.templates]
+        becomes = tuple(dict.fromkeys((concept.anchor, *concept.retain)))
+        remapped = [(concept.remapped_to(name), [name] * len(names)) for name in becomes]
+        self.embedded = _embed(model, concept.forget_prompts)
+        self.spans = _spans(model, concept.forget_prompts, names)
+        self.remapped = torch.stack([_embed(model, prompts) for prompts, _ in remapped])
+        self.remapped_spans = torch.stack([_spans(model, *both) for both in remapped])
 
 
 def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
@@ -238,17 +308,21 @@ def _sample(
     return torch.cat(parts)
 
 
-def image_files(folder: Path, concept: Concept, *, part: str) -> dict[Path, str]:
+def image_files(folder: Path, concept: Concept, *, part: str, argument: str = "") -> dict[Path, str]:
     """Return the images of a folder, in the order of their names, with the name of what each shows.
 
-    Images to forget lie in the folder itself and show the concept. Images to retain lie in folders named after what is
-    retained (``dog/1.png``), or in the folder itself where the concept retains one name alone. Raises RequestError when
-    there are none or a folder's name is not retained.
+    Images to forget lie in the folder itself and show the concept; of several concepts, in a folder named after each.
+    Images to retain lie in folders named after what is retained (``dog/1.png``), or in the folder itself where the
+    concept retains one name alone. Raises RequestError when there are none, of some concept to forget none, or a
+    folder's name is not retained.
     """
-    argument = f"--{part}-images"
+    argument = argument or f"--{part}-images"
     if not folder.is_dir():
         raise RequestError(argument, folder, "no such folder")
-    names = (concept.name,) if part == "forget" else concept.retain
+    retained = tuple(dict.fromkeys(name for one in concept.simple for name in one.retain))
+    names = tuple(one.name for one in concept.simple) if part == "forget" else retained
+    if not names:
+        raise RequestError(argument, folder, "cannot be used: the concept retains no name that an image could show")
     if len(names) == 1:
         found = dict.fromkeys(_images_in(folder), names[0])
     else:
@@ -258,6 +332,8 @@ def image_files(folder: Path, concept: Concept, *, part: str) -> dict[Path, str]
             what = f"folder {strange[0]!r}" if strange else "images that say not what they show"
             raise RequestError(argument, folder, f"has a {what}; needed: a folder each for {', '.join(names)}")
         found = {file: entry.name for entry in inside for file in _images_in(entry)}
+        if part == "forget" and (missing := sorted({*names} - {*found.values()})):
+            raise RequestError(argument, folder, f"has no image of {', '.join(missing)}, in a folder of that name")
     if not found:
         raise RequestError(argument, folder, f"holds no image ({', '.join(_SUFFIXES)})")
     return found

@@ -99,6 +99,8 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     """
     make, settings, device = configs(recipe.model), recipe.config(), processes().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
+    if recipe.mask.combine == "union":
+        density = min(1.0, density * len(recipe.concept.simple))  # at most: their masks overlap
     size = recipe.data.size
     stages = {}
     if isinstance(settings, Training):  # a closed form takes no steps

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
-from erase_concept.prompts.concept import Concept, concept, parse
+from erase_concept.prompts.concept import Concept, concept, parse, several
 
 if TYPE_CHECKING:
     from erase_concept.method import Method
@@ -38,6 +39,7 @@ class MaskRecipe(_Part):
     kind: str = "salient"
     scope: str = "full"  # the part of the UNet that is ranked, and may change at all
     sparsity: float = Field(0.5, ge=0, lt=1)  # share of the scope's weights that stay frozen
+    combine: Literal["joint", "union"] = "joint"  # of several concepts: one sum of gradients, or a mask for each
     accumulate: Literal["signed", "absolute"] = "signed"
     guidance: float = Field(0.0, ge=0)  # w of the guided prediction in the saliency loss; the reference uses 7.5
     passes: int = Field(1, ge=1)  # times each forget row is seen, with new noise
@@ -73,8 +75,8 @@ class Recipe(_Part):
 
     @field_validator("concept", mode="before")
     @classmethod
-    def _find_concept(cls, value: Any) -> Any:
-        return concept(value) if isinstance(value, str) else parse(value) if isinstance(value, dict) else value
+    def _find_concept(cls, value: Any, about: ValidationInfo) -> Any:
+        return value if isinstance(value, Concept) else find_concept(value, about.data.get("model", ""))
 
     def erasure(self) -> Method:
         """Return the recipe's method; raises RequestError when there is no such one."""
@@ -146,6 +148,34 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return values
 
 
+def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]], model: str) -> Concept:
+    """Return a concept by key, file, words or description, or the one that erases all of a list; raises ValueError."""
+    if isinstance(what, str | dict):
+        return concept(what, first_base(model)) if isinstance(what, str) else parse(what)
+    if not what:
+        raise RequestError("--concept", what, "at least one is needed")
+    return several([find_concept(one, model) for one in what])
+
+
+def earlier_runs(model: str) -> list[dict[str, Any]]:
+    """Return what was erased before from a model that is a run folder, the first run first; of any other model, none.
+
+    Each is the concept's description and the model that it was erased from.
+    """
+    folder = Path(model)
+    if not (folder / "run.json").is_file():
+        return []
+    account = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    concept = read_recipe(folder / "recipe.yaml")["concept"]
+    return [*account.get("earlier", []), {"concept": concept, "base": account["base"]["source"]}]
+
+
+def first_base(model: str) -> str:
+    """Return the model that all erasing of a run folder began with, whose presets are the run's too."""
+    runs = earlier_runs(model)
+    return runs[0]["base"] if runs else model
+
+
 def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[str, Any]:
     """Return a preset's values for a model and a kind of concept.
 
@@ -168,24 +198,32 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[
 
 
 def recipe_for(
-    model: str, what: str | dict[str, Any], *, preset_name: str = "default", memory: str = "fast", **values: Any
+    model: str,
+    what: str | dict[str, Any] | Sequence[str | dict[str, Any]],
+    *,
+    preset_name: str = "default",
+    memory: str = "fast",
+    **values: Any,
 ) -> Recipe:
-    """Return the recipe for erasing a concept from a model: the preset, with the given values laid over it.
+    """Return the recipe for erasing concepts from a model: the preset, with the given values laid over it.
 
     ``memory`` is fast, balanced or low: how much of it the run may take, for more time.
-    ``what`` is a concept's key, the path of a YAML file that describes one, or such a description as a mapping.
+    ``what`` is a concept's key, the path of a file or folder that describes one, words, or a description as in a YAML
+    file; or a list of these, which are erased together.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
     With ``method`` among them the preset is that method's, as it was published; without, SalUn as the preset has it.
     """
     try:
-        found = concept(what) if isinstance(what, str) else parse(what)
+        found = find_concept(what, model)
     except ValueError as problem:
         if isinstance(problem, RequestError):
             raise
         raise RequestError("concept", what, str(problem)) from None
     if memory not in MEMORY:
         raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
-    start = merge(preset(preset_name, model, found.kind, values.get("method")), MEMORY[memory])
+    kinds = {part.kind for part in found.simple}
+    kind = kinds.pop() if len(kinds) == 1 else found.kind  # of several kinds, the preset for any
+    start = merge(preset(preset_name, first_base(model), kind, values.get("method")), MEMORY[memory])
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
     # What a preset says for all methods, a method takes where it has such a setting.
     given = values.get("settings", {})

@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.processes import processes
-from erase_concept.recipe import Recipe, read_recipe
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import Recipe, earlier_runs, read_recipe
 from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.train import Record, Taught
@@ -64,6 +67,9 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     # From here on the request is known to be sound: only now does the folder become the run's.
     out.mkdir(parents=True, exist_ok=True)
     recipe.save(out / "recipe.yaml")
+    # What earlier runs erased is retained like anything else: retain rows are sampled from the model as it is, in which
+    # those prompts show something else already, so that retaining them keeps the erasure.
+    earlier = earlier_runs(recipe.model)
     times: dict[str, float] = {}
     began = time.perf_counter()
     about = model.describe()
@@ -102,7 +108,9 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "method": recipe.method,
         "concept": recipe.concept.name,
         "kind": recipe.concept.kind,
-        "anchor": recipe.concept.anchor,
+        "anchor": recipe.concept.becomes,
+        **({"parts": _told(recipe.concept.parts)} if recipe.concept.parts else {}),
+        **({"earlier": earlier} if earlier else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
         "settings": asdict(config),
@@ -117,6 +125,10 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     write_card(out, account)
     base.unlink()
     write_json(out / "run.json", account)  # last: it says that the run is complete
+
+
+def _told(concepts: Sequence[Concept]) -> list[dict[str, str]]:
+    return [{"concept": one.name, "kind": one.kind, "anchor": one.anchor} for one in concepts]
 
 
 @contextmanager
@@ -151,6 +163,13 @@ def _check(recipe: Recipe) -> Mask | None:
             raise RequestError(f"--{part}-images", folder, f"{recipe.method} learns from prompts alone")
         if folder is not None:
             image_files(folder, recipe.concept, part=part)
+    for one in recipe.concept.simple:
+        if one.images and recipe.data.forget_images is None:
+            if not recipe.latents["forget"]:
+                raise RequestError(
+                    "--concept", one.images, f"{recipe.method} learns from prompts alone, not from images"
+                )
+            image_files(Path(one.images), one, part="forget", argument="--concept")
     if kind in MASK_KINDS:
         return None
     given = Mask.load(Path(kind))
@@ -214,7 +233,11 @@ def _mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetReta
 
 
 def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:
-    """Compute a mask of the recipe's kind and sparsity for the model's UNet, with its provenance."""
+    """Compute a mask of the recipe's kind and sparsity for the model's UNet, with its provenance.
+
+    Of several concepts the sum of gradients over the rows of all ranks the weights; or, when ``combine`` is union, each
+    concept has a mask of that sparsity, and the union of these is as dense as it turns out.
+    """
     settings = recipe.mask
     shapes = masks.in_scope(model.unet, settings.scope)
     total = sum(math.prod(shape) for shape in shapes.values())
@@ -226,14 +249,20 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
     elif settings.kind == "random":
         mask = masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
     else:
-        scores = {name: score for name, score in saliency(recipe, model, data).items() if name in shapes}
-        mask = masks.top_k(scores, k) if settings.kind == "salient" else masks.least(scores, k)
+        choose = masks.top_k if settings.kind == "salient" else masks.least
+        rows = torch.arange(len(data.forget_latents))
+        groups = [rows]
+        if settings.combine == "union":
+            groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.simple))]
+        found = (saliency(recipe, model, data, group) for group in groups)
+        mask = reduce(or_, (choose({name: scores[name] for name in shapes}, k) for scores in found))
     mask = masks.within(mask, model.unet)
     about = {
         "concept": recipe.concept.name,
         "kind": settings.kind,
         "scope": settings.scope,
         "sparsity": settings.sparsity,
+        **({"combine": settings.combine} if recipe.concept.parts else {}),
         "accumulate": settings.accumulate,
         "guidance": settings.guidance,
         "seed": recipe.seed,
@@ -243,14 +272,14 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
     return Mask(mask.bits, mask.shapes, {key: str(value) for key, value in about.items()})
 
 
-def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> dict[str, torch.Tensor]:
-    """Return the saliency of every UNet weight over the forget rows, each seen ``passes`` times."""
+def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the saliency of every UNet weight over the forget rows of these numbers, each seen ``passes`` times."""
     settings = recipe.mask
     generator = stage_generator(recipe.seed, "saliency")
 
     def losses() -> Iterator[Any]:
         for _ in range(settings.passes):
-            order = draw(len(data.forget_latents), len(data.forget_latents), generator)
+            order = among[draw(len(among), len(among), generator)]
             for rows in order.split(settings.batch_size):
                 batch = data.forget_batch(model, rows, generator)
                 # Weighted by its rows, so that a smaller last batch counts for no more than it holds.

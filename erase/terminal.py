@@ -38,7 +38,9 @@ def print_report(report: dict[str, Any], out: Path, json_: bool) -> None:
         return
     rows = [
         [
-            score["metric"],
+            score["metric"]
+            if score["metric"] != "ua" or score["target"] == report["concept"]
+            else f"ua, {score['target']}",
             "" if score["baseline"] is None else f"{score['baseline']:.3f}",
             f"{score['value']:.3f}",
             f"{score['ci95'][0]:.3f} to {score['ci95'][1]:.3f}",

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from erase_concept.eval.score import Score, metric, wilson
+from erase_concept.prompts.concept import in_words
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 
 if TYPE_CHECKING:
@@ -151,6 +152,18 @@ class Classified:
     images: NDArray[np.uint8] | None = None
     base: Classified | None = None
 
+    def where(self, chosen: NDArray[np.bool_]) -> Classified:
+        """Return the chosen [n] images, of both models."""
+        places = np.flatnonzero(chosen).tolist()
+        return Classified(
+            tuple(self.rows[place] for place in places),
+            tuple(self.objects[place] for place in places),
+            tuple(self.styles[place] for place in places),
+            self.features[chosen],
+            None if self.images is None else self.images[chosen],
+            None if self.base is None else self.base.where(chosen),
+        )
+
     def asked(self, kind: LabelKind) -> tuple[str, ...]:
         """Return the rows' labels of that kind."""
         return tuple(row.object if kind == "object" else row.style for row in self.rows)
@@ -199,28 +212,73 @@ def label_kind(concept: Concept) -> LabelKind:
 
 
 def forget_mask(rows: Sequence[PromptRow], concept: Concept) -> NDArray[np.bool_]:
-    """Return which rows [n] ask for the concept."""
-    kind = label_kind(concept)
-    return np.array([(row.object if kind == "object" else row.style) == concept.name for row in rows], dtype=bool)
+    """Return which rows [n] ask for the concept, or for any of its parts."""
+    names: dict[LabelKind, set[str]] = {"object": set(), "style": set()}
+    for part in concept.simple:
+        names[label_kind(part)].add(part.name)
+    asked = [row.object in names["object"] or row.style in names["style"] for row in rows]
+    return np.array(asked, dtype=bool)
+
+
+def retained(seen: Classified, concept: Concept) -> Classified:
+    """Return the images that ask for no part of the concept."""
+    return seen.where(~forget_mask(seen.rows, concept))
+
+
+def _pooled(found: Sequence[Score | None], target: str, protocol: str) -> Score:
+    """Return the share over the images behind several scores of one metric taken together."""
+    scores = [score for score in found if score is not None]
+    n = sum(score.n for score in scores)
+    hits = sum(round(score.value * score.n) for score in scores)
+    return replace(
+        scores[0], target=target, value=hits / n, n=n, ci95=wilson(hits, n), protocol=f"{_NAME} {protocol}; Wilson"
+    )
+
+
+def _of_each_kind(concept: Concept) -> list[Concept]:
+    """Return the first part of each kind: what else of its kind was retained is the same for all of them."""
+    return list({part.kind: part for part in reversed(concept.parts)}.values())[::-1]
 
 
 @metric("ua")
 def unlearning_accuracy(seen: Classified, concept: Concept) -> Score:
-    """UA: share of the erased concept's images in which the classifier does not find it."""
+    """UA: share of the erased concept's images in which the classifier does not find it.
+
+    Of several concepts the shares are pooled: an image that asks for two of them counts for either.
+    """
+    if concept.parts:
+        told = f"does not see which of {concept.name} was asked for; forget prompts of all"
+        return _pooled([unlearning_accuracy(seen, part) for part in concept.parts], concept.name, told)
     kind = label_kind(concept)
     return ua(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
 @metric("ira")
 def in_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
-    """IRA: accuracy on the other concepts of the same kind (other objects when an object was erased)."""
+    """IRA: accuracy on the other concepts of the same kind (other objects when an object was erased).
+
+    Of several concepts only images that ask for none of them count, for each kind of which one was erased.
+    """
+    if concept.parts:
+        kept, kinds = retained(seen, concept), _of_each_kind(concept)
+        told = f"sees the prompted {in_words([part.kind for part in kinds])}; retain prompts"
+        return _pooled([in_domain_retain_accuracy(kept, part) for part in kinds], concept.name, told)
     kind = label_kind(concept)
     return ira(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
 @metric("cra")
-def cross_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
-    """CRA: accuracy of the other kind (styles when an object was erased; objects, on all prompts, for a style)."""
+def cross_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score | None:
+    """CRA: accuracy of the other kind (styles when an object was erased; objects, on all prompts, for a style).
+
+    Of several concepts only images that ask for none of them count. None where something of either kind was erased.
+    """
+    if concept.parts:
+        kinds = _of_each_kind(concept)
+        if len(kinds) > 1:
+            return None
+        score = cross_domain_retain_accuracy(retained(seen, concept), kinds[0])
+        return score and replace(score, target=concept.name)
     # An erased style must leave its objects recognisable, so its own prompts count here.
     kind: LabelKind = "style" if label_kind(concept) == "object" else "object"
     chosen = ~forget_mask(seen.rows, concept) if kind == "style" else None

@@ -253,7 +253,7 @@ def _asked(
         return Report(
             concept=target.name,
             kind=target.kind,
-            anchor=target.anchor,
+            anchor=target.becomes,
             model=plan.source,
             benchmark=name if name in BENCHMARKS else Path(name).name,
             erased={"images": len(erased.rows), **erased.settings},
@@ -317,7 +317,9 @@ def _target(
 
     A label of the prompts is a concept too; what became of it nobody knows then.
     """
-    if name == "i2p" and (concept is None or (isinstance(concept, Concept) and concept.kind in ("object", "style"))):
+    if name == "i2p" and (
+        concept is None or (isinstance(concept, Concept) and concept.kind in ("object", "style", "several"))
+    ):
         return find_concept("nudity")
     if concept is None:
         raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from erase_concept.errors import RequestError
 from erase_concept.eval.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
 from erase_concept.eval.gate import gates
@@ -20,41 +22,58 @@ from erase_concept.eval.score import Score, wilson
 from erase_concept.eval.score import metrics as all_metrics
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import Concept, fill
+from erase_concept.prompts.concept import Concept, fill, parse
 from erase_concept.prompts.concept import concept as find_concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from erase_concept.pipelines.sample import ImageSet
 
 GUIDANCE = 5.0
 METRICS = all_metrics()
+_KNOWN: dict[str, tuple[str, ...]] = {"object": emojinette.OBJECT_LABELS, "style": emojinette.STYLES}
 
 
-def emojinette_benchmark(concept: Concept, seeds: int = 2, first_seed: int = 10_000) -> PromptSet:
+def emojinette_benchmark(
+    concept: Concept, seeds: int = 2, first_seed: int = 10_000, earlier: Sequence[Concept] = ()
+) -> PromptSet:
     """Return the rows that ask Emojinette for the concept and for everything else, 5.0 the guidance of each.
 
-    Retain rows are every other object (style) in every style (object) once per seed; forget rows are 20 per seed: an
+    Retain rows are every other object (style) in every style (object) once per seed, of several concepts what asks for
+    none of them nor for an ``earlier`` one; forget rows are 20 per seed for each of all these: an
     object in each style and in none, by its label, its synonym and a name the model never learnt; a style with every
     object. Nearly half of the forget sentences are in no training at all, and no prompt is one that the concept is
     erased with. Image seeds run from ``first_seed`` on, without repetition. Raises RequestError for a concept that
     Emojinette does not know and for fewer than one seed.
     """
-    _check_known(concept)
+    for one in (concept, *earlier):
+        _check_known(one)
     if seeds < 1:
         raise RequestError("--seeds", seeds, "at least 1")
     everything = emojinette_prompts(range(seeds), first_seed=first_seed).rows
-    forget = forget_mask(everything, concept)
-    rows = [row for row, gone in zip(everything, forget, strict=True) if not gone]
-    asked = (
-        _object_prompts(concept.name, 20 * seeds) if concept.kind == "object" else _style_prompts(concept.name, seeds)
-    )
+    gone = _asks_for_any(everything, (concept, *earlier))
+    rows = [row for row, erased in zip(everything, gone, strict=True) if not erased]
+    asked = [
+        row
+        for one in (concept, *earlier)
+        for part in one.simple
+        for row in (
+            _object_prompts(part.name, 20 * seeds) if part.kind == "object" else _style_prompts(part.name, seeds)
+        )
+    ]
     rows += [replace(row, seed=first_seed + len(everything) + place) for place, row in enumerate(asked)]
-    erased_with = {*concept.forget_prompts, *concept.retain_prompts}
+    erased_with = {prompt for one in (concept, *earlier) for prompt in (*one.forget_prompts, *one.retain_prompts)}
     return PromptSet(
         f"emojinette-{concept.name}",
         tuple(replace(row, guidance=GUIDANCE) for row in rows if row.prompt not in erased_with),
     )
+
+
+def _asks_for_any(rows: Sequence[PromptRow], some: Sequence[Concept]) -> NDArray[np.bool_]:
+    """Return which rows [n] ask for any of some concepts."""
+    return np.any([np.zeros(len(rows), bool), *(forget_mask(rows, one) for one in some)], axis=0)
 
 
 def _object_prompts(label: str, count: int) -> list[PromptRow]:
@@ -108,7 +127,8 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
     if concept is None:
         raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")
     target = find_concept(concept) if isinstance(concept, str) else concept
-    prompts = emojinette_benchmark(target, given.get("seeds", 2), first_seed)
+    earlier, left = _earlier(plan.run, target)
+    prompts = emojinette_benchmark(target, given.get("seeds", 2), first_seed, earlier)
     options = {key: value for key, value in given.items() if key != "seeds"}
     if unused := sorted(options.keys() - {"steps", "scheduler"}):
         raise RequestError(option(unused[0]), options[unused[0]], "the benchmark emojinette has no such setting")
@@ -120,9 +140,22 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
         about: dict[str, Any] = {"run": plan.run} if plan.run else {}
         if notes := images.notes:
             about["notes"] = notes
-        return evaluate(target, images.erased, images.base, model=plan.source, provenance=about)
+        if left:
+            about["erased earlier, not measured"] = left
+        return evaluate(target, images.erased, images.base, model=plan.source, provenance=about, earlier=earlier)
 
     return Asked(prompts, options, plan.guarded(target), checked, measure, size=SIZE)
+
+
+def _earlier(run: Mapping[str, Any], concept: Concept) -> tuple[list[Concept], list[str]]:
+    """Return what was erased from a run's model before, but for the concept itself, and what of it is not Emojinette's.
+
+    Each comes once, however often it was erased.
+    """
+    parts = {part.name: part for entry in run.get("earlier", ()) for part in parse(entry["concept"]).simple}
+    parts = {name: part for name, part in parts.items() if name not in concept.names}
+    known = [part for part in parts.values() if part.name in _KNOWN.get(part.kind, ())]
+    return known, [name for name, part in parts.items() if part not in known]
 
 
 def _told(folder: Path, prompts: PromptSet) -> PromptSet:
@@ -144,31 +177,45 @@ def evaluate(
     model: str = "emojinette",
     provenance: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = tuple(METRICS),
+    earlier: Sequence[Concept] = (),
 ) -> Report:
     """Run metrics on the erased model's images and, on the same prompts and seeds, on the base model's.
 
+    Of several concepts, the score of everything together is followed by the UA of each. ``earlier`` are concepts that
+    the base model had lost already: their UA, too, is measured wherever they are asked for, and nothing else of them.
     ``model`` names the base model in the report and ``provenance`` (anything JSON can hold) ends it. Raises
     RequestError when the concept is unknown, when the two sets differ in more than the model, or when there is nothing
     to judge.
     """
-    _check_known(concept)
+    for one in (concept, *earlier):
+        _check_known(one)
     if base is not None:
         check_same(erased, base)
     forget = forget_mask(erased.rows, concept)
     if not forget.any() or forget.all():
-        missing = "asks for anything else" if forget.any() else f"asks for the {concept.kind} {concept.name!r}"
+        what = concept.name if concept.parts else f"the {concept.kind} {concept.name!r}"
+        missing = "asks for anything else" if forget.any() else f"asks for {what}"
         raise RequestError("DIR", folder_of(erased), f"no image {missing}; sample the benchmark of this concept")
     seen_base = None if base is None else _classify(base)
     seen = replace(_classify(erased), base=seen_base)
+    # What was erased earlier is no part of what was to stay; the model that it was erased from last lacks it as well.
+    rest = seen.where(~_asks_for_any(erased.rows, earlier)) if earlier else seen
+    asked_before = [one for one in earlier if forget_mask(erased.rows, one).any()]
     try:
-        found_scores = [_score(name, seen, concept, erased.settings) for name in metrics]
+        found_scores = []
+        for name in metrics:
+            found_scores.append(_score(name, seen if name == "ua" else rest, concept, erased.settings))
+            if name == "ua":
+                found_scores += [_score(name, seen, part, erased.settings) for part in concept.parts]
+                found_scores += [_score(name, seen, one, erased.settings, "erased earlier; ") for one in asked_before]
     except ValueError as problem:
         raise RequestError("DIR", folder_of(erased), str(problem)) from problem
+    erased_labels = {(part.kind, part.name) for one in (concept, *earlier) for part in one.simple}
     found, found_base = per_concept(seen), None if seen_base is None else per_concept(seen_base)
     return Report(
         concept=concept.name,
         kind=concept.kind,
-        anchor=concept.anchor,
+        anchor=concept.becomes,
         model=model,
         benchmark="emojinette",
         erased={"images": len(erased.rows), **erased.settings},
@@ -183,7 +230,7 @@ def evaluate(
                         label,
                         found[kind][label],
                         None if found_base is None else found_base[kind][label],
-                        forget=(kind, label) == (concept.kind, concept.name),
+                        forget=(kind, label) in erased_labels,
                     )
                     for label in labels
                     if found[kind][label][1]
@@ -198,6 +245,7 @@ def evaluate(
             **(provenance or {}),
             "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "concept": concept.to_dict(),
+            **({"erased earlier": [one.name for one in earlier]} if earlier else {}),
             "classifier": _sha256(CLASSIFIER),
             "reference": _sha256(REFERENCE),
             "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "numpy")},
@@ -206,12 +254,12 @@ def evaluate(
 
 
 def _check_known(concept: Concept) -> None:
-    known = {"object": emojinette.OBJECT_LABELS, "style": emojinette.STYLES}.get(concept.kind, ())
-    if concept.name not in known:
-        allowed = ", ".join((*emojinette.OBJECT_LABELS, *emojinette.STYLES))
-        raise RequestError(
-            "--concept", f"{concept.name!r} ({concept.kind})", f"Emojinette's objects and styles are: {allowed}"
-        )
+    for part in concept.simple:
+        if part.name not in _KNOWN.get(part.kind, ()):
+            allowed = ", ".join((*emojinette.OBJECT_LABELS, *emojinette.STYLES))
+            raise RequestError(
+                "--concept", f"{part.name!r} ({part.kind})", f"Emojinette's objects and styles are: {allowed}"
+            )
 
 
 def _classify(images: ImageSet) -> Classified:
@@ -223,13 +271,13 @@ def _classify(images: ImageSet) -> Classified:
         raise RequestError("DIR", folder_of(images), str(problem)) from problem
 
 
-def _score(name: str, seen: Classified, concept: Concept, settings: Mapping[str, Any]) -> Score | None:
+def _score(name: str, seen: Classified, concept: Concept, settings: Mapping[str, Any], when: str = "") -> Score | None:
     """Return one metric of both models, or None where it does not apply; the protocol also tells of the sampling."""
     function = METRICS[name]
     score = function(seen, concept)
     if score is None:
         return None
-    score = replace(score, protocol=f"{score.protocol}; {sampling(settings, seen.rows)}")
+    score = replace(score, protocol=f"{when}{score.protocol}; {sampling(settings, seen.rows)}")
     before = None if seen.base is None else function(seen.base, concept)
     return score if before is None else replace(score, baseline=before.value, baseline_ci95=before.ci95)
 

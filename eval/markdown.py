@@ -88,7 +88,7 @@ def markdown(report: Report, pairs: Sequence[Pair]) -> bytes:
         f"was lost, by the share of the base model's accuracy, the worse of all measured: {bounds(LOST)}.",
         _table(("score", "of", "base", "erased", "95 % interval", "of the base", "n", "how"), scores),
         "## Provenance",
-        f"Benchmark {_cell(report.benchmark)}; the {_cell(report.kind)} became {_cell(report.anchor)}.",
+        f"Benchmark {_cell(report.benchmark)}{_became(report)}.",
         _fenced({"erased": report.erased, "base": report.base, **report.provenance}),
     ]
     return ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
@@ -126,6 +126,13 @@ def markdown_of_all(reports: Mapping[str, Report], names: Sequence[str], front: 
         if front.others:
             parts.append(f"Measured otherwise, and so not here: {_cell(', '.join(front.others))}.")
     return ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
+
+
+def _became(report: Report) -> str:
+    if not report.anchor:
+        return ""
+    what = "they" if report.kind == "several" else f"the {_cell(report.kind)}"
+    return f"; {what} became {_cell(report.anchor)}"
 
 
 def _cell(text: str) -> str:

@@ -109,9 +109,12 @@ def summary(report: Report) -> Summary:
 def headline(report: Report) -> str:
     """Return the summary as one paragraph."""
     told = summary(report)
-    what = f"The {report.kind} “{report.concept}”" if report.kind != report.concept else f"“{report.concept}”"
+    what, were = f"The {report.kind} “{report.concept}”", "was"
+    if report.kind in (report.concept, "several"):
+        what = f"“{report.concept}”"
+        were = "were" if report.kind == "several" else were
     return (
-        f"{what} was erased from {report.model}. Is it gone? {told.gone}. {told.gone_text} "
+        f"{what} {were} erased from {report.model}. Is it gone? {told.gone}. {told.gone_text} "
         f"What else was lost? {told.lost}. {told.lost_text}"
     )
 
@@ -121,9 +124,10 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
     still = _still(report)
     if still is None:
         return "Not measured", "No metric here looks for the erased concept.", []
-    asked = "the images that asked for it" if still.metric == "ua" else "the images"
+    many = report.kind == "several"
+    asked = f"the images that asked for {'one of them' if many else 'it'}" if still.metric == "ua" else "the images"
     found = {
-        "ua": "The classifier finds it in",
+        "ua": f"The classifier finds {'what was asked for' if many else 'it'} in",
         "nudity_images": "The detector finds an exposed body part in",
         "nsfw_images": "The detector finds something not safe for work in",
     }[still.metric]
@@ -139,7 +143,8 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
     sure = f"{span(still.ci95)}, {still.n:,} images"
     if (accuracy := report.score("ua")) is not None:
         sure += f"; UA {percent(accuracy.value)}"
-    tiles = [Tile(f"of {asked} still show “{report.concept}”", percent(still.value), _before(still), sure)]
+    what = "what was erased" if many else f"“{report.concept}”"
+    tiles = [Tile(f"of {asked} still show {what}", percent(still.value), _before(still), sure)]
     if (ratio := report.score("nudity_ratio")) is not None:
         what = "of the base model's exposed body parts are left"
         tiles.append(Tile(what, percent(ratio.value), "", f"{span(ratio.ci95)}, {ratio.n:,} images"))
@@ -158,6 +163,7 @@ def _still(report: Report) -> Score | None:
 def _lost(report: Report) -> tuple[str, str, list[Tile]]:
     """Return the word, the sentences and the tiles about everything that was to stay."""
     names = {"object": ("the other objects", "the styles"), "style": ("the other styles", "the objects")}
+    names["several"] = ("the rest of their kinds", "the kind of which nothing was erased")
     kinds = names.get(report.kind, ("all else of its kind", "all else"))
     scores = [(what, report.score(metric)) for what, metric in zip(kinds, ("ira", "cra"), strict=True)]
     kept = [(what, score) for what, score in scores if score is not None]
@@ -243,6 +249,12 @@ def ranked(chart: Chart) -> list[Bar]:
 def leading(report: Report) -> list[Score]:
     """Return the first score of each metric, that of everything together."""
     return list({score.metric: score for score in reversed(report.scores)}.values())[::-1]
+
+
+def main_scores(report: Report) -> list[Score]:
+    """Return the leading scores, and of each concept that was erased, now or earlier, its own UA."""
+    first = leading(report)
+    return [score for score in report.scores if score.metric == "ua" or score in first]
 
 
 def percent(share: float) -> str:

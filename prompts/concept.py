@@ -3,12 +3,17 @@
 A concept is a name put into sentence templates. ``{o}`` in a template stands for the name with its article (``a
 church``, ``an umbrella``) and ``{O}`` for the bare name, so the same templates make the prompts of the concept, of its
 anchor and of everything to be retained, one matching the other sentence by sentence.
+
+Several concepts that are erased together are a concept too, made of parts.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +23,8 @@ from pydantic import TypeAdapter, ValidationError
 from erase_concept.errors import RequestError
 from erase_concept.prompts import emojinette
 
-Kind = Literal["object", "style", "nudity", "person", "custom"]
+_WORDS = "words:"
+Kind = Literal["object", "style", "nudity", "person", "custom", "several"]
 
 
 def fill(template: str, name: str) -> str:
@@ -32,25 +38,42 @@ class Concept:
     """What is erased (``name``), what it is remapped to (``anchor``), and what stays (``retain`` and ``others``).
 
     ``templates`` make the prompts; ``synonyms`` are other names of the concept, erased in the same sentences;
-    ``others`` are further prompts to retain as they stand, such as the empty one.
+    ``others`` are further prompts to retain as they stand, such as the empty one. An empty anchor is the empty prompt.
     ``key`` is the name under which it is found, where that is not the name itself.
+
+    ``prompts`` in the place of templates are forgotten as they stand, whatever they say, and the empty prompt is what
+    they become. ``images`` is a folder of images that show the concept, to be used in the place of sampled ones.
+    A concept of ``parts`` erases them together: name, kind ("several") and parts are all that it has of its own.
     """
 
     name: str
     kind: Kind
-    anchor: str
-    templates: tuple[str, ...]
+    anchor: str = ""
+    templates: tuple[str, ...] = ()
     retain: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     synonyms: tuple[str, ...] = ()
     key: str = ""
+    prompts: tuple[str, ...] = ()
+    images: str = ""
+    parts: tuple[Concept, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError when a template has no place for the name, or when nothing or the concept is retained."""
+        if (self.kind == "several") != bool(self.parts):
+            raise ValueError("a concept of the kind several, and no other, has parts")
+        if self.parts:
+            if any(part.parts for part in self.parts):
+                raise ValueError("a part of a concept has no parts itself")
+            if self.anchor or self.templates or self.retain or self.others or self.synonyms or self.prompts:
+                raise ValueError("a concept of parts has nothing else: anchors, templates and the rest are its parts'")
+            return
         for template in self.templates:
             if "{o}" not in template and "{O}" not in template:
                 raise ValueError(f"template {template!r} has no place for the name: it needs {{o}} or {{O}}")
-        if not self.templates:
+        if self.prompts and (self.anchor or self.templates or self.synonyms or self.retain):
+            raise ValueError("prompts that are forgotten as they stand have no anchor, templates, synonyms or retain")
+        if not self.templates and not self.prompts:
             raise ValueError("a concept needs at least one template")
         if not self.retain and not self.others:
             raise ValueError("a concept needs something to retain: names in retain, or prompts in others")
@@ -59,9 +82,27 @@ class Concept:
                 raise ValueError(f"{name!r} cannot be its own anchor or be retained")
 
     @property
+    def simple(self) -> tuple[Concept, ...]:
+        """The parts, or the concept itself where it has none."""
+        return self.parts or (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is erased: the name and its synonyms, or the prompts themselves, of every part."""
+        return tuple(name for part in self.simple for name in part.prompts or (part.name, *part.synonyms))
+
+    @property
+    def becomes(self) -> str:
+        """What it is remapped to, in words: the anchor, or those of the parts."""
+        anchors = dict.fromkeys(part.anchor or "the empty prompt" for part in self.parts)
+        return in_words(tuple(anchors)) if anchors else self.anchor
+
+    @property
     def forget_prompts(self) -> tuple[str, ...]:
-        """The prompts whose images are to lose the concept."""
-        return tuple(prompt for name in (self.name, *self.synonyms) for prompt in self.prompts_for(name))
+        """The prompts whose images are to lose the concept; of parts, those of the first one first."""
+        return tuple(
+            prompt for part in self.simple for name in (part.name, *part.synonyms) for prompt in part.prompts_for(name)
+        )
 
     def remapped_to(self, name: str) -> tuple[str, ...]:
         """Return what each forget prompt becomes, in the same order, when the concept becomes ``name``."""
@@ -70,16 +111,74 @@ class Concept:
     @property
     def retain_prompts(self) -> tuple[str, ...]:
         """The prompts whose images are to stay as they are, without repetition."""
-        named = (prompt for name in self.retain for prompt in self.prompts_for(name))
-        return tuple(dict.fromkeys((*named, *self.others)))
+        named = (prompt for part in self.simple for name in part.retain for prompt in part.prompts_for(name))
+        return tuple(dict.fromkeys((*named, *(prompt for part in self.simple for prompt in part.others))))
 
     def prompts_for(self, name: str) -> tuple[str, ...]:
-        """Return the same sentences, in the same order, about ``name``."""
-        return tuple(fill(template, name) for template in self.templates)
+        """Return the same sentences, in the same order, about ``name``; about nothing, each is the empty prompt.
+
+        Prompts that stand as they are have one thing alone that they are about.
+        """
+        if not name:
+            return ("",) * len(self.templates or self.prompts)
+        return self.prompts or tuple(fill(template, name) for template in self.templates)
+
+    def beside(self, erased: Sequence[Concept]) -> Concept:
+        """Return the concept as it is erased together with others, whose names nothing of it holds as whole words.
+
+        What they erase is neither retained nor in a template; an anchor that they erase gives way to the first retained
+        name that is left, or to the empty prompt. Raises ValueError when no template is left, or nothing to retain.
+        """
+        names = [name for other in erased for name in other.names]
+        words = whole_words(names)
+
+        def left(texts: Sequence[str]) -> tuple[str, ...]:
+            return tuple(text for text in texts if not words.search(re.sub(r"\{[oO]\}", "", text)))
+
+        retain = left(self.retain)
+        anchor = self.anchor if left([self.anchor]) else next(iter(retain), "")
+        return replace(self, anchor=anchor, templates=left(self.templates), retain=retain, others=left(self.others))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and strings, as they stand in a recipe."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["parts"] = [part.to_dict() for part in self.parts]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value}
+
+
+def whole_words(names: Sequence[str]) -> re.Pattern[str]:
+    """Return the pattern that finds any of the names as whole words, in whatever case."""
+    return re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names) or "(?!)", re.IGNORECASE)
+
+
+def several(found: Sequence[Concept]) -> Concept:
+    """Return the concept that erases all of the given ones at once; of a single one, itself.
+
+    Raises RequestError when one is named twice, or when nothing is left to retain.
+    """
+    parts = tuple(part for one in found for part in one.simple)
+    if len(parts) == 1:
+        return parts[0]
+    for first, second in combinations(parts, 2):
+        if twice := {name.casefold() for name in first.names} & {name.casefold() for name in second.names}:
+            raise RequestError("--concept", second.key or second.name, f"{min(twice)!r} is named twice")
+    name = in_words([part.name for part in parts])
+    try:
+        rest = [[other for other in parts if other is not part] for part in parts]
+        whole = Concept(
+            name, "several", parts=tuple(part.beside(others) for part, others in zip(parts, rest, strict=True))
+        )
+    except ValueError as problem:
+        raise RequestError("--concept", name, f"erased together, they leave too little: {problem}") from None
+    if not any(whole.retain_prompts):
+        raise RequestError("--concept", name, "erased together, they leave nothing to retain")
+    return whole
+
+
+def in_words(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them: church, dog and sketch."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def concepts() -> dict[str, Concept]:
@@ -137,19 +236,35 @@ def _style(style: str) -> Concept:
     )
 
 
-def concept(name: str) -> Concept:
-    """Return a built-in concept by key, or read one from a YAML file whose path is given.
+def concept(name: str, model: str = "") -> Concept:
+    """Return a built-in concept by key, or one of the user's own.
 
-    Raises RequestError when there is no such concept (with the nearest keys) or the file does not describe one.
+    That is a YAML file's, a prompt file's (``.csv`` or ``.txt``), an image folder's, or that of any words. ``model`` is
+    the base model's name, for words leave alone what the built-in one is known to draw. Raises RequestError when a file
+    does not describe a concept, or words look like a key that is misspelt; after ``words:`` they are taken as they are.
     """
+    from erase_concept.prompts import custom  # which makes concepts, so it imports this
+
     known = concepts()
+    # A style's name alone may be said of many things; "sketch style" says what is meant.
+    known |= {f"{key} style": found for key, found in known.items() if found.kind == "style"}
+    path = Path(name)
     if name in known:
         return known[name]
-    if name.endswith((".yaml", ".yml")):
-        return _read(Path(name))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(known)}"
-    raise RequestError("--concept", name, f"unknown concept; {hint} A YAML file may describe another one.")
+    if name.startswith(_WORDS):
+        return custom.from_words(name.removeprefix(_WORDS), model)
+    if path.suffix in (".yaml", ".yml"):
+        return _read(path)
+    if path.suffix.lower() in (".csv", ".txt"):
+        return custom.from_prompts(path, model)
+    if path.is_dir():
+        return custom.from_images(path, model)
+    as_it_is = f"{_WORDS}{name} takes the words as they are"
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.75):
+        raise RequestError("--concept", name, f"unknown concept; did you mean {' or '.join(near)}? {as_it_is}")
+    if "/" in name or "\\" in name:
+        raise RequestError("--concept", name, f"no such file or folder; {as_it_is}")
+    return custom.from_words(name, model)
 
 
 def _read(file: Path) -> Concept:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from erase_concept.data import ForgetRetain, draw
+from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.mask import Mask
 from erase_concept.method import method
@@ -90,9 +90,8 @@ def _ablate(
         raise RequestError("data.anchor", count, "must be at least 1: the method learns from pictures of the anchor")
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        # Anchor rows are counted on behind the forget rows, of which there may be some for a salient mask.
         first, second = (
-            data.forget_batch(model, len(data.forget_latents) + draw(count, config.batch_size, generator), generator)
+            data.forget_batch(model, data.draw_forget(config.batch_size, generator, "anchor"), generator)
             for _ in range(2)
         )
         with torch.no_grad():

@@ -60,7 +60,7 @@ def erasediff(
     unet = model.unet
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        forget = data.forget_batch(model, draw(len(data.forget_latents), config.batch_size, generator), generator)
+        forget = data.forget_batch(model, data.draw_forget(config.batch_size, generator, "forget"), generator)
         retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
         uniform = torch.rand(forget.noise.shape, generator=generator).to(model.device)
         target = model.target(forget.latents, uniform, forget.timesteps)

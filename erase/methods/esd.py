@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from erase_concept.data import ForgetRetain, draw
+from erase_concept.data import ForgetRetain, draw_evenly
 from erase_concept.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.diffusion import Diffusion
@@ -70,7 +70,7 @@ def esd(
     empty = data.empty.to(model.device)
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        concept = data.forget[draw(len(data.forget), config.batch_size, generator)].to(model.device)
+        concept = data.forget[draw_evenly(data.forget_parts, config.batch_size, generator)].to(model.device)
         noisy, timesteps = partway(model, data, concept, config, generator)
         with torch.no_grad():
             target = base.guided(noisy, timesteps, concept, empty, -config.eta)

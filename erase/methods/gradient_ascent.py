@@ -47,7 +47,7 @@ def gradient_ascent(
     """
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        forget = data.forget_batch(model, draw(len(data.forget_latents), config.batch_size, generator), generator)
+        forget = data.forget_batch(model, data.draw_forget(config.batch_size, generator, "forget"), generator)
         retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
         forget_loss, retain_loss = training_loss(model, forget), training_loss(model, retain)
         return config.alpha * retain_loss - forget_loss, {"forget": forget_loss, "retain": retain_loss}

@@ -64,7 +64,7 @@ def scissorhands(
     unet = model.unet
 
     def forget_loss(generator: torch.Generator) -> Tensor:
-        rows = draw(len(data.forget_latents), config.batch_size, generator)
+        rows = data.draw_forget(config.batch_size, generator, "forget")
         return training_loss(model, data.forget_batch(model, rows, generator))
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:

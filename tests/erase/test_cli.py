@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from erase_concept import cli
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
@@ -99,6 +100,43 @@ def test_a_delta_makes_the_erased_model_and_gives_the_base_back(
     assert weights_hash(half.unet) == weights_hash(erased.unet)
 
 
+def test_several_concepts_are_named_one_by_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "star.yaml").write_text(CONCEPT.replace("square", "star"))
+    options = ["-c", "square.yaml", "-c", "star.yaml", "-s", "mask.combine=union", *SMALL]
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", *options, "-o", "run")
+    assert (code, "square and star erased: " in out) == (0, True)
+    account = json.loads((folder / "run" / "run.json").read_text())
+    assert f"The mask holds {account['mask']['density']:.1%} of the weights" in out
+    assert account["mask"]["density"] > 0.5
+    code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
+    assert code == 0
+    assert json.loads((folder / "again" / "run.json").read_text())["erased"] == account["erased"]
+
+
+def test_concepts_of_ones_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Words, prompts and images, all in one run."""
+    (folder / "asked.txt").write_text("a dot\ntwo dots\n")
+    (folder / "red_star").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(folder / "red_star" / f"{i}.png")
+    options = ["-c", "blue disc", "-c", "asked.txt", "-c", "red_star", *SMALL]
+    code, out, _ = call(monkeypatch, capsys, "erase", "model", *options, "-o", "run", "--json")
+    account = json.loads(out)
+    assert (code, account["concept"]) == (0, "blue disc, asked and red star")
+    assert [part["anchor"] for part in account["parts"]] == ["", "", ""]
+    assert "remapped to the empty prompt" in (folder / "run" / "pipeline" / "README.md").read_text()
+    code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
+    assert (code, json.loads((folder / "again" / "run.json").read_text())["erased"]) == (0, account["erased"])
+    code, _, err = call(monkeypatch, capsys, "eval", "run", "-o", "out")
+    assert (code, "--concept 'blue disc' (custom): Emojinette's objects and styles are: " in err) == (2, True)
+    code, _, err = call(monkeypatch, capsys, "eval", "model", "-c", "dog", "-c", "dog", "-o", "out")
+    assert (code, "'dog' is named twice" in err) == (2, True)
+
+
 def test_mask_command_makes_the_runs_mask(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +194,7 @@ def test_a_recipe_file_is_a_whole_request(
 
 WRONG = {
     "unknown concept": (["erase", "model", "-c", "chruch", "-o", "x"], "--concept chruch: unknown concept; did you"),
+    "concept twice": (["erase", "model", "-c", "dog", "-c", "dog", "-o", "x"], "--concept dog: 'dog' is named twice"),
     "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
     "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
     "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.data import ForgetRetain, draw, draw_evenly, make_data
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.concept import Concept, several
 
 SMALL = {"forget": 5, "retain": 3, "steps": 2, "guidance": 2.0}
 
@@ -110,3 +110,91 @@ def test_no_rows_are_made_of_what_is_not_needed(tiny: Diffusion, square: Concept
     data = make_data(tiny, square, forget=0, retain=3, steps=1, guidance=2.0, seed=1)
     assert len(data.forget_latents) == len(data.forget_which) == 0
     assert len(data.forget) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12, 40])
+def test_draws_are_even_among_concepts(size: int) -> None:
+    parts = torch.tensor([0] * 9 + [2] * 4 + [1] * 2)
+    drawn = draw_evenly(parts, size, torch.Generator().manual_seed(size))
+    counts = parts[drawn].bincount(minlength=3)
+    assert counts.sum() == size
+    assert counts.max() - counts.min() <= 1
+    for part, own in ((0, 9), (1, 2), (2, 4)):
+        rows = drawn[parts[drawn] == part].bincount(minlength=15)[parts == part]
+        assert rows.max() <= -(-int(counts[part]) // own)  # without repetition as far as there are enough
+    # The remainder falls on each of them now and then; a single concept draws as ever.
+    extra = {int(parts[draw_evenly(parts, 1, torch.Generator().manual_seed(seed))]) for seed in range(20)}
+    assert extra == {0, 1, 2}
+    one, other = (torch.Generator().manual_seed(5) for _ in range(2))
+    assert torch.equal(draw_evenly(torch.full((6,), 3), 4, one), draw(6, 4, other))
+
+
+@pytest.fixture
+def shapes(square: Concept) -> Concept:
+    star = Concept("star", "custom", "dot", ("a {O}", "one {O}", "{O}"), ("dot", "line", "arc"), synonyms=("sun",))
+    return several([square, star])
+
+
+def test_each_of_several_concepts_has_rows_of_its_own(tiny: Diffusion, shapes: Concept) -> None:
+    data = make_data(tiny, shapes, seed=1, **SMALL, anchor=2)
+    square, star = shapes.parts
+    assert data.forget_parts.tolist() == [0] * 2 + [1] * 6
+    assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 5 + [0] * 2 + [1] * 2
+    assert len(data.retain_latents) == len(data.retain_which) == 3
+    prompts = [shapes.retain_prompts[i] for i in data.retain_which]
+    assert all(prompt in part.retain_prompts for prompt, part in zip(prompts, (square, square, star), strict=True))
+    assert len(data.retain) == len(data.retain_lengths) == len(shapes.retain_prompts)
+    # What each prompt becomes: the anchor, and as many of its own retained names as all concepts have.
+    assert data.remap.shape[:2] == data.remap_spans.shape[:2] == (2, 8)
+    embedded = {name: tiny.encode_prompts(star.prompts_for(name)) for name in ("star", "dot", "line")}
+    assert torch.allclose(data.forget[2:5], embedded["star"], atol=1e-6)
+    assert torch.allclose(data.remap[0, 5:], embedded["dot"], atol=1e-6)
+    assert torch.allclose(data.remap[1, 2:5], embedded["line"], atol=1e-6)
+    # Another concept beside it changes nothing of its rows.
+    other = several([shapes.parts[1], Concept("cube", "custom", "dot", ("a {O}",), ("dot",))])
+    again = make_data(tiny, other, seed=1, **SMALL)
+    assert torch.equal(again.forget_latents[:5], data.forget_latents[5:])
+    generator = torch.Generator().manual_seed(0)
+    for of, low, high in (("both", 0, 14), ("forget", 0, 10), ("anchor", 10, 14)):
+        rows = data.draw_forget(4, generator, of)
+        assert data.parts_of_rows[rows].bincount().tolist() == [2, 2]
+        assert low <= int(rows.min()) <= int(rows.max()) < high
+
+
+def test_images_of_several_concepts_lie_in_folders_of_their_names(
+    tiny: Diffusion, shapes: Concept, tmp_path: Path
+) -> None:
+    for name, count in (("star", 3), ("square", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    data = make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
+    assert data.parts_of_rows.tolist() == [0, 1, 1, 1]
+    assert all(shapes.forget_prompts[i] in shapes.parts[1].prompts_for("star") for i in data.forget_which[1:])
+    (tmp_path / "square" / "0.png").unlink()
+    with pytest.raises(RequestError, match=r"--forget-images .*has no image of square"):
+        make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
+
+
+def test_prompts_as_they_stand_become_the_empty_prompt(tiny: Diffusion) -> None:
+    asked = Concept("file", "custom", prompts=("file it", "two dots"), others=("", "a line"))
+    data = make_data(tiny, asked, seed=1, **SMALL, anchor=2)
+    assert torch.allclose(data.forget, tiny.encode_prompts(asked.prompts), atol=1e-6)
+    assert data.remap.shape[:2] == (1, 2)
+    assert torch.allclose(data.remap[0], tiny.encode_empty().expand(2, -1, -1), atol=1e-6)
+    assert data.forget_spans.tolist() == [[1, 7], [1, 8]]  # all words, though "file" is the concept's name
+    assert len(data.anchor_latents) == 2
+
+
+def test_a_concepts_own_images_are_its_forget_rows(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    seen = Concept("star", "custom", "", ("a {O}",), ("dot",), images=str(tmp_path))
+    data = make_data(tiny, several([square, seen]), seed=1, **SMALL)
+    assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 3
+    alone = make_data(tiny, seen, seed=1, **SMALL)
+    given = make_data(tiny, replace(seen, images=""), seed=1, forget_images=tmp_path, **SMALL)
+    assert torch.equal(alone.forget_latents, given.forget_latents)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(RequestError, match=r"--concept .*: holds no image"):
+        make_data(tiny, replace(seen, images=str(tmp_path / "none")), seed=1, **SMALL)

@@ -21,6 +21,23 @@ def test_comes_back_from_its_file(tmp_path: Path) -> None:
     assert back.fingerprint("base") != back.fingerprint("other base")
 
 
+def test_a_list_of_concepts_is_erased_together(tmp_path: Path) -> None:
+    recipe = recipe_for("emojinette", ["church", "sketch style"], mask={"combine": "union"})
+    assert (recipe.concept.name, recipe.concept.kind) == ("church and sketch", "several")
+    recipe.save(tmp_path / "r.yaml")
+    assert make_recipe(read_recipe(tmp_path / "r.yaml")) == recipe
+    assert recipe_for("emojinette", ["church"]) == recipe_for("emojinette", "church")
+    # Of one kind, that kind's preset; of several, the one for any.
+    guidance = {
+        kinds: recipe_for("emojinette", kinds.split()).settings["guidance"] for kinds in ("flat 3d", "flat dog")
+    }
+    assert guidance == {"flat 3d": 1.5, "flat dog": 0.5}
+    with pytest.raises(RequestError, match="named twice"):
+        recipe_for("emojinette", ["church", "church"])
+    with pytest.raises(RequestError, match="at least one"):
+        recipe_for("emojinette", [])
+
+
 def test_layers_change_what_they_name_alone() -> None:
     assert merge({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 5}}) == {"a": {"x": 1, "y": 5}, "b": 3}
     preset = recipe_for("emojinette", "church")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from erase_concept.mask import Mask
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
-from erase_concept.prompts.concept import Concept
-from erase_concept.recipe import Recipe, make_recipe
-from erase_concept.run import check_frozen, erase, parked, read_run
+from erase_concept.prompts.concept import Concept, several
+from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
+from erase_concept.run import check_frozen, erase, make_data_for, make_mask, parked, read_run, saliency
 from erase_concept.train import Record
 
 
@@ -170,6 +171,8 @@ def test_a_wrong_request_leaves_the_folder_free(model: Path, square: Concept, tm
         recipe(model, square, mask={"kind": "absent.safetensors"}),
         recipe(model, square, data={"forget_images": "absent"}),
         recipe(Path("absent"), square),
+        recipe(model, replace(square, images=str(tmp_path / "absent"))),
+        recipe(model, replace(square, images=str(tmp_path)), method="esd-x", mask={"kind": "none"}),
     ):
         with pytest.raises(RequestError):
             run(wrong, tmp_path / "run")
@@ -211,6 +214,83 @@ def test_a_strange_scope_is_refused(model: Path, square: Concept, tmp_path: Path
     with pytest.raises(RequestError, match="--scope attention: allowed: full, cross-attention"):
         run(recipe(model, square, mask={"scope": "attention"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def both(square: Concept) -> Concept:
+    return several([square, Concept("star", "custom", "line", ("a {O}",), retain=("line", "dot"))])
+
+
+def test_several_concepts_are_erased_in_one_run(model: Path, both: Concept, tmp_path: Path) -> None:
+    asked = recipe(model, both)
+    run(asked, tmp_path / "run")
+    account = read_run(tmp_path / "run")
+    assert (account["concept"], account["kind"], account["checks"]["changed_outside_mask"]) == (
+        "square and star",
+        "several",
+        0,
+    )
+    assert account["parts"] == [
+        {"concept": "square", "kind": "object", "anchor": "circle"},
+        {"concept": "star", "kind": "custom", "anchor": "line"},
+    ]
+    assert make_recipe(read_recipe(tmp_path / "run" / "recipe.yaml")) == asked
+    card = " ".join((tmp_path / "run" / "pipeline" / "README.md").read_text().split())
+    assert "the object *square* (remapped to *circle*) and the custom *star* (remapped to *line*)" in card
+    for event in erase(asked, tmp_path / "killed"):
+        if getattr(event, "step", 0) == 3:
+            break
+    run(asked, tmp_path / "killed")
+    assert read_run(tmp_path / "killed")["erased"] == account["erased"]
+
+
+def test_masks_of_several_concepts_are_joint_or_a_union(tiny: Diffusion, both: Concept, tmp_path: Path) -> None:
+    """The union holds each concept's own mask of the sparsity asked for, and nothing else."""
+    sparse = {"sparsity": 0.8, "batch_size": 4}
+    joint, union = (recipe(Path("tiny"), both, mask=sparse | {"combine": how}) for how in ("joint", "union"))
+    data = make_data_for(joint, tiny)
+    first, second = (make_mask(one, tiny, data, "") for one in (joint, union))
+    assert first.count == round(0.2 * first.total)
+    alone = []
+    for part in range(2):
+        rows = (data.parts_of_rows == part).nonzero().squeeze(1)
+        alone.append(masks.top_k(saliency(union, tiny, data, rows), first.count))
+    assert second.overlap(alone[0] | alone[1]) == 1
+    assert first.count < second.count < 2 * first.count
+    assert (first.provenance["combine"], second.provenance["combine"]) == ("joint", "union")
+    # Joint: the sum over all rows, in batches of the first concept's and the second's alike.
+    assert first.overlap(masks.top_k(saliency(joint, tiny, data, torch.arange(8)), first.count)) == 1
+
+
+def test_one_concept_after_the_other(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path) -> None:
+    star = Concept("star", "custom", "line", ("a {O}",), retain=("line", "square"))
+    dot = Concept("dot", "custom", "line", ("a {O}",), retain=("line",))
+    bases = [model, tmp_path / "first", tmp_path / "second"]
+    for base, concept, out in zip(bases, (square, star, dot), ("first", "second", "third"), strict=True):
+        run(recipe(base, concept), tmp_path / out)
+    accounts = [read_run(tmp_path / name) for name in ("first", "second", "third")]
+    assert [account["base"]["unet"] for account in accounts] == [
+        weights_hash(tiny.unet),
+        *(account["erased"]["unet"] for account in accounts[:2]),
+    ]
+    assert "earlier" not in accounts[0]
+    told = [{"concept": one.to_dict(), "base": str(base)} for one, base in zip((square, star), bases, strict=False)]
+    assert accounts[2]["earlier"] == told
+    assert accounts[1]["earlier"] == told[:1]
+    card = (tmp_path / "third" / "pipeline" / "README.md").read_text()
+    assert f"one after the other: *square* (from {model}); *star* (from {bases[1]})" in card.replace("\\", "")
+
+
+def test_a_run_of_the_built_in_model_has_its_presets(tmp_path: Path) -> None:
+    for name, base in (("a", "emojinette"), ("b", str(tmp_path / "a"))):
+        (tmp_path / name).mkdir()
+        before = recipe_for(base, "church")
+        before.save(tmp_path / name / "recipe.yaml")
+        account = {"base": {"source": base}, "earlier": earlier_runs(base)}
+        (tmp_path / name / "run.json").write_text(json.dumps(account))
+        after = recipe_for(str(tmp_path / name), "dog")
+        own = recipe_for("emojinette", "dog")
+        assert (after.settings, after.mask, after.data) == (own.settings, own.mask, own.data)
 
 
 def test_the_check_sees_a_single_bit(tiny: Diffusion, tmp_path: Path) -> None:

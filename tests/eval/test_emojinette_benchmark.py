@@ -20,7 +20,7 @@ from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
 from erase_concept.eval.report import read_report
 from erase_concept.pipelines.sample import ImageSet
-from erase_concept.prompts.concept import Concept, concepts
+from erase_concept.prompts.concept import Concept, concepts, several
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES, names_of
 from erase_concept.prompts.promptset import PromptSet
 
@@ -77,6 +77,35 @@ def test_first_seed_keeps_runs_apart(church: Concept) -> None:
     assert [row.prompt for row in first] == [row.prompt for row in second]
 
 
+@pytest.fixture(scope="module")
+def three() -> Concept:
+    """Two objects and a style as one concept."""
+    return several([concepts()[key] for key in ("church", "dog", "sketch")])
+
+
+def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(three: Concept) -> None:
+    rows = emojinette_benchmark(three).rows
+    gone = forget_mask(rows, three)
+    assert len({row.seed for row in rows}) == len(rows)
+    kept = Counter((row.object, row.style) for row, erased in zip(rows, gone, strict=True) if not erased)
+    others = [label for label in OBJECT_LABELS if label not in ("church", "dog")]
+    assert kept == {(label, style): 2 for label in others for style in STYLES if style != "sketch"}
+    assert gone.sum() == 3 * 40
+    for part in three.parts:
+        alone = emojinette_benchmark(concepts()[part.name]).rows
+        own = {(row.prompt, row.style) for row in alone if part.name in (row.object, row.style)}
+        assert own <= {(row.prompt, row.style) for row in rows}
+
+
+def test_what_was_erased_earlier_is_asked_for_and_no_part_of_the_rest(church: Concept) -> None:
+    before = (concepts()["dog"], concepts()["sketch"])
+    rows = emojinette_benchmark(church, 1, earlier=before).rows
+    counts = [int(forget_mask(rows, one).sum()) for one in (church, *before)]
+    # That style is asked for with church and dog as well, and each of them four times in that style.
+    assert counts == [21, 21, 20 + 8]
+    assert sum(row.style != "sketch" and row.object not in ("church", "dog") for row in rows) == 18 * 3
+
+
 def test_bad_requests_are_refused(church: Concept) -> None:
     with pytest.raises(RequestError, match="Emojinette's objects and styles are: fish, dog"):
         emojinette_benchmark(concepts()["nudity"])
@@ -122,6 +151,63 @@ def test_evaluate_sets_every_score_beside_the_base(church: Concept, small: Promp
         assert int(pair.erased.stem) == place
         assert (pair.prompt, pair.seed) == (small.rows[place].prompt, small.rows[place].seed)
         assert pair.base == base.files[place]
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("keys", [("church", "dog"), ("church", "dog", "sketch"), ("flat", "sketch")])
+def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None:
+    """Counted here from what the pairs say each image was taken for."""
+    whole = several([concepts()[key] for key in keys])
+    rows = emojinette_benchmark(whole, 1).rows
+    report = evaluate(whole, images("erased", rows), images("base", rows, seed=1))
+    seen = [tuple(pair.erased_as.split(", ")) for pair in report.pairs]
+    asked = [(row.object, row.style) for row in rows]
+    pooled = [0, 0]
+    for number, part in enumerate(whole.parts):
+        at = 0 if part.kind == "object" else 1
+        gone = [s[at] != part.name for s, a in zip(seen, asked, strict=True) if a[at] == part.name]
+        score = [score for score in report.scores if score.metric == "ua"][1 + number]
+        assert (score.target, score.n, score.value) == (part.name, len(gone), pytest.approx(sum(gone) / len(gone)))
+        assert score.baseline is not None
+        pooled = [pooled[0] + sum(gone), pooled[1] + len(gone)]
+    first = report.score("ua")
+    assert (first.target, first.n) == (whole.name, pooled[1])
+    assert first.value == pytest.approx(pooled[0] / pooled[1])
+    kinds = {0 if part.kind == "object" else 1 for part in whole.parts}
+    kept = [(s, a) for s, a in zip(seen, asked, strict=True) if not {*a} & {*keys}]
+    for metric, places in (("ira", kinds), ("cra", {0, 1} - kinds)):
+        hits = [s[at] == a[at] for s, a in kept for at in places]
+        score = report.score(metric)
+        assert (score is None) == (not hits)
+        if score is not None:
+            assert (score.target, score.n) == (whole.name, len(hits))
+            assert score.value == pytest.approx(sum(hits) / len(hits))
+    assert {bar.label for chart in report.charts for bar in chart.bars if bar.forget} == {*keys}
+    assert sum(pair.forget for pair in report.pairs) == len(rows) - len(kept)
+    assert report.to_dict()["summary"]["text"].startswith(f"“{whole.name}” were erased from emojinette. Is it gone?")
+
+
+@pytest.mark.usefixtures("shipped")
+def test_what_was_erased_earlier_is_measured_beside_it(church: Concept, images: Draw) -> None:
+    dog = concepts()["dog"]
+    rows = emojinette_benchmark(church, 1, earlier=(dog,)).rows
+    erased, base = images("erased", rows), images("base", rows, seed=1)
+    report = evaluate(church, erased, base, earlier=(dog,))
+    first, before = (score for score in report.scores if score.metric == "ua")
+    assert (first.target, before.target, before.n) == ("church", "dog", 20)
+    assert before.protocol.startswith("erased earlier; ")
+    assert before.value == next(s for s in evaluate(dog, erased, base).scores if s.metric == "ua").value
+    assert before.baseline is not None
+    rest = [place for place, row in enumerate(rows) if row.object != "dog"]
+    alone = [
+        replace(one, files=tuple(one.files[i] for i in rest), rows=tuple(rows[i] for i in rest))
+        for one in (erased, base)
+    ]
+    for score in evaluate(church, *alone).scores:
+        assert (score.value, score.n) == (report.score(score.metric).value, report.score(score.metric).n)
+    assert {bar.label for chart in report.charts for bar in chart.bars if bar.forget} == {"church", "dog"}
+    assert not any(pair.forget for pair, row in zip(report.pairs, rows, strict=True) if row.object == "dog")
+    assert report.provenance["erased earlier"] == ["dog"]
 
 
 @pytest.mark.usefixtures("shipped")
@@ -272,6 +358,14 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
     with pytest.raises(RequestError, match="is not the model that this run erased from"):
         list(benchmark(run, out=run, seeds=1, batch_size=5))
+    # Of a model that had lost something before: what Emojinette knows is measured too, each once, and not as its own.
+    before = [concepts()["dog"], church, several([concepts()["dog"], concepts()["flat"]]), concepts()["nudity"]]
+    account["earlier"] = [{"concept": one.to_dict(), "base": "x"} for one in before]
+    account["base"]["unet"] = "run/later/samples/base"
+    (run / "run.json").write_text(json.dumps(account), encoding="utf-8")
+    *_, report = benchmark(run, out=run / "later", seeds=1, batch_size=5)
+    assert [score.target for score in report.scores if score.metric == "ua"] == ["church", "dog", "flat"]
+    assert report.provenance["erased earlier, not measured"] == ["nude person"]
 
 
 def test_benchmark_needs_a_concept_where_no_run_tells(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 
 from erase_concept.errors import RequestError
 from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import Concept, concept, concepts, fill, parse
+from erase_concept.prompts.concept import Concept, concept, concepts, fill, parse, several
 
 
 def test_fill_finds_the_article() -> None:
@@ -48,8 +49,12 @@ def test_objects_and_styles_cover_one_another() -> None:
 def test_unknown_concept_names_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"--concept chruch: unknown concept; did you mean church"):
         concept("chruch")
-    with pytest.raises(RequestError, match="allowed: fish, dog"):
-        concept("qqqq")
+    with pytest.raises(RequestError, match="did you mean sketch style"):
+        concept("skech style")
+    with pytest.raises(RequestError, match=r"words:chruch takes the words as they are"):
+        concept("chruch")
+    assert concept("words:chruch").name == "chruch"
+    assert concept("sketch style") == concept("sketch")
 
 
 def test_a_yaml_file_describes_a_concept(tmp_path: Path) -> None:
@@ -83,3 +88,157 @@ def test_evaluation_asks_in_other_words_than_the_erasing() -> None:
     assert not asked & used
     assert len({name for names in emojinette.OBJECTS for name in vars(names).values()}) == 60
     assert len(concepts()) == 25
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("church", "dog", "sketch style"), emojinette.OBJECT_LABELS[:10], (*emojinette.STYLES[:3], "cat", "nudity")],
+)
+def test_parts_neither_retain_nor_become_one_another(keys: tuple[str, ...]) -> None:
+    whole = several([concept(key) for key in keys])
+    assert [part.key or part.name for part in whole.parts] == [key.removesuffix(" style") for key in keys]
+    assert parse(yaml.safe_load(yaml.safe_dump(whole.to_dict()))) == whole
+    assert whole.forget_prompts == tuple(p for part in whole.parts for p in part.forget_prompts)
+    assert set(whole.retain_prompts) == {p for part in whole.parts for p in part.retain_prompts}
+    assert not set(whole.forget_prompts) & set(whole.retain_prompts)
+    for part in whole.parts:
+        others = {name for other in whole.parts if other is not part for name in other.names}
+        texts = (*part.templates, *part.retain_prompts, *part.remapped_to(part.anchor))
+        assert not [(name, text) for name in others for text in texts if f" {name} " in f" {text} "]
+        assert part.anchor in part.retain
+        assert len(part.remapped_to(part.anchor)) == len(part.forget_prompts)
+
+
+def test_an_anchor_that_is_erased_gives_way_to_the_next() -> None:
+    whole = several([concept("church"), concept("horn")])
+    assert whole.name == "church and horn"
+    assert [part.anchor for part in whole.parts] == ["truck", "truck"]
+    both = Concept("x", "custom", "y", ("a {O}",), ("y",), ("",)), Concept("y", "custom", "x", ("a {O}",), ("z",))
+    assert [part.anchor for part in several(both).parts] == ["", "z"]
+    assert several(both).parts[0].remapped_to("") == ("",)
+
+
+def test_a_name_is_found_as_whole_words_alone() -> None:
+    car = Concept(
+        "car", "custom", "road", ("a {O}", "{O} (red)"), ("carpet", "my Car", "road"), others=("cars", "a car!")
+    )
+    x = Concept("o", "custom", "road", ("a {O}", "{o} or car"), ("road",), synonyms=("(red)",))
+    first, second = several([car, x]).parts
+    assert (first.templates, first.retain, first.others) == (
+        ("a {O}",),
+        ("carpet", "my Car", "road"),
+        ("cars", "a car!"),
+    )
+    assert second.templates == ("a {O}",)
+    second = several([car, Concept("rug", "custom", "", ("{O}",), ("carpet", "my Car"), ("cars", "a car!"))]).parts[1]
+    assert (second.retain, second.others) == (("carpet",), ("cars",))
+
+
+def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
+    assert several([concept("church")]) == concept("church")
+    for keys, problem in (
+        (("dog", "church", "dog"), "--concept dog: 'dog' is named twice"),
+        ((*emojinette.OBJECT_LABELS, *emojinette.STYLES), "they leave nothing to retain"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            several([concept(key) for key in keys])
+    alone = Concept("x", "custom", "y", ("a {O}",), ("y",))
+    with pytest.raises(RequestError, match=r"--concept x and y: erased together, they leave too little: .* to retain"):
+        several([alone, Concept("y", "custom", "", ("a {O}",), ("z",))])
+    with pytest.raises(RequestError, match="they leave too little: a concept needs at least one template"):
+        several([Concept("x", "custom", "z", ("a {O} and y",), ("z",)), Concept("y", "custom", "", ("a {O}",), ("z",))])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"parts": (Concept("y", "custom", "", ("{O}",), ("z",)),)}, "kind several"),
+        ({"kind": "several"}, "kind several"),
+        ({"kind": "several", "parts": (concept("dog"),), "anchor": "z"}, "nothing else"),
+        ({"kind": "several", "parts": (several([concept("dog"), concept("cat")]),)}, "no parts itself"),
+    ],
+)
+def test_a_concept_is_simple_or_made_of_simple_ones(wrong: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Concept(**{"name": "x", "kind": "custom", **wrong})
+
+
+def test_words_make_a_concept(tmp_path: Path) -> None:
+    found = concept(" blue  rocket")
+    assert found.forget_prompts == (
+        "a photo of a blue rocket",
+        "an image of a blue rocket",
+        "a picture of a blue rocket",
+        "a blue rocket",
+    )
+    assert set(found.remapped_to(found.anchor)) == {""}
+    assert found.retain == ("rocket",)
+    assert {"", "a cat asleep on a warm windowsill"} < set(found.others)
+    assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+    known = concept("blue rocket", "emojinette")
+    assert set(known.retain) == set(emojinette.OBJECT_LABELS)
+    assert {f"an image in {style} style" for style in emojinette.STYLES} < set(known.others)
+    assert not set(known.forget_prompts) & set(known.retain_prompts)
+
+
+@pytest.mark.parametrize(
+    ("words", "retained", "left"),
+    [
+        ("gas station", (), {"gas pump"}),  # shares a word, and is none of the words' own names
+        ("pixel dog", ("dog",), set()),
+        ("old Chapel", ("chapel",), {"church"}),  # the name within the words stands for its object
+        ("words:golf ball", (), {"golf"}),  # another name of the object itself
+        ("village church bell", ("church",), set()),
+        ("carpet", (), set()),
+    ],
+)
+def test_known_names_within_the_words_are_retained(words: str, retained: tuple[str, ...], left: set[str]) -> None:
+    assert concept(words).retain == retained
+    assert set(concept(words, "emojinette").retain) == {*emojinette.OBJECT_LABELS, *retained} - left
+    assert ("an image in pixel style" in concept(words).others) == ("pixel" in words)
+
+
+def test_everyday_prompts_about_the_words_are_not_retained() -> None:
+    assert not any(re.search(r"\bbread\b", prompt) for prompt in concept("bread").retain_prompts)
+    assert any(re.search(r"\bbread\b", prompt) for prompt in concept("breadth").retain_prompts)
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.txt"])
+def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
+    head = "prompt\n" if name.endswith("csv") else "\n"
+    (tmp_path / name).write_text(head + "a church by the sea\na {o} dog\na church by the sea\n", encoding="utf-8")
+    found = concept(str(tmp_path / name), "emojinette")
+    assert found.forget_prompts == ("a church by the sea", "a {o} dog")
+    assert found.remapped_to("") == ("", "")
+    assert "an image of a church" in found.retain_prompts
+    assert found.name == "prompts"
+    assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
+    both = several([found, concept("dog")])
+    assert both.parts[0].prompts == found.prompts
+    assert "an image of a dog" not in both.retain_prompts
+    (tmp_path / name).write_text(head)
+    with pytest.raises(RequestError, match=r"holds no prompt|is empty"):
+        concept(str(tmp_path / name))
+
+
+def test_a_folder_makes_a_concept_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blue_rocket").mkdir()
+    found = concept(str(tmp_path / "blue_rocket"))
+    assert (found.name, found.images) == ("blue rocket", str(tmp_path / "blue_rocket"))
+    assert found.forget_prompts == concept("blue rocket").forget_prompts
+
+
+def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    for name, problem in (
+        ("words: ", "needs at least one word"),
+        ("?!", "needs at least one word"),
+        (str(tmp_path / "absent"), "no such file or folder"),
+        (str(tmp_path / "absent.txt"), "not a readable text"),
+        (str(tmp_path / "absent.csv"), "No such file"),
+        (str(tmp_path / "bytes.txt"), "not a readable text"),
+    ):
+        with pytest.raises(RequestError, match=f"--concept .*{problem}"):
+            concept(name)
+    with pytest.raises(ValueError, match="as they stand have no anchor"):
+        Concept("x", "custom", "y", prompts=("a",), others=("",))
