@@ -190,4 +190,4 @@ def find_guard(name: str, concept: Concept) -> Guard:
     """Return a guard against a concept, under all of its names; raises RequestError when there is no such guard."""
     if name not in GUARDS:
         raise RequestError("--guard", name, f"allowed: {', '.join(GUARDS)}")
-    return replace(GUARDS[name], concepts=(concept.name, *concept.synonyms))
+    return replace(GUARDS[name], concepts=concept.names)
