@@ -1,0 +1,68 @@
+"""The two tables of docs/comparison.md: all methods at tuned strengths, and masks along whole curves of strength.
+
+    python benchmarks/comparison.py                     goes on with what docs/comparison/ does not hold yet
+    python benchmarks/comparison.py --minutes 100       the same, and stops after the cell that is then at work
+    python benchmarks/comparison.py --anew              measures everything again (about ten hours on two cores)
+
+Every cell is a line of docs/comparison/methods.jsonl or masks.jsonl as soon as it is measured, so that it can be killed
+at any time. The page's two tables are written when all cells of a table are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from erase_concept.eval.comparison import compare
+from erase_concept.eval.grid import PRESETS
+from erase_concept.method import methods
+from erase_concept.pipelines.guards import GUARDS
+
+DOCS = Path(__file__).parents[1] / "docs"
+CHEAP = ("uce", "rece", "mace", "default")  # first, so that something is there early
+TABLES: dict[str, dict[str, Any]] = {
+    "methods": {
+        "entries": list(dict.fromkeys((*CHEAP, *methods(), *GUARDS, *PRESETS))),
+        "concepts": ("church", "dog", "parachute", "guitar", "truck", "flat", "3d"),
+        "seeds": (0, 1),
+        "tune_on": ("house", "sketch"),
+        "trials": 6,
+    },
+    "masks": {
+        "entries": ("salun", "esd-x", "gradient-ascent"),
+        "concepts": ("church", "dog", "flat"),
+        "seeds": (0, 1),
+        "masks": ("none", "salient", "random", "least-salient"),
+        "strengths": (0.25, 0.5, 1.0, 2.0, 4.0),
+    },
+}
+
+
+def main() -> None:
+    """Run what is missing, and write the page's tables where they are whole."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", default=[], help=", ".join(TABLES))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="when to stop, between two cells")
+    parser.add_argument("--anew", action="store_true", help="leave aside what was measured before")
+    parser.add_argument("--work", type=Path, default=Path("runs/comparison"))
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    (DOCS / "comparison").mkdir(exist_ok=True)
+    for name in args.names or TABLES:
+        work, kept = args.work / name, DOCS / "comparison" / f"{name}.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        if not args.anew and kept.exists() and not (work / "cells.jsonl").exists():
+            shutil.copyfile(kept, work / "cells.jsonl")
+        for what, done, total in compare("emojinette", out=work, **TABLES[name]):
+            shutil.copyfile(work / "cells.jsonl", kept)
+            print(f"{time.strftime('%H:%M:%S')} {name}: {what} ({done} of {total})", flush=True)
+            if time.monotonic() > end:
+                return
+        shutil.copyfile(work / "comparison.md", DOCS / "comparison" / f"{name}.md")
+
+
+if __name__ == "__main__":
+    main()
