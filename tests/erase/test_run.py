@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from erase_concept import mask as masks
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.mask import Mask
+from erase_concept.method import methods
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.prompts.concept import Concept, several
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
 from erase_concept.run import check_frozen, erase, make_data_for, make_mask, parked, read_run, saliency
-from erase_concept.train import Record
+from erase_concept.train import Record, Training
 
 
 @pytest.fixture
@@ -242,6 +243,17 @@ def test_several_concepts_are_erased_in_one_run(model: Path, both: Concept, tmp_
             break
     run(asked, tmp_path / "killed")
     assert read_run(tmp_path / "killed")["erased"] == account["erased"]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_erases_several_concepts(tiny: Diffusion, both: Concept, tmp_path: Path, name: str) -> None:
+    training = issubclass(methods()[name].config, Training)
+    settings = {"steps": 2, "batch_size": 3} if training else {}
+    settings |= {"fisher_rows": 2} if name == "selective-amnesia" else {}
+    data = {"forget": 3, "anchor": 2, "retain": 4, "steps": 2}
+    asked = make_recipe({"model": "tiny", "concept": both, "method": name, "settings": settings, "data": data})
+    list(erase(asked, tmp_path / "run", model=tiny))
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
 
 
 def test_masks_of_several_concepts_are_joint_or_a_union(tiny: Diffusion, both: Concept, tmp_path: Path) -> None:
