@@ -50,7 +50,13 @@ SeedOption = Annotated[int | None, typer.Option(help="Seed of the whole run. (de
 PresetOption = Annotated[str, typer.Option(help="Settings to start from: default, paper or emojinette.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A setting of the method, or mask.KEY or data.KEY."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="A setting of the method (see 'list methods'; a training has steps, batch_size, lr, "
+        "optimizer, weight_decay, warmup, decay, accumulation, max_grad_norm, precision), mask.KEY or data.KEY.",
+    ),
 ]
 MaskOption = Annotated[
     str | None,
@@ -410,9 +416,7 @@ def compare(
     out: OutOption,
     methods: Annotated[
         str,
-        typer.Option(
-            help="Methods, presets and guards, such as 'default,paper,esd-x[eta=2],safree'; 'all' is every one."
-        ),
+        typer.Option(help="Methods, presets and guards, such as 'default,esd-x\\[eta=2],safree'; 'all' is every one."),
     ] = "all",
     concepts: Annotated[str, typer.Option(help="Concepts to erase.")] = "church,dog,parachute,guitar,truck,flat,3d",
     seeds: Annotated[str, typer.Option(help="Seeds, each of a run of its own.")] = "0,1",
@@ -563,8 +567,16 @@ def _list_concepts() -> dict[str, str]:
 
 def _list_methods() -> dict[str, str]:
     from erase_concept.method import methods
+    from erase_concept.train import Training
 
-    return {name: f"{m.summary} Settings: {', '.join(m.config.__dataclass_fields__)}" for name, m in methods().items()}
+    shared = Training.__dataclass_fields__
+    found = {}
+    for name, method in methods().items():
+        own = [field for field in method.config.__dataclass_fields__ if field not in shared]
+        told = [*own, *(["those of every training"] if issubclass(method.config, Training) else [])]
+        where = f"Mask {method.mask}, scope {method.scope}. " if (method.mask, method.scope) != ("none", "full") else ""
+        found[name] = f"{method.summary} {where}Settings: {', '.join(told)}"
+    return found
 
 
 def _list_guards() -> dict[str, str]:
