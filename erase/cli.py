@@ -439,29 +439,34 @@ def compare(
     from erase_concept.terminal import bar
 
     entries = [*PRESETS, *known(), *GUARDS] if methods == "all" else _split_entries(methods)
-    numbers = {}
-    for option, text, kind in (("--seeds", seeds, int), ("--strengths", strengths, float)):
-        try:
-            numbers[option] = [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise RequestError(option, text, "must be numbers with commas between them") from None
-        if not all(0 <= number < float("inf") for number in numbers[option]):
-            raise RequestError(option, text, "must be numbers of at least 0")
+    numbers = _numbers("--strengths", strengths)
+    seed_numbers = [int(number) for number in _numbers("--seeds", seeds, whole=True)]
     with bar() as shown:
         task = shown.add_task("compare", total=None)
         for what, done, total in run(
             model,
             entries,
             [part.strip() for part in concepts.split(",")],
-            numbers["--seeds"],
+            seed_numbers,
             out,
             masks=[part.strip() for part in masks.split(",")] if masks else (None,),
-            strengths=numbers["--strengths"],
+            strengths=numbers,
             tune_on=[part.strip() for part in tune.split(",") if part.strip()],
             trials=trials,
         ):
             shown.update(task, description=what, completed=done, total=total)
     typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)
+
+
+def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
+    """Read numbers with commas between them, of at least 0."""
+    try:
+        found = [int(part) if whole else float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= number < float("inf") for number in found):
+        raise RequestError(option, text, f"must be {'whole ' * whole}numbers of at least 0 with commas between them")
+    return found
 
 
 def _split_entries(text: str) -> list[str]:

@@ -156,14 +156,11 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     """Write the tables, all numbers, and the page with pictures."""
     groups = grouped(results)
     parts = [f"# Methods and masks on {model}", _about(results, concepts)]
-    curves = []
-    if (
-        len({cell["strength"] / min(c["strength"] for c in groups[cell["entry"], cell["mask"]]) for cell in results})
-        > 1
-    ):
+    curves: list[Curve] = []
+    pooled: dict[str, Pooled] = {}
+    if any(len({cell["strength"] for cell in cells}) > 1 for cells in groups.values()):
         curves = [curve(entry, mask or "own", cells) for (entry, mask), cells in groups.items()]
         parts += ["## Along the strength", curves_table(curves)]
-        pooled = {}
     else:
         table, pooled = methods_table(results)
         parts += ["## At the tuned strength" if searches else "## At each method's own strength", table]
