@@ -181,7 +181,7 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
 
 def _about(results: Cells, concepts: Sequence[str]) -> str:
     seeds = sorted({cell["seed"] for cell in results})
-    spent = sum(float(cell.get("cell_seconds", cell["seconds"])) for cell in results)
+    spent = sum(cell["seconds" if "failed" in cell else "cell_seconds"] for cell in results)
     return (
         f"{len(results)} cells: {', '.join(concepts)}; seeds {', '.join(map(str, seeds))}; {spent / 3600:.1f} hours. "
         "UA, IRA and CRA with 95 % intervals (Wilson, over all images); of base is the share of the base model's own "
