@@ -7,7 +7,16 @@ BIN := $(VENV)/bin
 FAST := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 THP_MEM_ALLOC_ENABLE=1
 
-.PHONY: demo test lint wheel-test bench train measure clean
+# One thread each: the tests' models are too small for more, and two processes with two threads each stand in each
+# other's way.
+TESTS := OMP_NUM_THREADS=1 $(FAST)
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
+# Of these the wheel is asked again: all that reads files which a wheel could lack.
+SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_emojinette.py ../tests/pipelines/test_load.py \
+	../tests/erase/test_recipe.py ../tests/erase/test_run.py ../tests/erase/test_cli.py ../tests/eval/test_page.py \
+	../tests/eval/test_report.py ../tests/eval/test_emojinette_benchmark.py
+
+.PHONY: demo test lint wheel-test bench comparison train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,16 +26,16 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
 	$(FAST) $(BIN)/erase-concept demo --out runs/demo
 
-test: $(VENV)/installed  ## run the tests, then all but the slow ones again on the built wheel
-	$(FAST) $(BIN)/pytest
+test: $(VENV)/installed  ## run the tests, then those that need shipped files again on the built wheel
+	$(TESTS) $(BIN)/pytest $(WORKERS)
 	$(MAKE) --no-print-directory wheel-test
 
 wheel-test: $(VENV)/installed
 	rm -rf build  # setuptools would pack what an earlier build left there
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/pip install --quiet --no-deps --target build/site build/wheel/*.whl
-	cd build && $(FAST) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
-		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" ../tests
+	cd build && $(TESTS) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
+		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" $(WORKERS) $(SHIPPED)
 
 lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/ruff check .
@@ -37,6 +46,9 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py
+
+comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (ten hours in all on two cores)
+	$(FAST) $(BIN)/python benchmarks/comparison.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette
