@@ -78,6 +78,7 @@ def extractor(name: str, inception: Path | None = None) -> Extractor:
     to 260 x 260; Emojinette's classifier takes 64 x 64. Raises RequestError for another name, without the package or
     the weights that it needs, and for weights of Inception that are not those of 2015-12-05.
     """
+    import torch
     from torch.nn import functional as F
 
     from erase_concept.pipelines.diffusion import weights_hash
@@ -87,7 +88,8 @@ def extractor(name: str, inception: Path | None = None) -> Extractor:
         module = _inception(inception)
         return Extractor(name, "Inception (2015-12-05, torch-fidelity)", INCEPTION_SHA256, lambda x: module(x)[0])
     if name == "efficientnet-lite2":
-        module = _placed(efficientnet_lite2(argument="--extractor"))
+        # Its depthwise convolutions take half the time on a CPU when an image's channels lie side by side.
+        module = _placed(efficientnet_lite2(argument="--extractor")).to(memory_format=torch.channels_last)
 
         def lite2(images: Tensor) -> Tensor:
             scaled = F.interpolate(images.float() / 255, size=(260, 260), mode="bilinear", antialias=True)
@@ -174,7 +176,7 @@ def _opened(file: Path, argument: str) -> Iterator[Image.Image]:
 
 
 def image_features(
-    files: Sequence[Path], network: Extractor, *, batch_size: int = 32, cache: Path | None = None
+    files: Sequence[Path], network: Extractor, *, batch_size: int = 8, cache: Path | None = None
 ) -> NDArray[np.float32]:
     """Return the features [n, d] of image files, each extracted once however often it is there.
 
@@ -224,7 +226,7 @@ def fidelity(
     network: Extractor,
     *,
     target: str,
-    batch_size: int = 32,
+    batch_size: int = 8,
     cache: Path | None = None,
     paired: bool = False,
 ) -> tuple[Score, ...]:
@@ -364,7 +366,7 @@ def frechet_imagenet(seen: Classified, concept: Concept) -> Score | None:
     return Score("frechet_imagenet", concept.name, value, len(features), interval, "squared feature distance", protocol)
 
 
-def imagenet_features(images: NDArray[np.uint8], *, batch_size: int = 32) -> NDArray[np.float32]:
+def imagenet_features(images: NDArray[np.uint8], *, batch_size: int = 4) -> NDArray[np.float32]:
     """Return EfficientNet-Lite2's pooled features [n, 1280] of uint8 images [n, h, w, 3], scaled to 260 x 260."""
     network = extractor("efficientnet-lite2")
     return np.concatenate([network(images[start : start + batch_size]) for start in range(0, len(images), batch_size)])

@@ -164,7 +164,7 @@ def write_report(report: Report, folder: Path) -> None:
     page = html("report.html.j2", report=report, summary=summary(report), pairs=pairs)
     _write(folder / "report.md", markdown(report, pairs))
     _write(folder / "report.html", page)
-    _write(folder / "grid.png", encoded(grid(pairs), "PNG"))
+    _write(folder / "grid.png", encoded(grid(pairs), "PNG", optimize=False))
     _write(folder / "report.json", content)  # last: it says that the others are there
 
 

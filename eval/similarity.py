@@ -32,7 +32,7 @@ def similarity(
     extractor: Extractor | None = None,
     *,
     target: str,
-    batch_size: int = 32,
+    batch_size: int = 8,
     cache: Path | None = None,
 ) -> tuple[Score, ...]:
     """Return the mean of each measure over the pairs at the same places of two sets, with a bootstrap interval.
