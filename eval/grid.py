@@ -123,6 +123,13 @@ def read_cells(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _append(file: Path, result: dict[str, Any]) -> None:
+    """Add a line, on a line of its own also after one that a kill cut short."""
+    cut = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * cut + json.dumps(result, ensure_ascii=False) + "\n")
+
+
 def fingerprint(model: str, cell: Cell) -> str:
     """Return the SHA-256 over all that a cell's result depends on, but for the versions of what is installed."""
     guard = cell.entry if is_guard(cell.entry) else ""
@@ -158,8 +165,7 @@ def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str
                 except BrokenProcessPool:
                     raise EraseError(f"the process of {cell.name} died, perhaps for want of memory") from None
                 done[key] = {"fingerprint": key, **found}
-                with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[key], ensure_ascii=False) + "\n")
+                _append(out / "cells.jsonl", done[key])
             yield done[key]
 
 

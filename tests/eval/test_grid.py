@@ -10,7 +10,7 @@ import pytest
 from erase_concept.cli import _split_entries
 from erase_concept.errors import RequestError
 from erase_concept.eval.comparison import compare
-from erase_concept.eval.grid import PRESETS, Cell, fingerprint, read_cells, read_pairs, recipe_of, split_entry
+from erase_concept.eval.grid import PRESETS, Cell, _append, fingerprint, read_cells, read_pairs, recipe_of, split_entry
 from erase_concept.eval.report import read_report
 from erase_concept.method import methods
 
@@ -55,6 +55,9 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:
     assert read_cells(file) == {}
     file.write_text('{"fingerprint": "a", "seconds": 1}\n{"fingerprint": "b", "sec', encoding="utf-8")
     assert list(read_cells(file)) == ["a"]
+    _append(file, {"fingerprint": "c"})
+    _append(file, {"fingerprint": "d"})
+    assert list(read_cells(file)) == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize(
