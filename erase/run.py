@@ -225,11 +225,18 @@ def _mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetReta
     """Return the run's mask: the one in its folder, else the given one or a new one, which is then kept there."""
     file = out / "mask.safetensors"
     if not file.exists():
-        if given is not None and recipe.mask.scope != "full":
-            part = masks.within(masks.everything(masks.in_scope(model.unet, recipe.mask.scope)), model.unet)
-            given = Mask((given & part).bits, given.shapes, given.provenance)
-        (given or make_mask(recipe, model, data, base_hash)).save(file)
+        choose_mask(recipe, given, model, data, base_hash).save(file)
     return Mask.load(file)
+
+
+def choose_mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:
+    """Return the part of a given mask that lies in the recipe's scope, or where none is given a new mask."""
+    if given is None:
+        return make_mask(recipe, model, data, base_hash)
+    if recipe.mask.scope == "full":
+        return given
+    part = masks.within(masks.everything(masks.in_scope(model.unet, recipe.mask.scope)), model.unet)
+    return Mask((given & part).bits, given.shapes, given.provenance)
 
 
 def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:

@@ -231,13 +231,16 @@ def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
                 losses.append(record.loss)
     except EraseError as problem:
         return told | {"failed": str(problem), "seconds": round(time.perf_counter() - began, 2)}
-    return told | {
-        "seconds": round(time.perf_counter() - began, 2),
-        "peak_gib": round(_peak() / 2**30, 2),  # before the sampling, which is the same for all methods
-        "changed": sum(int((before[name] != p).sum()) for name, p in model.unet.named_parameters())
-        / sum(p.numel() for p in before.values()),
-        "loss": [losses[0], losses[-1]],
-    }
+    return (
+        told
+        | {
+            "seconds": round(time.perf_counter() - began, 2),
+            "peak_gib": round(_peak() / 2**30, 2),  # before the sampling, which is the same for all methods
+            "changed": sum(int((before[name] != p).sum()) for name, p in model.unet.named_parameters())
+            / sum(p.numel() for p in before.values()),
+            "loss": [*losses[:1], *losses[-1:]],
+        }
+    )
 
 
 def _base(work: Path, recipe: Recipe) -> Path:
@@ -278,16 +281,16 @@ def _data(recipe: Recipe, model: Diffusion, base_hash: str, work: Path) -> Forge
 def _mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str, work: Path) -> Mask | None:
     """Return the recipe's mask, of which no method changes anything but its kind and scope."""
     from erase_concept.mask import Mask
-    from erase_concept.run import MASK_KINDS, make_mask
+    from erase_concept.run import MASK_KINDS, choose_mask
 
     if (recipe.mask.kind, recipe.mask.scope) == ("none", "full"):
         return None
     if recipe.mask.kind not in MASK_KINDS:
-        return Mask.load(Path(recipe.mask.kind))
+        return choose_mask(recipe, Mask.load(Path(recipe.mask.kind)), model, data, base_hash)
     parts = [base_hash, recipe.concept.to_dict(), dict(recipe.mask), recipe.seed, len(data.forget_latents)]
     file = work / "masks" / f"{_digest(parts)}.safetensors"
     if not file.exists():
-        make_mask(recipe, model, data, base_hash).save(file)
+        choose_mask(recipe, None, model, data, base_hash).save(file)
     return Mask.load(file)
 
 
