@@ -161,7 +161,7 @@ def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
 ) -> None:
     """The tokenizer has a token for each letter: start, "one", "square" and so on."""
     data = prompt_data(family, replace(square, templates=("one {O} on",), anchor="triangle", retain=("line",)))
-    tokens, wanted = concept_tokens(family, data, becomes, name=name)  # type: ignore[arg-type]  # from parametrize
+    tokens, wanted = concept_tokens(family, data, becomes, name=name)
     end = 1 + len("one") + len("square")  # of the name, 10; of "triangle" it is 12
     first = end - 1 if name else end
     other, start = (data.empty[0], 0) if becomes == "empty" else (data.remap[0, 0], first + 2)

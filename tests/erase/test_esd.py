@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,27 +76,8 @@ def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
     assert all(loss > 0 for loss in losses)
 
 
-def test_freezes_what_the_mask_freezes_and_resumes_to_the_same_bits(
-    tiny: Diffusion, square: Concept, tmp_path: Path
-) -> None:
-    config = ESDConfig(steps=4, lr=1e-3, checkpoint_every=2, sampling_steps=3)
-    mask = masks.random(tiny.unet, 0.5, seed=4, scope="cross-attention")
-    data, file = prompts_alone(tiny, square), tmp_path / "last.safetensors"
-    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
-    list(esd(models[0], data, mask, config, seed=7))
-    interrupted = esd(models[1], data, mask, config, seed=7, checkpoint=file)
-    assert [next(interrupted).step for _ in range(3)] == [1, 2, 3]
-    interrupted.close()
-    assert [event.step for event in esd(models[2], data, mask, config, seed=7, checkpoint=file)] == [3, 4]
-    resumed = models[2].unet.state_dict()
-    before = dict(tiny.unet.named_parameters())
-    moved = 0
-    for name, after in models[0].unet.named_parameters():
-        assert torch.equal(after, resumed[name]), name
-        chosen = mask.dense(name)
-        assert torch.equal(before[name][~chosen].view(torch.int32), after[~chosen].view(torch.int32)), name
-        moved += int((before[name] != after).sum())
-    assert moved > 0
+def test_frozen_weights_stay_and_a_killed_run_goes_on(tiny: Diffusion, square: Concept, check_method: Any) -> None:
+    check_method(esd, prompts_alone(tiny, square), ESDConfig(sampling_steps=4))
 
 
 def test_three_names_three_scopes() -> None:

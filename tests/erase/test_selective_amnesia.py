@@ -34,7 +34,7 @@ def test_two_steps_equal_the_formulas(
         lr=1e-2,
         penalty=1e-6,
         fisher_rows=4,
-        surrogate=surrogate,  # type: ignore[arg-type]
+        surrogate=surrogate,
     )
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet).requires_grad_(True), copy.deepcopy(tiny.unet)

@@ -23,7 +23,7 @@ from erase_concept.run import erase
 def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, becomes: str) -> None:
     data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
-    config = UCEConfig(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)  # type: ignore[arg-type]
+    config = UCEConfig(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)
     (record,) = uce(family, data, None, config, seed=0)
     assert (record.step, record.steps) == (1, 1)
     assert record.loss == pytest.approx(

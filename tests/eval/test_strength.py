@@ -63,7 +63,7 @@ def test_another_must_be_as_good_in_all_better_in_one_and_as_quick() -> None:
         "quick": pool([cell(0.9, 0.9, 0.8, seconds=1.0)]),
         "equal": pool([cell(1.0, 1.0, 0.8)]),
     }
-    assert dominated(results) == {"worse"}  # type: ignore[arg-type]  # none of them is None
+    assert dominated(results) == {"worse"}
 
 
 def test_a_curve_is_straight_between_its_points_and_from_the_base_model_on() -> None:
