@@ -83,7 +83,7 @@ class Adapters(nn.Module):
     def attached(self) -> Iterator[None]:
         """Let the UNet's layers work with their changes, until the context ends."""
         for key, layer in self.layers.items():
-            layer.forward = partial(self._forward, key)  # type: ignore[method-assign]
+            layer.forward = partial(self._forward, key)  # type: ignore[method-assign]  # undone when the context ends
         try:
             yield
         finally:
