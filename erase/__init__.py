@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Where it is installed, diffusers imports it, and it tells of what it lacks for things that we do not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public names and where they live. They are imported when first used, so that importing the package loads no torch.
 _NAMES = {

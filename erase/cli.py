@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import sys
 from contextlib import nullcontext, redirect_stdout
 from itertools import combinations
@@ -730,8 +729,6 @@ def _evaluate(
 
 def main() -> None:
     """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr."""
-    # Where it is installed, diffusers imports it, and it tells of what it lacks for things that we do not use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with nullcontext() if main_process() else redirect_stdout(io.StringIO()):
             code = app(standalone_mode=False)

@@ -28,6 +28,7 @@ Tensors = tuple[Tensor, ...]
 Teach = Callable[[Diffusion, torch.Generator], Tensors]
 # Given the same and what was taught: the loss, and the terms that it is made of, for the log.
 Loss = Callable[[Diffusion, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]]
+Start = Callable[[Diffusion], object]  # changes the weights, of those that may, where the training is to begin
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def train(
     seed: int,
     checkpoint: Path | None = None,
     teach: Teach | None = None,
+    start: Start | None = None,
 ) -> Iterator[Record | Taught]:
     """Minimise a loss over the salient weights of the model's UNet, in place, yielding a record after every step.
 
@@ -105,7 +107,8 @@ def train(
     its parameter's update; accumulation, clipping and several processes need all gradients at once.
 
     ``teach`` is called for every step before any weight moves, so a loss can be drawn to what the base model predicts
-    without a second model in memory. Raises EraseError when the loss is not finite: the weights are then those of the
+    without a second model in memory. ``start`` is called once behind that, before the first step, and may change the
+    weights that the mask allows. Raises EraseError when the loss is not finite: the weights are then those of the
     last good step, and the checkpoint is kept.
     """
     accelerator = Accelerator(
@@ -138,6 +141,8 @@ def train(
     )
     if resumed:
         _restore(masked, resumed)
+    elif start is not None:
+        start(model)
     at_once = settings.accumulation == accelerator.num_processes == 1 and settings.max_grad_norm is None
     unet = accelerator.prepare(model.unet)
     wrapped = replace(model, unet=unet)

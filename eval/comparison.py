@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.grid import Cell, is_guard, read_pairs, recipe_of, run_cells
+from erase_concept.eval.grid import PRESETS, Cell, is_guard, read_pairs, recipe_of, run_cells, split_entry
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
@@ -106,11 +106,11 @@ def compare(
     """Run a grid of erasures and write ``comparison.md``, ``comparison.json`` and the page ``report.html`` to ``out``.
 
     ``entries`` are methods, the presets "default" and "paper", or either with settings in brackets. With ``tune_on``
-    each entry's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own, and
-    ``strengths`` multiply what was found; the search is kept in ``tuning.json``. Yields (what, cells done, cells in
-    all). Killed at any time, it goes on with the first cell that is not in ``out/cells.jsonl``. Raises RequestError,
-    before anything is measured, when an entry, a concept or a mask is unknown, or the model is not Emojinette, whose
-    classifier is the judge.
+    each method's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own;
+    presets are taken as they are. ``strengths`` multiply what was found; the search is kept in ``tuning.json``. Yields
+    (what, cells done, cells in all). Killed at any time, it goes on with the first cell that is not in
+    ``out/cells.jsonl``. Raises RequestError, before anything is measured, when an entry, a concept or a mask is
+    unknown, or the model is not Emojinette, whose classifier is the judge.
     """
     # Not at the top, for that module imports this whole package to know all metrics.
     from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
@@ -124,16 +124,17 @@ def compare(
         raise RequestError("--tune", overlap[0], "is compared on too; tune on other concepts")
     for entry in entries:
         recipe_of(model, Cell(entry, concepts[0], 0))
-    best: dict[tuple[str, str | None], float] = {}
+    best: dict[tuple[str, str | None], float] = {}  # a preset is taken as it is, and a guard has no strength
     searches: dict[str, list[Trial]] = {}
     pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in masks))
-    for place, (entry, mask) in enumerate(pairs if tune_on else ()):
+    searched = [pair for pair in pairs if not is_guard(pair[0]) and split_entry(pair[0])[0] not in PRESETS]
+    for place, (entry, mask) in enumerate(searched if tune_on else ()):
         for found in tune(model, entry, tune_on, trials, out, mask=mask):
             if isinstance(found, list):
                 best[entry, mask] = found[0].strength
                 searches[_named(entry, mask)] = found
             else:
-                yield f"tuning {_named(entry, mask)}", place, len(pairs)
+                yield f"tuning {_named(entry, mask)}", place, len(searched)
         _write(out / "tuning.json", {name: [asdict(trial) for trial in some] for name, some in searches.items()})
     cells = [
         Cell(entry, concept, seed, mask, best.get((entry, mask), 1.0) * strength)
@@ -182,8 +183,8 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
 
 def _about(results: Cells, concepts: Sequence[str]) -> str:
     seeds = sorted({cell["seed"] for cell in results})
-    minutes = sum(cell["seconds" if "failed" in cell else "cell_seconds"] for cell in results) / 60
-    took = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    seconds = sum(cell["seconds" if "failed" in cell else "cell_seconds"] for cell in results)
+    took = f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
     return (
         f"{len(results)} cells: {', '.join(concepts)}; seeds {', '.join(map(str, seeds))}; {took}. "
         "UA, IRA and CRA with 95 % intervals (Wilson, over all images); of base is the share of the base model's own "

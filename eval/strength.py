@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from erase_concept.eval.grid import Cell, is_guard, run_cells
+from erase_concept.eval.grid import Cell, run_cells
 from erase_concept.eval.pooled import Cells, failed, kept, pool
 from erase_concept.eval.score import Interval
 
@@ -54,7 +54,7 @@ def tune(
     """
     tried: dict[float, Trial] = {}
     strength = 1.0
-    while len(tried) < (1 if is_guard(entry) else trials):  # a guard has no knob
+    while len(tried) < trials:
         found = []
         for result in run_cells(model, [Cell(entry, c, seed, mask, strength) for c in concepts], out):
             found.append(result)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from erase_concept.closed_form import concept_tokens, edit
 from erase_concept.data import Batch, ForgetRetain, draw
 from erase_concept.mask import Mask
 from erase_concept.method import method
+from erase_concept.methods.mace import MACEConfig
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.train import Record, Taught, Tensors, Training, train
 
@@ -28,6 +30,8 @@ class SalUnConfig(Training):
     target: Literal["current", "base"] = "current"  # which model predicts the forget target
     retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
     guidance: float = 0.0  # how far the target goes on beyond c', away from the concept
+    start: Literal["base", "closed-form"] = "base"  # the base model's weights, or MACE's solution over the mask
+    erase_scale: float = 8.0  # of that solution, whose other settings are MACE's own
 
     def __post_init__(self) -> None:
         """Raise ValueError that names the first setting out of its range."""
@@ -101,5 +105,9 @@ def salun(
         retain_loss = mse_loss(predicted[len(target) :], retained)
         return forget_loss + config.alpha * retain_loss, {"forget": forget_loss, "retain": retain_loss}
 
+    def closed_form(model: Diffusion) -> None:
+        edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, "anchor", name=False))
+
     taught = teach if "base" in (config.target, config.retain_target) else None
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint, teach=taught)
+    start = closed_form if config.start == "closed-form" else None
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint, teach=taught, start=start)

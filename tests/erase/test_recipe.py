@@ -31,7 +31,7 @@ def test_a_list_of_concepts_is_erased_together(tmp_path: Path) -> None:
     guidance = {
         kinds: recipe_for("emojinette", kinds.split()).settings["guidance"] for kinds in ("flat 3d", "flat dog")
     }
-    assert guidance == {"flat 3d": 1.5, "flat dog": 0.5}
+    assert guidance == {"flat 3d": 2.0, "flat dog": 0.5}
     with pytest.raises(RequestError, match="named twice"):
         recipe_for("emojinette", ["church", "church"])
     with pytest.raises(RequestError, match="at least one"):
