@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from erase_concept.closed_form import concept_tokens, edit
+from erase_concept.closed_form import concept_tokens, edit, matrices
 from erase_concept.data import Batch, ForgetRetain, draw
 from erase_concept.mask import Mask
 from erase_concept.method import method
@@ -31,12 +31,12 @@ class SalUnConfig(Training):
     retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
     guidance: float = 0.0  # how far the target goes on beyond c', away from the concept
     start: Literal["base", "closed-form"] = "base"  # the base model's weights, or MACE's solution over the mask
-    erase_scale: float = 8.0  # of that solution, whose other settings are MACE's own
+    erase_scale: float = 8.0  # of that solution; its other settings are MACE's own
 
     def __post_init__(self) -> None:
         """Raise ValueError that names the first setting out of its range."""
         super().__post_init__()
-        for name in ("alpha", "guidance"):
+        for name in ("alpha", "guidance", "erase_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.guidance and self.target != "base":
@@ -63,6 +63,9 @@ def salun(
     With ``guidance`` w > 0 the first term's target is e'(x_t, c') + w (e'(x_t, c') - e'(x_t, c_f)), ESD's negative
     guidance (arXiv 2303.07345) from c' instead of the empty prompt: a fit always stops short of its target, and what
     is left of the concept would be multiplied by the guidance scale of the sampling.
+    With ``start`` "closed-form" the training begins where MACE's closed form (arXiv 2403.06135), over the same mask,
+    leaves cross-attention's keys and values: it takes the concept out of the words behind its name at once, and steps
+    are needed only for what it leaves. Where the mask has none of them, the training begins at the base model.
     Without a mask this is random labelling.
     """
 
@@ -106,7 +109,8 @@ def salun(
         return forget_loss + config.alpha * retain_loss, {"forget": forget_loss, "retain": retain_loss}
 
     def closed_form(model: Diffusion) -> None:
-        edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, "anchor", name=False))
+        if mask is None or any(mask.dense(name).any() for name in matrices(model.unet)):
+            edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, "anchor", name=False))
 
     taught = teach if "base" in (config.target, config.retain_target) else None
     start = closed_form if config.start == "closed-form" else None

@@ -12,6 +12,7 @@ import torch
 from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.errors import EraseError
+from erase_concept.methods.mace import MACEConfig, mace
 from erase_concept.methods.random_label import RandomLabelConfig, random_label
 from erase_concept.methods.salun import SalUnConfig, salun
 from erase_concept.pipelines.diffusion import Diffusion
@@ -90,8 +91,12 @@ def test_anchor_is_the_first_remapping(tiny: Diffusion, square: Concept, data: F
     torch.testing.assert_close(data.remap[1], tiny.encode_prompts(["a line", "one line"]))
 
 
-def test_runs_twice_to_the_same_bits_and_resumes_to_them(tiny: Diffusion, data: ForgetRetain, tmp_path: Path) -> None:
-    config = SalUnConfig(steps=6, batch_size=2, lr=1e-3, checkpoint_every=2, target="base", accumulation=2, warmup=2)
+@pytest.mark.parametrize("start", ["base", "closed-form"])
+def test_runs_twice_to_the_same_bits_and_resumes_to_them(
+    tiny: Diffusion, data: ForgetRetain, tmp_path: Path, start: str
+) -> None:
+    settings = {"target": "base", "accumulation": 2, "warmup": 2, "start": start}
+    config = SalUnConfig(steps=6, batch_size=2, lr=1e-3, checkpoint_every=2, **settings)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
     for model in models[:2]:
@@ -106,6 +111,32 @@ def test_runs_twice_to_the_same_bits_and_resumes_to_them(tiny: Diffusion, data: 
     first = models[0].unet.state_dict()
     for model in models[1:]:
         assert all(torch.equal(first[name], value) for name, value in model.unet.state_dict().items())
+
+
+def test_begins_at_the_closed_form_with_targets_of_the_base_model(tiny: Diffusion, data: ForgetRetain) -> None:
+    mask = masks.random(tiny.unet, 0.5, seed=4)
+    base, edited, still = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3))
+    list(mace(edited, data, mask, MACEConfig(erase_scale=100.0, ridge=1000.0), seed=0))
+    assert any((p != q).any() for p, q in zip(base.unet.parameters(), edited.unet.parameters(), strict=True))
+    terms = {"target": "base", "retain_target": "base", "start": "closed-form", "erase_scale": 100.0}
+    config = SalUnConfig(steps=1, batch_size=3, lr=0.0, **terms)
+    *_, record = salun(still, data, mask, config, seed=7)
+    for (name, p), q in zip(still.unet.named_parameters(), edited.unet.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    generator = stage_generator(7, "step", 0, 0, 0)
+    forget = data.forget_batch(base, data.draw_forget(3, generator), generator)
+    with torch.no_grad():
+        wanted = base.predict(forget.noisy, forget.timesteps, forget.remapped)
+        now = edited.predict(forget.noisy, forget.timesteps, forget.embeddings)
+    assert record.terms["forget"] == pytest.approx((now - wanted).square().mean().item(), rel=1e-5)
+
+
+def test_begins_at_the_base_model_where_the_mask_has_no_keys_and_values(tiny: Diffusion, data: ForgetRetain) -> None:
+    mask = masks.random(tiny.unet, 0.5, seed=4, scope="self-attention")
+    one, other = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(2))
+    for model, start in ((one, "base"), (other, "closed-form")):
+        list(salun(model, data, mask, SalUnConfig(steps=1, batch_size=2, lr=1e-3, start=start), seed=7))
+    assert all(torch.equal(p, q) for p, q in zip(one.unet.parameters(), other.unet.parameters(), strict=True))
 
 
 def test_stops_at_a_loss_that_is_no_number_with_the_last_good_weights(
