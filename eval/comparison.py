@@ -11,6 +11,7 @@ from typing import Any
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.grid import PRESETS, Cell, is_guard, read_pairs, recipe_of, run_cells, split_entry
+from erase_concept.eval.page import sample_sheet
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
@@ -103,7 +104,7 @@ def compare(
     tune_on: Sequence[str] = (),
     trials: int = 6,
 ) -> Iterator[tuple[str, int, int]]:
-    """Run a grid of erasures and write ``comparison.md``, ``comparison.json`` and the page ``report.html`` to ``out``.
+    """Run a grid of erasures and write ``comparison.md``, ``comparison.json``, ``report.html`` and sheets of samples.
 
     ``entries`` are methods, the presets "default" and "paper", or either with settings in brackets. With ``tune_on``
     each method's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own;
@@ -169,6 +170,8 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
         reports = {name: _report(model, name, one, groups, concepts, out) for name, one in pooled.items()}
         if reports:
             write_page(reports, out)
+        for concept in concepts:
+            _write_sheet(concept, groups, out)
     if searches:
         parts += ["## The search", _searches_table(searches)]
     with whole(out / "comparison.md") as partial:
@@ -234,6 +237,20 @@ def _report(
     cells = next(cells for key, cells in groups.items() if _named(*key) == name)
     pairs = [pair for cell in cells if "failed" not in cell for pair in read_pairs(out, cell)]
     return Report(what, "object", "", model, "comparison", {}, {}, scores, pairs=tuple(pairs))
+
+
+def _write_sheet(concept: str, groups: dict[tuple[str, str | None], list[dict[str, Any]]], out: Path) -> None:
+    """Write ``sheets/CONCEPT.png``, what all of the entries make of some prompts, as far as images were kept."""
+    rows = {}
+    for key, cells in groups.items():
+        first = next((cell for cell in cells if cell["concept"] == concept and "failed" not in cell), None)
+        if first is not None and first["seed"] == min(cell["seed"] for cell in cells) and read_pairs(out, first):
+            rows[_named(*key)] = read_pairs(out, first)
+    if rows:
+        (out / "sheets").mkdir(exist_ok=True)
+        name = find_concept(concept).name.replace(" ", "-")
+        with whole(out / "sheets" / f"{name}.png") as partial:
+            sample_sheet(rows).save(partial, "PNG")
 
 
 def _write(file: Path, content: Any) -> None:

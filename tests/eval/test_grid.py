@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from erase_concept.cli import _split_entries
 from erase_concept.errors import RequestError
@@ -101,6 +102,9 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     assert "| uce | " in table
     told = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
     assert told["methods"]["uce"]["ua"] == edited["scores"]["ua"]["value"]
+    with Image.open(tmp_path / "sheets" / "church.png") as sheet:  # the base and two methods, 12 prompts each
+        assert sheet.height == 3 * 100 + 54
+        assert sheet.width > 12 * 100
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "uce" in page
     with pytest.raises(RequestError, match="lays several runs side by side"):

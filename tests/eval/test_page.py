@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from erase_concept.eval.page import grid
+from erase_concept.eval.page import grid, sample_sheet, veil
 from erase_concept.eval.report import Bar, Chart, Curve, Report, compare, drawn, write_report
 from erase_concept.eval.summary import summary
 
@@ -153,3 +154,26 @@ def test_the_grid_shows_base_above_erased_without_blur(report: Report) -> None:
     base, erased = (np.asarray(Image.open(file)).repeat(2, 0).repeat(2, 1) for file in (pair.base, pair.erased))
     np.testing.assert_array_equal(sheet[6:134, 58:186], base)
     np.testing.assert_array_equal(sheet[136:264, 58:186], erased)
+
+
+def test_a_sheet_has_the_base_model_on_top_and_each_model_s_image_of_a_prompt_below(report: Report) -> None:
+    pair = replace(report.pairs[1], flagged=False)
+    assert pair.base is not None
+    turned = replace(pair, erased=pair.base)
+    sheet = np.asarray(sample_sheet({"one": [pair, pair], "other": [turned, turned]}, side=128))
+    base, erased = (np.asarray(Image.open(file)).repeat(2, 0).repeat(2, 1) for file in (pair.base, pair.erased))
+    margin = sheet.shape[1] - 2 * 132
+    for column in range(2):
+        left = margin + 132 * column
+        for level, expected in enumerate((base, erased, base)):
+            np.testing.assert_array_equal(sheet[132 * level + 4 :][:128, left : left + 128], expected)
+    # What a detector flagged in the image of one model is veiled in all of them.
+    veiled = np.asarray(sample_sheet({"one": [pair], "other": [replace(turned, flagged=True)]}, side=128))
+    cover = np.asarray(veil(Image.open(pair.base)).resize((128, 128), Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(veiled[4:132, -132:-4], cover)
+
+
+def test_a_sheet_needs_the_same_prompts_in_all_rows(report: Report) -> None:
+    for rows in ({}, {"one": []}, {"one": report.pairs[:1], "other": report.pairs[1:2]}):
+        with pytest.raises(ValueError, match="same prompts and seeds"):
+            sample_sheet(rows)
