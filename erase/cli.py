@@ -428,6 +428,9 @@ def compare(
     tune: Annotated[str, typer.Option(help="Concepts on which each method's strength is searched first.")] = "",
     trials: Annotated[int, typer.Option(min=1, help="Strengths tried in a search, of every method as many.")] = 6,
     model: Annotated[str, typer.Option(help="The base model.")] = "emojinette",
+    benchmark: Annotated[
+        str, typer.Option(help="What tells UA, IRA and CRA: emojinette, imagenette, style, or a YAML file.")
+    ] = "emojinette",
     json_: JsonOption = False,
 ) -> None:
     """Erase with many methods, masks and strengths, and compare what is gone, what is kept and what it takes."""
@@ -452,6 +455,7 @@ def compare(
             strengths=numbers,
             tune_on=[part.strip() for part in tune.split(",") if part.strip()],
             trials=trials,
+            benchmark=benchmark,
         ):
             shown.update(task, description=what, completed=done, total=total)
     typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)

@@ -7,9 +7,13 @@ class RequestError(ValueError):
     """The request itself is wrong. Says which argument, which value, and what is allowed, in one line."""
 
     def __init__(self, argument: str, value: object, allowed: str) -> None:
-        """Keep the three parts and join them to one line."""
+        """Keep the three parts, which are also all that goes from one process to another."""
         self.argument, self.value, self.allowed = argument, value, allowed
-        super().__init__(" ".join(f"{argument} {value}: {allowed}".split()))
+        super().__init__(argument, value, allowed)
+
+    def __str__(self) -> str:
+        """Join the three parts to one line."""
+        return " ".join(f"{self.argument} {self.value}: {self.allowed}".split())
 
 
 class EraseError(RuntimeError):

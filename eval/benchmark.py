@@ -156,7 +156,6 @@ def benchmark(
     Where ``accelerate launch`` or ``torchrun`` has started several processes, they share the sampling; then the main
     process measures and writes, and in the others this ends without a report.
     """
-    spec = find_benchmark(name)
     run: dict[str, Any] = {}
     if (Path(model) / "run.json").is_file():
         run = json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))
@@ -168,17 +167,10 @@ def benchmark(
         if is_images(Path(model)):
             raise RequestError("--guard", guard, f"is for a model that samples, and {model} holds images")
         baseline = baseline or model
-    given = dict(settings or {})
-    if seeds is not None:
-        given["seeds"] = seeds
+    given = dict(settings or {}) | ({} if seeds is None else {"seeds": seeds})
     plan = Plan(str(model), None if baseline is None else str(baseline), out, run, batch_size, fail_if, guard)
     plan.find_base()
-    if name == "emojinette":
-        if prompts is not None:
-            given["prompts"] = prompts
-        asked = emojinette_benchmark.asked(plan, concept, given, first_seed)
-    else:
-        asked = _asked(plan, name, spec, concept, prompts, given)
+    asked = asked_by(name, plan, concept, given, prompts=prompts, first_seed=first_seed)
     images = yield from gather(plan, asked)
     if not processes().is_main_process:
         return
@@ -191,13 +183,35 @@ def benchmark(
     yield report
 
 
+def asked_by(
+    name: str,
+    plan: Plan,
+    concept: str | Concept | None,
+    given: Mapping[str, Any],
+    *,
+    prompts: str | PromptSet | None = None,
+    first_seed: int = 10_000,
+    metrics: Sequence[str] | None = None,
+) -> Asked:
+    """Return what a benchmark asks for and how it measures; of Emojinette's own, ``metrics`` may name some.
+
+    Raises RequestError when the request cannot be followed.
+    """
+    spec = find_benchmark(name)
+    if name == "emojinette":
+        more = {} if prompts is None else {"prompts": prompts}
+        chosen = tuple(emojinette_benchmark.METRICS) if metrics is None else metrics
+        return emojinette_benchmark.asked(plan, concept, {**given, **more}, first_seed, chosen)
+    return _asked(plan, name, spec, concept, prompts, given)
+
+
 def _asked(
     plan: Plan,
     name: str,
     spec: Benchmark,
     concept: str | Concept | None,
     prompts: str | PromptSet | None,
-    given: dict[str, Any],
+    given: Mapping[str, Any],
 ) -> Asked:
     """Return what any other benchmark asks for, and how it measures."""
     settings = _settings(spec, given, name)

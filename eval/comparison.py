@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.grid import PRESETS, Cell, is_guard, read_pairs, recipe_of, run_cells, split_entry
+from erase_concept.eval.grid import PRESETS, Cell, asked_of, is_guard, read_pairs, recipe_of, run_cells, split_entry
 from erase_concept.eval.page import sample_sheet
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
@@ -18,6 +18,7 @@ from erase_concept.eval.report import compare as write_page
 from erase_concept.eval.score import Interval, Score
 from erase_concept.eval.strength import GOAL, LEVELS, Curve, Trial, curve, tune
 from erase_concept.files import whole
+from erase_concept.pipelines.load import configs
 from erase_concept.prompts.concept import concept as find_concept
 
 
@@ -54,11 +55,13 @@ def methods_table(cells: Cells) -> tuple[str, dict[str, Pooled]]:
         told += ["not dominated"] if name in best else []
         row = [
             name,
-            f"{p.ua:.1%} ({p.ua_ci95[0]:.1%} to {p.ua_ci95[1]:.1%})",
+            f"{p.ua:.1%}{_range(p.ci95['ua'])}",
             f"{p.lowest_ua[1]:.0%} {p.lowest_ua[0]}",
-            f"{p.ira:.1%} ({p.ira_ci95[0]:.1%} to {p.ira_ci95[1]:.1%}), {p.ira_kept:.1%}",
-            f"{p.cra:.1%} ({p.cra_ci95[0]:.1%} to {p.cra_ci95[1]:.1%}), {p.cra_kept:.1%}",
-            f"{p.frechet:.2f}",
+            *(
+                f"{p.share[name]:.1%}{_range(p.ci95[name])}, {p.of_base[name]:.1%}" if name in p.share else ""
+                for name in ("ira", "cra")
+            ),
+            "" if p.frechet is None else f"{p.frechet:.2f}",
             f"{p.seconds:.0f}",
             f"{p.peak_gib:.2f}",
             f"{p.changed:.1%}",
@@ -103,6 +106,7 @@ def compare(
     strengths: Sequence[float] = (1.0,),
     tune_on: Sequence[str] = (),
     trials: int = 6,
+    benchmark: str = "emojinette",
 ) -> Iterator[tuple[str, int, int]]:
     """Run a grid of erasures and write ``comparison.md``, ``comparison.json``, ``report.html`` and sheets of samples.
 
@@ -111,26 +115,22 @@ def compare(
     presets are taken as they are. ``strengths`` multiply what was found; the search is kept in ``tuning.json``. Yields
     (what, cells done, cells in all). Killed at any time, it goes on with the first cell that is not in
     ``out/cells.jsonl``. Raises RequestError, before anything is measured, when an entry, a concept or a mask is
-    unknown, or the model is not Emojinette, whose classifier is the judge.
+    unknown, or the benchmark, which ``benchmark`` names, cannot tell what became of it.
     """
-    # Not at the top, for that module imports this whole package to know all metrics.
-    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
-
-    if model != "emojinette":
-        allowed = "a grid is judged by Emojinette's classifier: emojinette; for others use erase, eval and report"
-        raise RequestError("MODEL", model, allowed)
-    for concept in {*concepts, *tune_on}:
-        emojinette_benchmark(find_concept(concept))
+    configs(model)
     if overlap := sorted({*concepts} & {*tune_on}):
         raise RequestError("--tune", overlap[0], "is compared on too; tune on other concepts")
     for entry in entries:
         recipe_of(model, Cell(entry, concepts[0], 0))
+    for concept in {*concepts, *tune_on}:
+        cell = Cell(entries[0], concept, 0)
+        asked_of(benchmark, recipe_of(model, cell), cell, out)
     best: dict[tuple[str, str | None], float] = {}  # a preset is taken as it is, and a guard has no strength
     searches: dict[str, list[Trial]] = {}
     pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in masks))
     searched = [pair for pair in pairs if not is_guard(pair[0]) and split_entry(pair[0])[0] not in PRESETS]
     for place, (entry, mask) in enumerate(searched if tune_on else ()):
-        for found in tune(model, entry, tune_on, trials, out, mask=mask):
+        for found in tune(model, entry, tune_on, trials, out, mask=mask, benchmark=benchmark):
             if isinstance(found, list):
                 best[entry, mask] = found[0].strength
                 searches[_named(entry, mask)] = found
@@ -145,10 +145,11 @@ def compare(
         for strength in ((1.0,) if is_guard(entry) else strengths)
     ]
     results = []
-    for cell, result in zip(cells, run_cells(model, cells, out), strict=True):
+    for cell, result in zip(cells, run_cells(model, cells, out, benchmark), strict=True):
         results.append(result)
         yield cell.name, len(results), len(cells)
-    _publish(model, results, searches, concepts, out)
+    where = model if benchmark == "emojinette" else f"{model}, judged by {Path(benchmark).name}"
+    _publish(where, results, searches, concepts, out)
 
 
 def _named(entry: str, mask: str | None) -> str:
@@ -217,7 +218,7 @@ def _report(
     out: Path,
 ) -> Report:
     """Return pooled cells as a report, with the images that were kept of them."""
-    n = pooled.n_forget + pooled.n_retain
+    n = pooled.n["ua"] + max(pooled.n[name] for name in pooled.of_base)
     how = f"Emojinette classifier; {pooled.cells} cells"
     what = ", ".join(concepts)
 
@@ -226,10 +227,11 @@ def _report(
         return Score(metric, what, value, n, interval, unit, how, base, None if base is None else (base, base))
 
     scores = (
-        score("ua", pooled.ua, pooled.ua_ci95, pooled.n_forget, "fraction"),
-        score("ira", pooled.ira, pooled.ira_ci95, pooled.n_retain, "fraction", pooled.ira_kept),
-        score("cra", pooled.cra, pooled.cra_ci95, pooled.n_retain, "fraction", pooled.cra_kept),
-        score("frechet", pooled.frechet, (pooled.frechet, pooled.frechet), n, "distance"),
+        *(
+            score(name, value, pooled.ci95[name], pooled.n[name], "fraction", pooled.of_base.get(name))
+            for name, value in pooled.share.items()
+        ),
+        *(() if (far := pooled.frechet) is None else (score("frechet", far, (far, far), n, "distance"),)),
         score("seconds", pooled.seconds, (pooled.seconds, pooled.seconds), pooled.cells, "s"),
         score("peak_gib", pooled.peak_gib, (pooled.peak_gib, pooled.peak_gib), pooled.cells, "GiB"),
         score("changed", pooled.changed, (pooled.changed, pooled.changed), pooled.cells, "fraction"),

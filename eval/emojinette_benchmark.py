@@ -118,8 +118,14 @@ def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
     return [*both, *(item for item in (*first, *second) if item not in both)]
 
 
-def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], first_seed: int) -> Asked:
-    """Return what the benchmark asks for, whose prompts are made for the concept, and how it measures.
+def asked(
+    plan: Plan,
+    concept: str | Concept | None,
+    given: Mapping[str, Any],
+    first_seed: int,
+    metrics: Sequence[str] = tuple(METRICS),
+) -> Asked:
+    """Return what the benchmark asks for, whose prompts are made for the concept, and how it measures the metrics.
 
     A manifest with labels in it says itself what the images were asked for, be it something else. Raises RequestError
     when there is no concept, or a setting is given that the benchmark does not have.
@@ -132,7 +138,7 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
     options = {key: value for key, value in given.items() if key != "seeds"}
     if unused := sorted(options.keys() - {"steps", "scheduler"}):
         raise RequestError(option(unused[0]), options[unused[0]], "the benchmark emojinette has no such setting")
-    checked = gates(plan.fail_if, tuple(METRICS), baseline=plan.baseline is not None)
+    checked = gates(plan.fail_if, tuple(metrics), baseline=plan.baseline is not None)
     if is_images(Path(plan.model)):
         prompts = _told(Path(plan.model), prompts)
 
@@ -142,7 +148,8 @@ def asked(plan: Plan, concept: str | Concept | None, given: Mapping[str, Any], f
             about["notes"] = notes
         if left:
             about["erased earlier, not measured"] = left
-        return evaluate(target, images.erased, images.base, model=plan.source, provenance=about, earlier=earlier)
+        told = {"model": plan.source, "provenance": about, "metrics": metrics, "earlier": earlier}
+        return evaluate(target, images.erased, images.base, **told)
 
     return Asked(prompts, options, plan.guarded(target), checked, measure, size=SIZE)
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,17 @@ from erase_concept.files import whole
 
 if TYPE_CHECKING:
     from erase_concept.data import ForgetRetain
+    from erase_concept.eval.images import Asked
     from erase_concept.eval.report import Pair
     from erase_concept.mask import Mask
     from erase_concept.pipelines.diffusion import Diffusion
-    from erase_concept.pipelines.guards import Guard
     from erase_concept.pipelines.sample import ImageSet
     from erase_concept.recipe import Recipe
 
 PRESETS = ("default", "paper")
 KEPT = 4  # pairs of images of the concept that are kept of a cell, and twice as many of all else
-METRICS = ("ua", "ira", "cra", "frechet")
-_HEAVY = ("erase_concept.run", "erase_concept.method", "erase_concept.eval.emojinette_benchmark")
+METRICS = ("ua", "ira", "cra", "frechet")  # of a cell; what a benchmark of other metrics does not have is left out
+_HEAVY = ("erase_concept.run", "erase_concept.method", "erase_concept.eval.benchmark")
 
 
 @dataclass(frozen=True)
@@ -130,22 +130,29 @@ def _append(file: Path, result: dict[str, Any]) -> None:
         lines.write("\n" * cut + json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def fingerprint(model: str, cell: Cell) -> str:
+def fingerprint(model: str, cell: Cell, benchmark: str = "emojinette") -> str:
     """Return the SHA-256 over all that a cell's result depends on, but for the versions of what is installed."""
     guard = cell.entry if is_guard(cell.entry) else ""
-    return recipe_of(model, cell).fingerprint(METRICS, KEPT, guard)
+    return recipe_of(model, cell).fingerprint(METRICS, KEPT, guard, *_told(benchmark))
 
 
-def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str, Any]]:
+def _told(benchmark: str) -> tuple[str, ...]:
+    """Return what a benchmark is, if it is not Emojinette's: its name, or the content of its file."""
+    if benchmark == "emojinette":
+        return ()
+    return (Path(benchmark).read_text(encoding="utf-8") if Path(benchmark).is_file() else benchmark,)
+
+
+def run_cells(model: str, cells: Iterable[Cell], out: Path, benchmark: str = "emojinette") -> Iterator[dict[str, Any]]:
     """Yield the result of each cell in order, measuring those that ``out/cells.jsonl`` does not have.
 
-    Raises RequestError before anything is measured when a cell's recipe cannot be followed, and EraseError when a
-    process dies; an erasure that fails is a result, with the reason under "failed".
+    Raises RequestError when a cell's recipe, before anything is measured, or its benchmark cannot be followed, and
+    EraseError when a process dies; an erasure that fails is a result, with the reason under "failed".
     """
     from erase_concept.mask import Mask
 
     cells = list(cells)
-    keys = {cell: fingerprint(model, cell) for cell in cells}
+    keys = {cell: fingerprint(model, cell, benchmark) for cell in cells}
     for kind in {cell.mask for cell in cells} - {None, "salient", "none", "random", "least-salient"}:
         Mask.load(Path(str(kind)), argument="--masks")
     done = read_cells(out / "cells.jsonl")
@@ -160,8 +167,8 @@ def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str
             key = keys[cell]
             if key not in done:
                 try:
-                    processes.submit(prepare, model, cell, out).result()
-                    found = processes.submit(measure, model, cell, out).result()
+                    processes.submit(prepare, model, cell, out, benchmark).result()
+                    found = processes.submit(measure, model, cell, out, benchmark).result()
                 except BrokenProcessPool:
                     raise EraseError(f"the process of {cell.name} died, perhaps for want of memory") from None
                 done[key] = {"fingerprint": key, **found}
@@ -169,47 +176,48 @@ def run_cells(model: str, cells: Iterable[Cell], out: Path) -> Iterator[dict[str
             yield done[key]
 
 
-def prepare(model: str, cell: Cell, work: Path) -> None:
+def prepare(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -> None:
     """Make what the cell shares with others, where it is not there yet, so that its own process need not."""
     from erase_concept.pipelines.load import load
 
     recipe = recipe_of(model, cell)
+    asked = asked_of(benchmark, recipe, cell, work)
     loaded = load(model)
     base_hash = loaded.describe()["unet"]
-    _sampled(loaded, recipe, cell.seed, _base(work, recipe))
+    _sampled(loaded, asked, _base(work, benchmark, recipe), guarded=False)
     if not is_guard(cell.entry):
         _mask(recipe, loaded, _data(recipe, loaded, base_hash, work), base_hash, work)
 
 
-def measure(model: str, cell: Cell, work: Path) -> dict[str, Any]:
+def measure(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -> dict[str, Any]:
     """Erase, sample and judge one cell, and return its result. Keeps a few of its images in ``work/samples``."""
-    from erase_concept.eval.emojinette_benchmark import evaluate
+    from erase_concept.eval.images import Gathered
     from erase_concept.eval.report import drawn
-    from erase_concept.pipelines.guards import PLAIN, find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.sample import read_images
 
     began = time.perf_counter()
     recipe = recipe_of(model, cell)
+    asked = asked_of(benchmark, recipe, cell, work)
     loaded = load(model)
     result: dict[str, Any] = asdict(cell) | {"kind": recipe.concept.kind}
-    guard = PLAIN
     if is_guard(cell.entry):
-        guard = find_guard(cell.entry, recipe.concept)
         result |= {"knob": "", "value": 1.0, "seconds": 0.0, "peak_gib": 0.0, "changed": 0.0, "loss": []}
     else:
         result |= _erased(loaded, recipe, work)
         if "failed" in result:
             return result
     with tempfile.TemporaryDirectory() as folder:
-        images = _sampled(loaded, recipe, cell.seed, Path(folder) / "erased", guard)
-        base = read_images(_base(work, recipe))
-        report = evaluate(recipe.concept, images, base, model=model, metrics=METRICS)
+        images = _sampled(loaded, asked, Path(folder) / "erased", guarded=True)
+        report = asked.measure(Gathered(images, read_images(_base(work, benchmark, recipe)), {}, 0.0))
         _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / cell.name)
-    scores = {
-        score.metric: {"value": score.value, "n": score.n, "ci95": score.ci95, "baseline": score.baseline}
-        for score in report.scores
-    }
+    scores: dict[str, Any] = {}
+    for score in report.scores:  # the first of a metric is that of everything together
+        # Fréchet distances have names of their own for each network, of which one cell has one.
+        name = "frechet" if score.metric.startswith(("fid", "frechet")) else score.metric
+        if name in METRICS and name not in scores:
+            told = {"value": score.value, "n": score.n, "ci95": score.ci95, "baseline": score.baseline}
+            scores[name] = told
     return result | {"scores": scores, "cell_seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -243,21 +251,39 @@ def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
     )
 
 
-def _base(work: Path, recipe: Recipe) -> Path:
-    return work / "base" / f"{recipe.concept.name.replace(' ', '-')}-{recipe.seed}"
+def asked_of(benchmark: str, recipe: Recipe, cell: Cell, work: Path) -> Asked:
+    """Return what a benchmark asks of a cell; raises RequestError when it cannot tell what is gone and what is kept."""
+    from erase_concept.eval.benchmark import asked_by, find_benchmark
+    from erase_concept.eval.images import Plan
+
+    own = benchmark == "emojinette"
+    if not own and "classes" not in find_benchmark(benchmark).metrics:
+        allowed = "tells neither UA nor IRA; allowed: emojinette, imagenette, style, or a YAML file with metric classes"
+        raise RequestError("--benchmark", benchmark, allowed)
+    guard = cell.entry if is_guard(cell.entry) else None
+    plan = Plan(recipe.model, recipe.model, work / "cells", {}, 16, (), guard)
+    asked = asked_by(benchmark, plan, recipe.concept, {"seeds": 1} if own else {}, metrics=METRICS)
+    # New noise for every seed, so that no two cells' samples are the same ones.
+    rows = tuple(replace(row, seed=(row.seed + 1_000 * cell.seed) % 2**63) for row in asked.prompts.rows)
+    return replace(asked, prompts=replace(asked.prompts, rows=rows))
 
 
-def _sampled(model: Diffusion, recipe: Recipe, seed: int, folder: Path, guard: Guard | None = None) -> ImageSet:
-    """Return the images of the benchmark's prompts, and sample them where they are not there."""
-    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
-    from erase_concept.pipelines.guards import PLAIN
+def _base(work: Path, benchmark: str, recipe: Recipe) -> Path:
+    told = _digest([recipe.model, recipe.ema, benchmark, *_told(benchmark)])[:8]
+    return work / "base" / f"{recipe.concept.name.replace(' ', '-')}-{recipe.seed}-{told}"
+
+
+def _sampled(model: Diffusion, asked: Asked, folder: Path, *, guarded: bool) -> ImageSet:
+    """Return the images that are asked for, and sample them where they are not there."""
+    from erase_concept.eval.images import fitting
     from erase_concept.pipelines.sample import read_images, sample
 
+    if asked.size not in (None, model.size):
+        raise RequestError("MODEL", model.source, f"draws {model.size} pixels; the benchmark judges {asked.size}")
     if not (folder / "manifest.jsonl").is_file():
         partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
-        # New noise for every seed, so that no two cells' samples are the same ones.
-        prompts = emojinette_benchmark(recipe.concept, seeds=1, first_seed=10_000 + 1_000 * seed)
-        for _ in sample(model, prompts, partial, guard=guard or PLAIN):
+        options = {**asked.options, **(asked.guarded if guarded else {})}
+        for _ in sample(model, fitting(asked.prompts, model), partial, **options):
             pass
         partial.rename(folder)
     return read_images(folder)

@@ -155,8 +155,7 @@ def _images(
     model = load(source)
     if asked.size not in (None, model.size):
         raise RequestError("MODEL", source, f"makes images of {model.size} pixels; this benchmark judges {asked.size}")
-    if model.size < _FULL:  # such as Emojinette, which cannot draw 512 x 512 pixels
-        prompts = replace(prompts, rows=tuple(replace(row, width=None, height=None) for row in prompts.rows))
+    prompts = fitting(prompts, model)
     samples, count, state = plan.out / "samples" / who, len(prompts.rows), processes()
     kept = plan.shelf / _key(model, prompts, asked.options) if who == "base" else None
     if kept is not None and kept.is_dir() and not samples.exists() and state.is_main_process:
@@ -171,6 +170,13 @@ def _images(
     if kept is not None and not kept.exists() and state.is_main_process:
         _copy(samples, kept)
     return read_images(samples)
+
+
+def fitting(prompts: PromptSet, model: Diffusion) -> PromptSet:
+    """Return the prompts, without their sizes where the model cannot draw them, such as Emojinette 512 x 512 pixels."""
+    if model.size >= _FULL:
+        return prompts
+    return replace(prompts, rows=tuple(replace(row, width=None, height=None) for row in prompts.rows))
 
 
 def _check_size(images: ImageSet, size: int, argument: str) -> None:

@@ -18,22 +18,17 @@ Cells = Sequence[dict[str, Any]]
 class Pooled:
     """Cells of one entry taken together: shares with their counts and 95 % intervals (Wilson), and medians.
 
-    ``kept`` is the smaller of IRA and CRA as shares of the base model's, and ``collapsed`` are the concepts of which
-    less than ``COLLAPSED`` was kept or whose erasing failed.
+    ``share``, ``ci95`` and ``n`` are of UA, IRA and CRA, as far as a benchmark has them, by their names; ``of_base``
+    are IRA and CRA as shares of the base model's. ``frechet`` is a mean, None where there is no such distance.
+    ``collapsed`` are the concepts of which less than ``COLLAPSED`` was kept or whose erasing failed.
     """
 
     cells: int
-    ua: float
-    ua_ci95: Interval
-    ira: float
-    ira_ci95: Interval
-    ira_kept: float
-    cra: float
-    cra_ci95: Interval
-    cra_kept: float
-    frechet: float
-    n_forget: int
-    n_retain: int
+    share: dict[str, float]
+    ci95: dict[str, Interval]
+    n: dict[str, int]
+    of_base: dict[str, float]
+    frechet: float | None
     seconds: float
     cell_seconds: float
     peak_gib: float
@@ -42,9 +37,14 @@ class Pooled:
     collapsed: tuple[str, ...]
 
     @property
+    def ua(self) -> float:
+        """The share of the concept's images that do not show it."""
+        return self.share["ua"]
+
+    @property
     def kept(self) -> float:
-        """The smaller of the two shares of the base model's accuracy."""
-        return min(self.ira_kept, self.cra_kept)
+        """The smaller of IRA and CRA as shares of the base model's accuracy."""
+        return min(self.of_base.values())
 
 
 def failed(cell: dict[str, Any]) -> bool:
@@ -54,7 +54,9 @@ def failed(cell: dict[str, Any]) -> bool:
 
 def kept(cell: dict[str, Any]) -> float:
     """Return the smaller of a cell's IRA and CRA as shares of the base model's."""
-    return min(cell["scores"][name]["value"] / cell["scores"][name]["baseline"] for name in ("ira", "cra"))
+    scores = [cell["scores"][name] for name in ("ira", "cra") if name in cell["scores"]]
+    # A base model that nothing is recognised of has nothing to lose.
+    return float(min(score["value"] / score["baseline"] if score["baseline"] else 1.0 for score in scores))
 
 
 def pool(cells: Cells) -> Pooled | None:
@@ -64,29 +66,27 @@ def pool(cells: Cells) -> Pooled | None:
         return None
     share, interval, of_base, count = {}, {}, {}, {}
     for name in ("ua", "ira", "cra"):
-        scores = [cell["scores"][name] for cell in done]
+        scores = [cell["scores"][name] for cell in done if name in cell["scores"]]
+        if not scores:  # as CRA, where a classifier knows no styles
+            continue
         count[name] = n = sum(score["n"] for score in scores)
         hits = round(sum(score["value"] * score["n"] for score in scores))
         base = sum(score["baseline"] * score["n"] for score in scores)
         share[name], interval[name] = hits / n, wilson(hits, n)
-        of_base[name] = hits / base if base else float("nan")
+        if name != "ua":
+            of_base[name] = hits / base if base else 1.0
+    far = [cell["scores"]["frechet"]["value"] for cell in done if "frechet" in cell["scores"]]
     by_concept = defaultdict(list)
     for cell in done:
         by_concept[cell["concept"]].append(cell["scores"]["ua"]["value"])
     lowest = min((sum(values) / len(values), concept) for concept, values in by_concept.items())
     return Pooled(
         cells=len(done),
-        ua=share["ua"],
-        ua_ci95=interval["ua"],
-        ira=share["ira"],
-        ira_ci95=interval["ira"],
-        ira_kept=of_base["ira"],
-        cra=share["cra"],
-        cra_ci95=interval["cra"],
-        cra_kept=of_base["cra"],
-        frechet=sum(cell["scores"]["frechet"]["value"] for cell in done) / len(done),
-        n_forget=count["ua"],
-        n_retain=count["ira"],
+        share=share,
+        ci95=interval,
+        n=count,
+        of_base=of_base,
+        frechet=sum(far) / len(far) if far else None,
         seconds=median(cell["seconds"] for cell in done),
         cell_seconds=median(cell["cell_seconds"] for cell in done),
         peak_gib=median(cell["peak_gib"] for cell in done),
@@ -100,7 +100,7 @@ def dominated(pooled: dict[str, Pooled]) -> set[str]:
     """Return the entries for which another is as good in UA, IRA and CRA, better in one, and takes no more time."""
 
     def beats(a: Pooled, b: Pooled) -> bool:
-        ours, theirs = (a.ua, a.ira_kept, a.cra_kept), (b.ua, b.ira_kept, b.cra_kept)
+        ours, theirs = ((one.ua, *one.of_base.values()) for one in (a, b))
         return ours != theirs and all(x >= y for x, y in zip(ours, theirs, strict=True)) and a.seconds <= b.seconds
 
     return {name for name, one in pooled.items() if any(beats(other, one) for other in pooled.values())}

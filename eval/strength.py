@@ -43,7 +43,15 @@ class Trial:
 
 
 def tune(
-    model: str, entry: str, concepts: Sequence[str], trials: int, out: Path, *, mask: str | None = None, seed: int = 100
+    model: str,
+    entry: str,
+    concepts: Sequence[str],
+    trials: int,
+    out: Path,
+    *,
+    mask: str | None = None,
+    benchmark: str = "emojinette",
+    seed: int = 100,
 ) -> Iterator[dict[str, Any] | list[Trial]]:
     """Search an entry's strength, yielding each cell's result and last the trials, the best one first.
 
@@ -56,7 +64,8 @@ def tune(
     strength = 1.0
     while len(tried) < trials:
         found = []
-        for result in run_cells(model, [Cell(entry, c, seed, mask, strength) for c in concepts], out):
+        cells = [Cell(entry, concept, seed, mask, strength) for concept in concepts]
+        for result in run_cells(model, cells, out, benchmark):
             found.append(result)
             yield result
         tried[strength] = _trial(strength, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from erase_concept.eval.comparison import compare
 from erase_concept.eval.grid import PRESETS, Cell, _append, fingerprint, read_cells, read_pairs, recipe_of, split_entry
 from erase_concept.eval.report import read_report
 from erase_concept.method import methods
+from erase_concept.pipelines.emojinette import MODEL
 
 
 def test_entries_are_names_with_settings_in_brackets() -> None:
@@ -64,7 +66,10 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": "some/model"}, "MODEL some/model: a grid is judged by Emojinette's classifier"),
+        ({"model": "no/such/folder"}, "MODEL no/such/folder: "),
+        ({"benchmark": "i2p"}, "--benchmark i2p: tells neither UA nor IRA"),
+        ({"benchmark": "no-such"}, "--benchmark no-such: unknown benchmark"),
+        ({"benchmark": "imagenette", "concepts": ["cat"]}, "--concept cat: no prompt of imagenette"),
         ({"entries": ["no-such"]}, "--method no-such: unknown method"),
         ({"entries": ["esd-x[no=1]"]}, "--set no=1: esd-x has"),
         ({"concepts": ["nudity"]}, "--concept .*Emojinette's objects and styles are"),
@@ -101,7 +106,7 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     table = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     assert "| uce | " in table
     told = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert told["methods"]["uce"]["ua"] == edited["scores"]["ua"]["value"]
+    assert told["methods"]["uce"]["share"]["ua"] == edited["scores"]["ua"]["value"]
     with Image.open(tmp_path / "sheets" / "church.png") as sheet:  # the base and two methods, 12 prompts each
         assert sheet.height == 3 * 100 + 54
         assert sheet.width > 12 * 100
@@ -109,3 +114,30 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     assert "uce" in page
     with pytest.raises(RequestError, match="lays several runs side by side"):
         read_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_any_model_is_compared_by_any_benchmark_that_tells_what_is_gone_and_what_is_kept(tmp_path: Path) -> None:
+    """A copy of the built-in model, which nothing knows by name, judged by a benchmark of one's own."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,evaluation_seed,object\na church in town,1,church\na green tree,2,tree\nsome nice dog,3,dog\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "{prompts: prompts.csv, metrics: [classes],"
+        " settings: {classifier: emojinette, guidance: 5.0, steps: 12, seeds: 2}}"
+    )
+    given = {"concepts": ["church"], "seeds": [0, 1], "out": tmp_path / "out", "benchmark": str(tmp_path / "own.yaml")}
+    list(compare(str(folder), ["uce", "negative-prompt"], **given))
+    cells = list(read_cells(tmp_path / "out" / "cells.jsonl").values())
+    assert [cell["scores"]["ua"]["n"] for cell in cells] == [2] * 4
+    assert [cell["scores"]["ira"]["n"] for cell in cells] == [4] * 4
+    assert {cell["scores"]["ua"]["baseline"] for cell in cells} == {0.0}
+    assert [cell["scores"]["ua"]["value"] for cell in cells if cell["entry"] == "uce"] == [1.0, 1.0]
+    told = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))["methods"]
+    assert told["uce"]["of_base"].keys() == {"ira"}
+    assert "own.yaml" in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").splitlines()[0]
+    # Another seed is other noise.
+    first, second = (tmp_path / "out" / "base").iterdir()
+    assert (first / "00000.png").read_bytes() != (second / "00000.png").read_bytes()

@@ -37,13 +37,25 @@ def broken(**more: Any) -> dict[str, Any]:
 def test_cells_pool_by_images_and_hold_against_the_base() -> None:
     found = pool([cell(1.0, 1.0, 0.8), cell(0.5, 0.9, 0.4, "dog", seconds=5.0), cell(1.0, 0.95, 0.8, "dog", 1)])
     assert found is not None
-    assert (found.ua, found.ua_ci95) == (pytest.approx(50 / 60), wilson(50, 60))
-    assert (found.ira, found.ira_kept) == (pytest.approx(228 / 240), pytest.approx(228 / 240))
-    assert (found.cra, found.cra_kept) == (pytest.approx(160 / 240), pytest.approx(160 / 192))
-    assert found.kept == found.cra_kept
-    assert (found.n_forget, found.n_retain, found.seconds) == (60, 240, 3.0)
+    assert found.share == pytest.approx({"ua": 50 / 60, "ira": 228 / 240, "cra": 160 / 240})
+    assert found.ci95 == {"ua": wilson(50, 60), "ira": wilson(228, 240), "cra": wilson(160, 240)}
+    assert found.of_base == pytest.approx({"ira": 228 / 240, "cra": 160 / 192})
+    assert found.kept == found.of_base["cra"]
+    assert (found.n, found.seconds) == ({"ua": 60, "ira": 240, "cra": 240}, 3.0)
     assert found.lowest_ua == ("dog", 0.75)
     assert found.collapsed == ()
+
+
+def test_what_a_benchmark_does_not_have_counts_for_nothing() -> None:
+    cells = [cell(1.0, 0.9, 0.1), cell(1.0, 0.7, 0.1)]
+    for one in cells:
+        del one["scores"]["cra"], one["scores"]["frechet"]
+    found = pool(cells)
+    assert found is not None
+    assert found.of_base == pytest.approx({"ira": 0.8})
+    assert (found.kept, found.frechet, found.collapsed) == (pytest.approx(0.8), None, ())
+    cells[0]["scores"]["ira"]["baseline"] = 0.0
+    assert not failed(cells[0])
 
 
 def test_what_failed_or_knows_nothing_any_more_has_collapsed() -> None:
@@ -102,7 +114,7 @@ def knob(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], dict[st
     def made_up(result: Callable[[float], dict[str, Any]]) -> list[float]:
         tried: list[float] = []
 
-        def run(model: str, cells: Any, out: Path) -> Any:
+        def run(model: str, cells: Any, out: Path, benchmark: str) -> Any:
             tried.append(cells[0].strength)
             return iter([result(c.strength) | {"concept": c.concept} for c in cells])
 
