@@ -148,8 +148,15 @@ def asked(
             about["notes"] = notes
         if left:
             about["erased earlier, not measured"] = left
-        told = {"model": plan.source, "provenance": about, "metrics": metrics, "earlier": earlier}
-        return evaluate(target, images.erased, images.base, **told)
+        return evaluate(
+            target,
+            images.erased,
+            images.base,
+            model=plan.source,
+            provenance=about,
+            metrics=metrics,
+            earlier=earlier,
+        )
 
     return Asked(prompts, options, plan.guarded(target), checked, measure, size=SIZE)
 
