@@ -1,11 +1,11 @@
-"""The two tables of docs/comparison.md: all methods at tuned strengths, and masks along whole curves of strength.
+"""The tables of docs/comparison.md: methods at tuned strengths, masks along curves of strength, the default's settings.
 
     python benchmarks/comparison.py                     goes on with what docs/comparison/ does not hold yet
     python benchmarks/comparison.py --minutes 100       the same, and stops after the cell that is then at work
-    python benchmarks/comparison.py --anew              measures everything again (about ten hours on two cores)
+    python benchmarks/comparison.py --anew              measures everything again (some six hours on two cores)
 
-Every cell is a line of docs/comparison/methods.jsonl or masks.jsonl as soon as it is measured, so that it can be killed
-at any time. The page's two tables are written when all cells of a table are there.
+Every cell is a line of docs/comparison/NAME.jsonl as soon as it is measured, so that it can be killed at any time. A
+table is written when all of its cells are there.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ TABLES: dict[str, dict[str, Any]] = {
         "seeds": (0, 1),
         "masks": ("none", "salient", "random", "least-salient"),
         "strengths": (0.25, 0.5, 1.0, 2.0, 4.0),
+    },
+    "settings": {  # on concepts and seeds that the default was found with
+        "entries": (
+            "default",
+            "default[start=base]",
+            "default[start=base,steps=100,lr=2.0e-4]",
+            "default[steps=60]",
+            "default[guidance=0]",
+            "default[guidance=0,target=current]",
+            "default[retain_target=data]",
+            "default[remap=random]",
+            "default[remap=empty]",
+        ),
+        "concepts": ("house", "cat", "sketch", "pixel"),
+        "seeds": (100, 101),
     },
 }
 

@@ -26,6 +26,7 @@ from erase_concept.pipelines.sample import sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator, stage_seed
 
+Remap = Literal["anchor", "random", "empty"]  # what a concept's prompt becomes
 _BATCH = 16
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -87,18 +88,18 @@ class ForgetRetain:
         return self.forget_parts[torch.cat([self.forget_which, self.anchor_which])]
 
     def forget_batch(
-        self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, random_remap: bool = False
+        self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, remap: Remap = "anchor"
     ) -> Batch:
         """Noise the given forget rows, numbered as ``draw_forget`` does.
 
-        Remaps to the anchor, or each row to a random one of the retained names.
+        Remaps to the anchor, to the empty prompt, or each row to a random one of the retained names.
         """
         which = torch.cat([self.forget_which, self.anchor_which])[rows]
         names = torch.zeros_like(which)
-        if random_remap:
+        if remap == "random":
             names = torch.randint(0, len(self.remap), which.shape, generator=generator)
         latents = torch.cat([self.forget_latents, self.anchor_latents])[rows]
-        remapped = self.remap[names, which]
+        remapped = self.empty.expand(len(rows), -1, -1) if remap == "empty" else self.remap[names, which]
         return _noised(model, latents, self.forget[which], remapped, generator)
 
     def retain_batch(self, model: Diffusion, rows: Tensor, generator: torch.Generator) -> Batch:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from erase_concept.data import ForgetRetain
+from erase_concept.data import ForgetRetain, Remap
 from erase_concept.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnConfig, salun
@@ -19,7 +18,7 @@ from erase_concept.train import Record, Taught
 class RandomLabelConfig(SalUnConfig):
     """SalUn's settings; each row's label becomes a random other one."""
 
-    remap: Literal["anchor", "random"] = "random"
+    remap: Remap = "random"
 
 
 @method("random-label", RandomLabelConfig, latents=("forget", "anchor", "retain"))

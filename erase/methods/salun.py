@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.closed_form import concept_tokens, edit, matrices
-from erase_concept.data import Batch, ForgetRetain, draw
+from erase_concept.data import Batch, ForgetRetain, Remap, draw
 from erase_concept.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.mace import MACEConfig
@@ -26,7 +26,7 @@ class SalUnConfig(Training):
     """SalUn's settings beside those of the training."""
 
     alpha: float = 0.5  # weight of the retain term
-    remap: Literal["anchor", "random"] = "anchor"  # c' is the anchor, or a random retained name for each row
+    remap: Remap = "anchor"  # c' is the anchor, a random retained name for each row, or the empty prompt
     target: Literal["current", "base"] = "current"  # which model predicts the forget target
     retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
     guidance: float = 0.0  # how far the target goes on beyond c', away from the concept
@@ -71,7 +71,7 @@ def salun(
 
     def rows(model: Diffusion, generator: torch.Generator) -> tuple[Batch, Batch]:
         drawn = data.draw_forget(config.batch_size, generator)
-        forget = data.forget_batch(model, drawn, generator, random_remap=config.remap == "random")
+        forget = data.forget_batch(model, drawn, generator, remap=config.remap)
         return forget, data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
 
     def remapped(model: Diffusion, forget: Batch) -> Tensor:
@@ -110,7 +110,8 @@ def salun(
 
     def closed_form(model: Diffusion) -> None:
         if mask is None or any(mask.dense(name).any() for name in matrices(model.unet)):
-            edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, "anchor", name=False))
+            becomes = "empty" if config.remap == "empty" else "anchor"
+            edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, becomes, name=False))
 
     taught = teach if "base" in (config.target, config.retain_target) else None
     start = closed_form if config.start == "closed-form" else None

@@ -34,7 +34,7 @@ def alphas(timesteps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("target", "guidance"), [("current", 0.0), ("base", 0.0), ("base", 1.5)])
 @pytest.mark.parametrize("retain_target", ["data", "base"])
-@pytest.mark.parametrize("remap", ["anchor", "random"])
+@pytest.mark.parametrize("remap", ["anchor", "random", "empty"])
 def test_two_steps_equal_the_formulas(
     tiny: Diffusion, square: Concept, data: ForgetRetain, target: str, guidance: float, retain_target: str, remap: str
 ) -> None:
@@ -57,9 +57,8 @@ def test_two_steps_equal_the_formulas(
         retain_rows = draw(6, 3, generator)
         noise_r, t_r = torch.randn(3, 4, 8, 8, generator=generator), torch.randint(0, 1000, (3,), generator=generator)
         c_f = tiny.encode_prompts([forget_prompts[i] for i in which])
-        c_new = tiny.encode_prompts(
-            [forget_prompts[i].replace("square", names[j]) for i, j in zip(which, chosen, strict=True)]
-        )
+        becomes = [forget_prompts[i].replace("square", names[j]) for i, j in zip(which, chosen, strict=True)]
+        c_new = tiny.encode_prompts([""] * 3 if remap == "empty" else becomes)
         c_r = tiny.encode_prompts([square.retain_prompts[i] for i in data.retain_which[retain_rows]])
         x_f = alphas(t_f).sqrt() * data.forget_latents[rows] + (1 - alphas(t_f)).sqrt() * noise_f
         x_r = alphas(t_r).sqrt() * data.retain_latents[retain_rows] + (1 - alphas(t_r)).sqrt() * noise_r
