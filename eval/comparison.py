@@ -15,7 +15,7 @@ from erase_concept.eval.page import sample_sheet
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
-from erase_concept.eval.score import Interval, Score
+from erase_concept.eval.score import Interval, Score, difference_interval
 from erase_concept.eval.strength import GOAL, LEVELS, Curve, Trial, curve, tune
 from erase_concept.files import whole
 from erase_concept.pipelines.load import configs
@@ -70,6 +70,26 @@ def methods_table(cells: Cells) -> tuple[str, dict[str, Pooled]]:
         lines.append(f"| {' | '.join(row)} |")
     lines += [f"| {name} | failed on every concept | | | | | | | | |" for name in lost]
     return "\n".join(lines), pooled
+
+
+def beside_table(pooled: dict[str, Pooled], name: str) -> str:
+    """Return a Markdown table of how one entry differs from each other one in UA, IRA and CRA, and in time."""
+    own = pooled[name]
+    lines = [
+        f"| {name} less | {' | '.join(metric.upper() for metric in own.share)} | seconds |",
+        f"|{'---|' * (len(own.share) + 2)}",
+    ]
+    for other, theirs in pooled.items():
+        if other == name:
+            continue
+        row = [other]
+        for metric, value in own.share.items():
+            pair = (theirs.share[metric], theirs.ci95[metric])
+            low, high = (100 * end for end in difference_interval(value, own.ci95[metric], *pair))
+            row.append(f"{100 * (value - pair[0]):+.1f} ({low:+.1f} to {high:+.1f})")
+        row.append(f"{own.seconds:.1f}, {theirs.seconds:.1f}")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def curves_table(curves: Sequence[Curve]) -> str:
@@ -168,6 +188,12 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     else:
         table, pooled = methods_table(results)
         parts += ["## At the tuned strength" if searches else "## At each method's own strength", table]
+        if "default" in pooled and len(pooled) > 1:
+            told = (
+                "Differences in points, with 95 % intervals (Newcombe) that take the two for independent, which equal "
+                "prompts and seeds make rather too wide; seconds of each."
+            )
+            parts += ["## The default beside each other", told, beside_table(pooled, "default")]
         reports = {name: _report(model, name, one, groups, concepts, out) for name, one in pooled.items()}
         if reports:
             write_page(reports, out)

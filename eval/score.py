@@ -89,6 +89,16 @@ def wilson(successes: int, n: int) -> Interval:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
+def difference_interval(value: float, ci: Interval, other: float, other_ci: Interval) -> Interval:
+    """Return the 95 % interval of value - other from the intervals of the two (Newcombe 1998, his method 10).
+
+    The two are taken as independent, which where they are of equal prompts and seeds makes it rather too wide.
+    """
+    low = math.hypot(value - ci[0], other_ci[1] - other)
+    high = math.hypot(ci[1] - value, other - other_ci[0])
+    return value - other - low, value - other + high
+
+
 def ratio_interval(value: float, ci: Interval, base: float, base_ci: Interval) -> Interval:
     """Return the 95 % interval of value / base from the intervals of the two (MOVER-R, Donner and Zou 2012).
 

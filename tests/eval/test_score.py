@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from erase_concept.eval import score as module
-from erase_concept.eval.score import Score, bootstrap, metric, metrics, ratio_interval, wilson
+from erase_concept.eval.score import Score, bootstrap, difference_interval, metric, metrics, ratio_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (39, 40), (7, 10), (500, 1000)])
@@ -113,3 +113,11 @@ def test_a_metric_is_registered_once_and_described_by_its_first_line(monkeypatch
     assert metrics()["mine"] is mine
     with pytest.raises(ValueError, match="already a metric 'mine'"):
         metric("mine")(mine)
+
+
+def test_a_difference_has_newcombe_s_interval() -> None:
+    """56 of 70 against 48 of 80, the example of Newcombe's table II, method 10."""
+    found = difference_interval(56 / 70, wilson(56, 70), 48 / 80, wilson(48, 80))
+    assert found == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    back = difference_interval(48 / 80, wilson(48, 80), 56 / 70, wilson(56, 70))
+    assert back == pytest.approx((-found[1], -found[0]))

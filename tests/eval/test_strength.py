@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from erase_concept.eval import strength as strengths
+from erase_concept.eval.comparison import beside_table
 from erase_concept.eval.pooled import dominated, failed, pool
-from erase_concept.eval.score import wilson
+from erase_concept.eval.score import difference_interval, wilson
 from erase_concept.eval.strength import Trial, area, curve, kept_at, tune
 
 
@@ -157,3 +158,13 @@ def test_no_strength_is_tried_twice(knob: Any) -> None:
     tried = knob(lambda s: cell(0.2, 1.0, 0.8))
     search(6)
     assert len(set(tried)) == 6
+
+
+def test_an_entry_is_laid_beside_each_other_one() -> None:
+    pooled = {"default": pool([cell(1.0, 1.0, 0.8)]), "x": pool([cell(0.9, 1.0, 0.6, seconds=1.0)])}
+    assert all(pooled.values())
+    header, _, row = beside_table(pooled, "default").splitlines()
+    assert header == "| default less | UA | IRA | CRA | seconds |"
+    low, high = (100 * end for end in difference_interval(1.0, wilson(20, 20), 0.9, wilson(18, 20)))
+    assert row.startswith(f"| x | +10.0 ({low:+.1f} to {high:+.1f}) | +0.0 (")
+    assert row.endswith(" | 3.0, 1.0 |")
