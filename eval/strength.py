@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from erase_concept.eval.grid import Cell, run_cells
+from erase_concept.errors import RequestError
+from erase_concept.eval.grid import Cell, recipe_of, run_cells
 from erase_concept.eval.pooled import Cells, failed, kept, pool
 from erase_concept.eval.score import Interval
 
@@ -56,7 +57,8 @@ def tune(
     """Search an entry's strength, yielding each cell's result and last the trials, the best one first.
 
     From the method's own strength the knob goes up by ``STEP`` while the concept is not gone, down while it is, and
-    then halves the gap between the two, on a scale of ratios. It stops going up where the model collapses. Every entry
+    then halves the gap between the two, on a scale of ratios. It stops going up where the model collapses or the knob
+    goes no further. Every entry
     has as many trials. The best is the one that fits and keeps most; where none fits, the one whose lesser of UA and
     kept is greatest.
     """
@@ -65,10 +67,15 @@ def tune(
     while len(tried) < trials:
         found = []
         cells = [Cell(entry, concept, seed, mask, strength) for concept in concepts]
-        for result in run_cells(model, cells, out, benchmark):
-            found.append(result)
-            yield result
-        tried[strength] = _trial(strength, found)
+        try:
+            recipe_of(model, cells[0])
+        except RequestError:  # a knob that has an end, such as a share
+            tried[strength] = Trial(strength, strength * next(iter(tried.values())).value, 0.0, 0.0, True)
+        else:
+            for result in run_cells(model, cells, out, benchmark):
+                found.append(result)
+                yield result
+            tried[strength] = _trial(strength, found)
         strength = _next(tried)
     ranked = sorted(tried.values(), key=lambda t: (t.fits, t.kept if t.fits else min(t.ua, t.kept)), reverse=True)
     yield ranked

@@ -38,7 +38,7 @@ class EraseDiffConfig(Training):
             raise ValueError(f"inner_lr must be above 0, not {self.inner_lr}")
 
 
-@method("erasediff", EraseDiffConfig, knob="eta")
+@method("erasediff", EraseDiffConfig)
 def erasediff(
     model: Diffusion,
     data: ForgetRetain,

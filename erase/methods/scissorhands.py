@@ -43,7 +43,7 @@ class ScissorhandsConfig(Training):
             raise ValueError(f"ascent must be at least 0, not {self.ascent}")
 
 
-@method("scissorhands", ScissorhandsConfig, scope="self-attention", knob="trimmed")
+@method("scissorhands", ScissorhandsConfig, scope="self-attention")
 def scissorhands(
     model: Diffusion,
     data: ForgetRetain,
