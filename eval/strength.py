@@ -58,9 +58,8 @@ def tune(
 
     From the method's own strength the knob goes up by ``STEP`` while the concept is not gone, down while it is, and
     then halves the gap between the two, on a scale of ratios. It stops going up where the model collapses or the knob
-    goes no further. Every entry
-    has as many trials. The best is the one that fits and keeps most; where none fits, the one whose lesser of UA and
-    kept is greatest.
+    goes no further. Every entry has as many trials. The best is the one that fits and keeps most; where none fits, the
+    one whose lesser of UA and kept is greatest.
     """
     tried: dict[float, Trial] = {}
     strength = 1.0

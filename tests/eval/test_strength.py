@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from erase_concept.errors import RequestError
 from erase_concept.eval import strength as strengths
 from erase_concept.eval.comparison import beside_table
+from erase_concept.eval.grid import Cell
 from erase_concept.eval.pooled import dominated, failed, pool
 from erase_concept.eval.score import difference_interval, wilson
 from erase_concept.eval.strength import Trial, area, curve, kept_at, tune
@@ -112,14 +114,19 @@ def test_a_curve_pools_each_strength_and_its_interval_is_over_concepts_and_seeds
 def knob(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], dict[str, Any]]], list[float]]:
     """Have the search meet a made-up method, told by what comes of each strength, and note the strengths it tries."""
 
-    def made_up(result: Callable[[float], dict[str, Any]]) -> list[float]:
+    def made_up(result: Callable[[float], dict[str, Any]], most: float = float("inf")) -> list[float]:
         tried: list[float] = []
 
         def run(model: str, cells: Any, out: Path, benchmark: str) -> Any:
             tried.append(cells[0].strength)
             return iter([result(c.strength) | {"concept": c.concept} for c in cells])
 
+        def end(model: str, made: Cell) -> None:
+            if made.strength > most:
+                raise RequestError("--set", made.strength, "must be less")
+
         monkeypatch.setattr(strengths, "run_cells", run)
+        monkeypatch.setattr(strengths, "recipe_of", end)
         return tried
 
     return made_up
@@ -152,6 +159,13 @@ def test_the_search_goes_no_further_than_a_collapse_and_takes_what_is_best_of_wh
     assert not found[0].fits
     assert found[0].strength == max(s for s in tried if s <= 2.1)
     assert next(t for t in found if t.strength == 4).collapsed
+
+
+def test_the_search_goes_no_further_than_the_knob(knob: Any) -> None:
+    tried = knob(lambda s: cell(0.2, 1.0, 0.8, value=0.1 * s), most=3)
+    found = search(4)
+    assert tried == pytest.approx([1, 2, 8**0.5])  # and 4, which the knob does not reach, counts as a trial
+    assert next(t for t in found if t.strength == 4) == Trial(4, pytest.approx(0.4), 0, 0, collapsed=True)
 
 
 def test_no_strength_is_tried_twice(knob: Any) -> None:
