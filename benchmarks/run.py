@@ -20,7 +20,7 @@ from full_size import ALLOCATOR
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "evaluation", "erasing")
+BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "evaluation")
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         results[line["name"].partition(": ")[0]].append(line)
     for name in names:
         # The others choose for themselves.
-        environment = os.environ | (ALLOCATOR if name in ("evaluation", "erasing") else {})
+        environment = os.environ | (ALLOCATOR if name == "evaluation" else {})
         command = [sys.executable, str(HERE / f"{name}.py")]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
         results[name] = [line | {"name": f"{name}: {line['name']}"} for line in json.loads(done.stdout)]
