@@ -18,7 +18,6 @@ from erase_concept.eval.report import compare as write_page
 from erase_concept.eval.score import Interval, Score, difference_interval
 from erase_concept.eval.strength import GOAL, LEVELS, Curve, Trial, curve, tune
 from erase_concept.files import whole
-from erase_concept.pipelines.load import configs
 from erase_concept.prompts.concept import concept as find_concept
 
 
@@ -137,6 +136,8 @@ def compare(
     ``out/cells.jsonl``. Raises RequestError, before anything is measured, when an entry, a concept or a mask is
     unknown, or the benchmark, which ``benchmark`` names, cannot tell what became of it.
     """
+    from erase_concept.pipelines.load import configs  # torch, which a list of benchmarks does without
+
     configs(model)
     if overlap := sorted({*concepts} & {*tune_on}):
         raise RequestError("--tune", overlap[0], "is compared on too; tune on other concepts")
