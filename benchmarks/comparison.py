@@ -31,7 +31,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "trials": 5,
     },
     "masks": {
-        "entries": ("salun", "esd-x", "gradient-ascent"),
+        "entries": ("salun[lr=2.0e-4]", "esd-x[lr=8.0e-4]", "gradient-ascent[lr=4.0e-5]"),  # as they were tuned
         "concepts": ("church", "dog", "flat"),
         "seeds": (0, 1),
         "masks": ("none", "salient", "random", "least-salient"),
