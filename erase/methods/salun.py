@@ -110,7 +110,7 @@ def salun(
 
     def closed_form(model: Diffusion) -> None:
         if mask is None or any(mask.dense(name).any() for name in matrices(model.unet)):
-            becomes = "empty" if config.remap == "empty" else "anchor"
+            becomes: Literal["anchor", "empty"] = "empty" if config.remap == "empty" else "anchor"
             edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, becomes, name=False))
 
     taught = teach if "base" in (config.target, config.retain_target) else None
