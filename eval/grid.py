@@ -131,7 +131,7 @@ def _append(file: Path, result: dict[str, Any]) -> None:
 
 
 def fingerprint(model: str, cell: Cell, benchmark: str = "emojinette") -> str:
-    """Return the SHA-256 over all that a cell's result depends on, but for the versions of what is installed."""
+    """Return the SHA-256 over all that a cell's result depends on, but for a model's weights and installed versions."""
     guard = cell.entry if is_guard(cell.entry) else ""
     return recipe_of(model, cell).fingerprint(METRICS, KEPT, guard, *_told(benchmark))
 

@@ -69,7 +69,7 @@ def test_the_papers_settings_are_kept() -> None:
         ({"settings": {"lrr": 1}}, r"--set lrr=1: salun has: .*lr"),
         ({"settings": {"lr": "fast"}}, r"--set lr=fast: .*number"),
         ({"settings": {"steps": 0}}, r"--set .*steps must be at least 1, not 0"),
-        ({"settings": {"remap": "all"}}, r"--set remap=all: .*'anchor' or 'random'"),
+        ({"settings": {"remap": "all"}}, r"--set remap=all: .*'anchor', 'random' or 'empty'"),
         ({"method": "magic"}, r"--method magic: unknown method; allowed: .*salun"),
         ({"mask": {"sparsity": 1.0}}, r"mask\.sparsity 1\.0: .*less than 1"),
         ({"mask": {"colour": "red"}}, r"mask\.colour red: "),
