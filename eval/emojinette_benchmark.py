@@ -123,7 +123,7 @@ def asked(
     concept: str | Concept | None,
     given: Mapping[str, Any],
     first_seed: int,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str],
 ) -> Asked:
     """Return what the benchmark asks for, whose prompts are made for the concept, and how it measures the metrics.
 
