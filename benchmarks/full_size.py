@@ -155,6 +155,7 @@ def ours(args: argparse.Namespace) -> Iterator[float]:
     data = ForgetRetain(
         *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1]),
         *(torch.ones(n, 2).long(), torch.ones(1, n, 2).long(), torch.full((n,), TOKENS)),
+        *(torch.zeros(n).long(), torch.zeros(n, TOKENS).long()),
     )
     settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
     bits = {

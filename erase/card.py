@@ -35,7 +35,7 @@ tags: [concept-erasure, machine-unlearning]
 ---
 # {_plain(account["base"]["source"])} without {_plain(account["concept"])}
 
-{_erased(account)} VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's
+{_erased(account)} {_parts(account)}
 {checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(account)}
 
 ```python
@@ -54,8 +54,7 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 |---|---|
 | base | {_plain(account["base"]["source"])} |
 {_loaded(account["base"])}| base UNet, SHA-256 | `{account["base"]["unet"]}` |
-| erased UNet, SHA-256 | `{account["erased"]["unet"]}` |
-| seed | {account["seed"]} |
+{_hashes(account["erased"])}| seed | {account["seed"]} |
 | versions | {", ".join(f"{name} {number}" for name, number in account["versions"].items())} |
 
 ```yaml
@@ -101,6 +100,19 @@ of {source}; VAE, text encoder, tokenizer and scheduler are its own.
 | the delta's base UNet, SHA-256 | `{delta.base}` |
 | the delta's erased UNet, SHA-256 | `{delta.erased}` |
 """
+
+
+def _parts(account: dict[str, Any]) -> str:
+    """Say which parts are the base model's, and begin to say of which the weights were changed."""
+    if "text_encoder" in account["erased"]:
+        return "UNet, VAE, tokenizer and scheduler are the base model's; of the text encoder's"
+    return "VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's"
+
+
+def _hashes(erased: dict[str, str]) -> str:
+    """Return the table's lines on the parts whose weights are told."""
+    words = {"unet": "UNet", "text_encoder": "text encoder"}
+    return "".join(f"| erased {words[part]}, SHA-256 | `{told}` |\n" for part, told in erased.items())
 
 
 def _erased(account: dict[str, Any]) -> str:

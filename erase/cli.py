@@ -63,7 +63,10 @@ MaskOption = Annotated[
 ]
 ScopeOption = Annotated[
     str | None,
-    typer.Option(help="full, cross-attention, self-attention or non-cross-attention. (default: the method's)"),
+    typer.Option(
+        help="full, cross-attention, self-attention or non-cross-attention; of Concept Ablation also text-encoder. "
+        "(default: the method's)"
+    ),
 ]
 SparsityOption = Annotated[float | None, typer.Option(help="Share of the weights that stay frozen.")]
 _EMA = typer.Option("--ema/--no-ema", help="Of a single file with both, take the UNet's averaged or its live weights.")
@@ -193,9 +196,10 @@ def mask(
     from erase_concept.mask import describe
     from erase_concept.pipelines.diffusion import weights_hash
     from erase_concept.pipelines.load import load
-    from erase_concept.run import make_data_for, make_mask
+    from erase_concept.run import check_scope, make_data_for, make_mask
     from erase_concept.terminal import print_json
 
+    check_scope(recipe)
     loaded = load(model, ema=ema)
     made = make_mask(recipe, loaded, make_data_for(recipe, loaded), weights_hash(loaded.unet))
     made.save(out)
@@ -642,21 +646,12 @@ def _recipe(
     memory: str = "fast",
 ) -> Recipe:
     """Lay the options over the recipe file, and both over the preset."""
-    from erase_concept.recipe import merge, read_recipe, recipe_for
+    from erase_concept.recipe import merge, read_recipe, read_settings, recipe_for
 
     values: dict[str, Any] = {} if file is None else read_recipe(file)
-    given: dict[str, Any] = {"method": method, "seed": seed, "ema": ema}
-    given["mask"] = {"kind": mask, "scope": scope, "sparsity": sparsity}
-    given["data"] = {"forget_images": forget_images, "retain_images": retain_images}
-    given["settings"] = {}
-    for text in settings or ():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RequestError("--set", text, "must be KEY=VALUE")
-        part, dot, name = key.rpartition(".")
-        if dot and part not in ("mask", "data"):
-            raise RequestError("--set", text, "KEY is a setting of the method, mask.KEY or data.KEY")
-        given[part or "settings"][name] = _value(value)
+    given: dict[str, Any] = {"method": method, "seed": seed, "ema": ema, **read_settings(settings or (), "--set")}
+    given["mask"] = {"kind": mask, "scope": scope, "sparsity": sparsity} | given["mask"]
+    given["data"] = {"forget_images": forget_images, "retain_images": retain_images} | given["data"]
     for part in ("mask", "data"):
         given[part] = {key: value for key, value in given[part].items() if value is not None}
     # What was not given must not touch the file's own value, be it as wrong as it may.
@@ -669,17 +664,6 @@ def _recipe(
     recipe = recipe_for(model, wanted, preset_name=preset, memory=memory, **values)
     recipe.config()
     return recipe
-
-
-def _value(text: str) -> Any:
-    """Read a setting as YAML does, and numbers such as 1e-5 too, which YAML takes for text."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def _erase(recipe: Recipe, out: Path) -> None:

@@ -56,6 +56,7 @@ class ForgetRetain:
     it is about: the first token, and the one behind the last. ``retain_lengths`` [prompts] counts tokens up to the end
     of each retain prompt, start and end included, padding not.
     ``forget_parts`` [prompts] numbers the concept that a forget prompt is of, where several are erased together.
+    ``forget_ids`` int64 [prompts, tokens] are the forget prompts as the text encoder takes them, XL's first one.
     """
 
     forget_latents: Tensor
@@ -72,6 +73,7 @@ class ForgetRetain:
     remap_spans: Tensor
     retain_lengths: Tensor
     forget_parts: Tensor
+    forget_ids: Tensor
 
     def draw_forget(
         self, size: int, generator: torch.Generator, of: Literal["both", "forget", "anchor"] = "both"
@@ -85,7 +87,12 @@ class ForgetRetain:
     @property
     def parts_of_rows(self) -> Tensor:
         """The number of the concept that each forget row is of, and behind these each anchor row."""
-        return self.forget_parts[torch.cat([self.forget_which, self.anchor_which])]
+        return self.forget_parts[self.prompts_of_rows]
+
+    @property
+    def prompts_of_rows(self) -> Tensor:
+        """The number of the prompt that each forget row is of, and behind these each anchor row."""
+        return torch.cat([self.forget_which, self.anchor_which])
 
     def forget_batch(
         self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, remap: Remap = "anchor"
@@ -94,7 +101,7 @@ class ForgetRetain:
 
         Remaps to the anchor, to the empty prompt, or each row to a random one of the retained names.
         """
-        which = torch.cat([self.forget_which, self.anchor_which])[rows]
+        which = self.prompts_of_rows[rows]
         names = torch.zeros_like(which)
         if remap == "random":
             names = torch.randint(0, len(self.remap), which.shape, generator=generator)
@@ -255,7 +262,24 @@ def make_data(
         remap_spans=torch.cat([prompts.remapped_spans[:names] for prompts in forgotten], dim=1),
         retain_lengths=torch.tensor([len(_ids(model, prompt)) for prompt in retained]),
         forget_parts=torch.cat([torch.full((len(prompts.embedded),), i) for i, prompts in enumerate(forgotten)]),
+        forget_ids=model.token_ids(concept.forget_prompts)[0].cpu(),
     )
+
+
+def own_tokens(model: Diffusion, concept: Concept) -> Tensor:
+    """Return the tokens of a concept's prompts that no prompt of its anchor or to be retained has, int64 [n].
+
+    Raises RequestError where there is none, and for a model with two text encoders.
+    """
+    if model.text_encoder_2 is not None:
+        raise RequestError("--scope", "text-encoder", f"{model.source} has two text encoders; choose another scope")
+    others = [*concept.retain_prompts, *(prompt for part in concept.simple for prompt in part.remapped_to(part.anchor))]
+    own, shared = ({n for prompt in some for n in _ids(model, prompt)} for some in (concept.forget_prompts, others))
+    own -= shared | {*_ids(model, "")}
+    if not own:
+        names = ", ".join(concept.names)
+        raise RequestError("--concept", names, "has no word that is not in prompts of its anchor or to be retained")
+    return torch.tensor(sorted(own))
 
 
 class _Forgotten:

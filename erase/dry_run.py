@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from erase_concept.mask import TEXT_ENCODER
 from erase_concept.optim import STATE_BYTES, TOGETHER
 from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.pipelines.from_single_file import MAKES
@@ -99,6 +100,8 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     """
     make, settings, device = configs(recipe.model), recipe.config(), processes().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
+    if recipe.mask.scope == TEXT_ENCODER:
+        density = 0.0  # of the UNet
     if recipe.mask.combine == "union":
         density = min(1.0, density * len(recipe.concept.simple))  # at most: their masks overlap
     size = recipe.data.size

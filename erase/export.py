@@ -34,9 +34,10 @@ def export_run(
     """Write a run's erased model in a dtype, as a whole or in part, and read it back; return how well a LoRA fits.
 
     ``diffusers`` is a folder with the whole pipeline, ``unet`` its UNet alone, ``single-file`` all in the original
-    layout (where the base model was such a file, a copy of it with its own dtypes), ``lora`` what comes nearest to the
-    change in a rank (64) with the keys of "kohya" or "diffusers", ``delta`` what makes this UNet of the base model's in
-    the same dtype. Files tell of the run in their metadata, the folder in its card.
+    layout (where the base model was such a file and its UNet was changed, a copy of it with its own dtypes), ``lora``
+    what comes nearest to the change in a rank (64) with the keys of "kohya" or "diffusers", ``delta`` what makes this
+    UNet of the base model's in the same dtype. Of a run that changed the text encoder the first and the third alone can
+    tell. Files tell of the run in their metadata, the folder in its card.
 
     Raises RequestError when the request is none of these, the run is not complete, ``out`` exists, or the base model is
     needed and no longer what it was; EraseError, and leaves nothing behind, when it cannot be written as it is.
@@ -53,6 +54,9 @@ def export_run(
     if lora_style not in (None, *get_args(Style)):
         raise RequestError("--lora-style", lora_style, f"allowed: {', '.join(get_args(Style))}")
     account = read_run(run)
+    embedded = "text_encoder" in account["erased"]
+    if embedded and format_ not in ("diffusers", "single-file"):
+        raise RequestError("--format", format_, "the run changed the text encoder; allowed: diffusers, single-file")
     if format_ != "diffusers" and out.suffix != ".safetensors":
         raise RequestError("--out", out, "a file's name must end in .safetensors, by which others know what it is")
     check_out(out, run / "pipeline", Path(account["base"]["source"]))
@@ -65,7 +69,7 @@ def export_run(
     if format_ == "unet":
         save_unet(load(run / "pipeline", dtype=kind).unet, out, kind, metadata)
         return None
-    if format_ == "single-file" and not Path(account["base"]["source"]).is_file():
+    if format_ == "single-file" and (embedded or not Path(account["base"]["source"]).is_file()):
         save_original(load(run / "pipeline", dtype=kind), out, kind, metadata)
         return None
     erased, base = load(run / "pipeline"), _base(run, account, format_)

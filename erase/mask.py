@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from erase_concept.files import whole
 
 # Parts of a UNet that an erasure may be confined to; see ``in_scope``.
 SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")
+TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
+
+Part = Literal["unet", "text_encoder"]  # of a model, by diffusers' names, that an erasure may change
 
 _CHUNK = 1 << 18  # scores looked at together: what is made of them stays in the cache, and needs no new pages
 _LOW_BITS = 16
@@ -48,6 +51,11 @@ class Mask:
     bits: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def part(self) -> Part:
+        """The part of the model that it is a mask of."""
+        return "text_encoder" if any(name.endswith("token_embedding.weight") for name in self.shapes) else "unet"
 
     @property
     def total(self) -> int:
@@ -246,6 +254,15 @@ def everything(shapes: Mapping[str, tuple[int, ...]]) -> Mask:
     """Return a mask of ones alone."""
     ones = {name: torch.from_numpy(np.packbits(np.ones(int(np.prod(s)), bool))) for name, s in shapes.items()}
     return Mask(ones, dict(shapes))
+
+
+def token_rows(encoder: nn.Module, tokens: Tensor) -> Mask:
+    """Return the mask of a text encoder that allows the embeddings of these tokens, int64 [n], and nothing else."""
+    table = encoder.get_input_embeddings().weight
+    name = next(name for name, p in encoder.named_parameters() if p is table)
+    rows = torch.zeros(table.shape, dtype=torch.bool)
+    rows[tokens] = True
+    return within(Mask({name: torch.from_numpy(np.packbits(rows.numpy()))}, {name: tuple(table.shape)}), encoder)
 
 
 def within(mask: Mask, model: nn.Module) -> Mask:

@@ -12,7 +12,7 @@ from erase_concept.train import Record, Taught
 
 
 class Run(Protocol):
-    """What a method is: it changes the model's UNet in place and yields a record for each step."""
+    """What a method is: it changes the model's weights in place and yields a record for each step."""
 
     def __call__(
         self, model: Any, data: Any, mask: Any, config: Any, *, seed: int, checkpoint: Any = None
@@ -26,7 +26,8 @@ class Method:
 
     ``latents`` are the parts of the data that it needs beside the embedded prompts, which every method has: "forget",
     "anchor" and "retain". ``mask`` and ``scope`` are the paper's own choice of weights, for when none is asked for.
-    ``knob`` is the setting that makes it erase more or less: the one that a comparison tunes.
+    ``knob`` is the setting that makes it erase more or less: the one that a comparison tunes. ``text_encoder`` tells
+    whether it can train the token embeddings of the concept's own words instead of the UNet.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     mask: str
     scope: str
     knob: str
+    text_encoder: bool
 
     @property
     def summary(self) -> str:
@@ -55,13 +57,14 @@ def method(
     mask: str = "none",
     scope: str = "full",
     knob: str = "lr",
+    text_encoder: bool = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as an erasure method; ``Method`` says what the arguments are."""
     if knob not in config.__dataclass_fields__:
         raise ValueError(f"{name} has no setting {knob!r}")
 
     def register(function: _F) -> _F:
-        _METHODS[name] = Method(name, config, function, latents, mask, scope, knob)
+        _METHODS[name] = Method(name, config, function, latents, mask, scope, knob, text_encoder)
         return function
 
     return register

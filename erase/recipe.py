@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,6 +135,32 @@ def make_recipe(values: dict[str, Any], *, argument: str = "recipe") -> Recipe:
         first = problem.errors()[0]
         where = ".".join(map(str, first["loc"])) or argument
         raise RequestError(where, first.get("input", ""), first["msg"]) from None
+
+
+def read_settings(texts: Iterable[str], argument: str) -> dict[str, dict[str, Any]]:
+    """Read settings given as KEY=VALUE: the method's, and the recipe's mask and data where KEY begins with "mask." so.
+
+    Values are read as in YAML, and numbers such as 1e-5, which YAML takes for text. Raises RequestError for another
+    form, named by the argument.
+    """
+    found: dict[str, dict[str, Any]] = {"settings": {}, "mask": {}, "data": {}}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(argument, text, "must be KEY=VALUE")
+        part, dot, name = key.strip().rpartition(".")
+        if dot and part not in ("mask", "data"):
+            raise RequestError(argument, text, "KEY is a setting of the method, mask.KEY or data.KEY")
+        found[part or "settings"][name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def read_recipe(file: Path) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from torch import nn
 
 from erase_concept import mask as masks
 from erase_concept.card import write_card
-from erase_concept.data import ForgetRetain, draw, image_files, make_data
+from erase_concept.data import ForgetRetain, draw, image_files, make_data, own_tokens
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
-from erase_concept.mask import Mask
+from erase_concept.mask import Mask, Part
+from erase_concept.method import methods
 from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.export import save_pipeline
 from erase_concept.pipelines.load import load
@@ -43,13 +44,14 @@ from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.train import Record, Taught
 
 MASK_KINDS = ("salient", "none", "random", "least-salient")
+_SCOPES = ", ".join(masks.SCOPES)
 
 
 def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | Taught | str]:
     """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
 
     When it is exhausted, ``out/pipeline`` holds the erased model and ``out/run.json`` the account of the run. A run
-    that is already complete yields nothing. ``model`` may give the loaded base, whose UNet is then changed in place.
+    that is already complete yields nothing. ``model`` may give the loaded base, which is then changed in place.
 
     Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
     fails or a weight changed that should not have.
@@ -64,6 +66,10 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         model = load(recipe.model, ema=recipe.ema)
     if given is not None:
         given.check(model.unet)
+    part: Part = "text_encoder" if recipe.mask.scope == masks.TEXT_ENCODER else "unet"
+    if part == "text_encoder":
+        own_tokens(model, recipe.concept)  # which refuses what has none
+    trained: nn.Module = getattr(model, part)
     # From here on the request is known to be sound: only now does the folder become the run's.
     out.mkdir(parents=True, exist_ok=True)
     recipe.save(out / "recipe.yaml")
@@ -74,16 +80,16 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     began = time.perf_counter()
     about = model.describe()
     base_hash = about["unet"]
-    base = out / "base-unet.safetensors"  # until the end, for the comparison
+    base = out / f"base-{part.replace('_', '-')}.safetensors"  # until the end, for the comparison
     with whole(base) as partial:
-        save_file(model.unet.state_dict(), partial)
+        save_file(trained.state_dict(), partial)
 
     yield "data"
     data = _data(recipe, model, base_hash, out)
     times["data"] = time.perf_counter() - began
 
-    # Everything is encoded: only the UNet is needed until the pipeline is written.
-    with parked([model.vae, *model.text_encoders.values()], out / "parked"):
+    # Everything is encoded: only the UNet, and what is trained, is needed until the pipeline is written.
+    with parked([one for one in (model.vae, *model.text_encoders.values()) if one is not trained], out / "parked"):
         mask = None
         if (recipe.mask.kind, recipe.mask.scope) != ("none", "full"):
             yield "mask"
@@ -115,9 +121,9 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "recipe": recipe.fingerprint(),
         "settings": asdict(config),
         "base": about,
-        "erased": {"unet": weights_hash(model.unet)},
+        "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
         "mask": mask and {"kind": recipe.mask.kind, "sha256": mask_hash(mask), "density": mask.density},
-        "checks": check_frozen(base, model.unet, mask),
+        "checks": check_frozen(base, trained, mask),
         "seconds": {stage: round(seconds, 2) for stage, seconds in times.items()},
         "versions": versions(),
     }
@@ -156,8 +162,7 @@ def _check(recipe: Recipe) -> Mask | None:
     kind = recipe.mask.kind
     if (count := processes().num_processes) > 1:
         raise RequestError("processes", count, "a run folder is written by one process alone")
-    if recipe.mask.scope not in masks.SCOPES:
-        raise RequestError("--scope", recipe.mask.scope, f"allowed: {', '.join(masks.SCOPES)}")
+    check_scope(recipe)
     for part, folder in (("forget", recipe.data.forget_images), ("retain", recipe.data.retain_images)):
         if folder is not None and not recipe.latents[part]:
             raise RequestError(f"--{part}-images", folder, f"{recipe.method} learns from prompts alone")
@@ -176,6 +181,19 @@ def _check(recipe: Recipe) -> Mask | None:
     if given.count == 0:
         raise RequestError("--mask", kind, "allows no weight to change")
     return given
+
+
+def check_scope(recipe: Recipe) -> None:
+    """Raise RequestError when the recipe's method cannot be confined to its scope."""
+    if recipe.mask.scope == masks.TEXT_ENCODER:
+        able = [name for name, one in methods().items() if one.text_encoder]
+        if recipe.method not in able:
+            raise RequestError("--scope", recipe.mask.scope, f"goes with {' and '.join(able)}; allowed: {_SCOPES}")
+        if recipe.mask.kind != "none":
+            allowed = "the scope text-encoder is the concept's own words; allowed: none"
+            raise RequestError("--mask", recipe.mask.kind, allowed)
+    elif recipe.mask.scope not in masks.SCOPES:
+        raise RequestError("--scope", recipe.mask.scope, f"allowed: {_SCOPES}, {masks.TEXT_ENCODER}")
 
 
 def _claimed(recipe: Recipe, out: Path) -> bool:
@@ -240,30 +258,16 @@ def choose_mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: Forg
 
 
 def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str) -> Mask:
-    """Compute a mask of the recipe's kind and sparsity for the model's UNet, with its provenance.
+    """Compute a mask of the recipe's kind, scope and sparsity for the model, with its provenance.
 
     Of several concepts the sum of gradients over the rows of all ranks the weights; or, when ``combine`` is union, each
     concept has a mask of that sparsity, and the union of these is as dense as it turns out.
     """
     settings = recipe.mask
-    shapes = masks.in_scope(model.unet, settings.scope)
-    total = sum(math.prod(shape) for shape in shapes.values())
-    k = masks.keep_count(1 - settings.sparsity, total)
-    if k == 0:
-        raise RequestError("--sparsity", settings.sparsity, f"leaves none of {total} weights to change")
-    if settings.kind == "none":
-        mask = masks.everything(shapes)
-    elif settings.kind == "random":
-        mask = masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
+    if settings.scope == masks.TEXT_ENCODER:
+        mask = masks.token_rows(model.text_encoder, own_tokens(model, recipe.concept))
     else:
-        choose = masks.top_k if settings.kind == "salient" else masks.least
-        rows = torch.arange(len(data.forget_latents))
-        groups = [rows]
-        if settings.combine == "union":
-            groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.simple))]
-        found = (saliency(recipe, model, data, group) for group in groups)
-        mask = reduce(or_, (choose({name: scores[name] for name in shapes}, k) for scores in found))
-    mask = masks.within(mask, model.unet)
+        mask = masks.within(_unet_mask(recipe, model, data), model.unet)
     about = {
         "concept": recipe.concept.name,
         "kind": settings.kind,
@@ -277,6 +281,27 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
         "recipe": recipe.fingerprint(),
     }
     return Mask(mask.bits, mask.shapes, {key: str(value) for key, value in about.items()})
+
+
+def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
+    """Return the mask of the recipe's kind and sparsity over the UNet's weights in its scope."""
+    settings = recipe.mask
+    shapes = masks.in_scope(model.unet, settings.scope)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    k = masks.keep_count(1 - settings.sparsity, total)
+    if k == 0:
+        raise RequestError("--sparsity", settings.sparsity, f"leaves none of {total} weights to change")
+    if settings.kind == "none":
+        return masks.everything(shapes)
+    if settings.kind == "random":
+        return masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
+    choose = masks.top_k if settings.kind == "salient" else masks.least
+    rows = torch.arange(len(data.forget_latents))
+    groups = [rows]
+    if settings.combine == "union":
+        groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.simple))]
+    found = (saliency(recipe, model, data, group) for group in groups)
+    return reduce(or_, (choose({name: scores[name] for name in shapes}, k) for scores in found))
 
 
 def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: torch.Tensor) -> dict[str, torch.Tensor]:

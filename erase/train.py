@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
 from erase_concept.files import whole
@@ -99,7 +99,9 @@ def train(
     teach: Teach | None = None,
     start: Start | None = None,
 ) -> Iterator[Record | Taught]:
-    """Minimise a loss over the salient weights of the model's UNet, in place, yielding a record after every step.
+    """Minimise a loss over the weights that a mask allows, in place, yielding a record after every step.
+
+    They are the UNet's, all of them without a mask; or the text encoder's, where the mask is one of it.
 
     Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
     on from its checkpoint ends with the same bits as one that was never stopped. With several processes the gradients
@@ -123,6 +125,8 @@ def train(
     def generator(step: int, part: int) -> torch.Generator:
         return stage_generator(seed, "step", step, part, accelerator.process_index)
 
+    part = "unet" if mask is None else mask.part
+    trained: nn.Module = getattr(model, part)
     taught: dict[tuple[int, int], Tensors] = {}
     if teach is not None:
         for step in range(first, settings.steps):
@@ -131,7 +135,7 @@ def train(
                     taught[step, part] = tuple(t.cpu() for t in teach(model, generator(step, part)))
             yield Taught(step + 1, settings.steps)
     masked = MaskedOptimizer(
-        model.unet,
+        trained,
         mask,
         settings.optimizer,
         lr=settings.lr,
@@ -144,8 +148,8 @@ def train(
     elif start is not None:
         start(model)
     at_once = settings.accumulation == accelerator.num_processes == 1 and settings.max_grad_norm is None
-    unet = accelerator.prepare(model.unet)
-    wrapped = replace(model, unet=unet)
+    prepared = accelerator.prepare(trained)
+    wrapped = replace(model, **{part: prepared})
     if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     try:
@@ -153,7 +157,7 @@ def train(
             masked.lr = settings.lr_at(step)
             mean, terms = 0.0, dict[str, float]()
             for part in range(settings.accumulation):
-                with accelerator.accumulate(unet):
+                with accelerator.accumulate(prepared):
                     with lower:
                         known = tuple(t.to(model.device) for t in taught.pop((step, part), ()))
                         value, parts = loss(wrapped, generator(step, part), known)
@@ -175,8 +179,8 @@ def train(
                 _save(masked, checkpoint, step + 1)
     finally:
         model.unet.disable_gradient_checkpointing()
-        model.unet.requires_grad_(False)
-        for parameter in model.unet.parameters():
+        trained.requires_grad_(False)
+        for parameter in trained.parameters():
             parameter.grad = None
         accelerator.free_memory()
 

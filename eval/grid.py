@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import whole
 
@@ -44,7 +42,7 @@ _HEAVY = ("erase_concept.run", "erase_concept.method", "erase_concept.eval.bench
 
 @dataclass(frozen=True)
 class Cell:
-    """One erasure. ``entry`` is a method, a preset of SalUn, or either with settings: ``esd-x[eta=2,steps=50]``.
+    """One erasure. ``entry`` is a method, a preset of SalUn, or either with settings: ``esd-x[eta=2,mask.sparsity=0]``.
 
     ``mask`` None is the entry's own; ``strength`` multiplies the method's knob.
     """
@@ -62,18 +60,15 @@ class Cell:
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
 
 
-def split_entry(entry: str) -> tuple[str, dict[str, Any]]:
-    """Return an entry's name and the settings in its brackets; raises RequestError where it has another form."""
+def split_entry(entry: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return an entry's name and what its brackets set of a recipe; raises RequestError where it has another form."""
+    from erase_concept.recipe import read_settings
+
     matched = re.fullmatch(r"([\w-]+)(?:\[(.*)\])?", entry)
     if matched is None:
         raise RequestError("--methods", entry, "must be NAME or NAME[KEY=VALUE,...]")
-    settings = {}
-    for text in (matched[2] or "").split(",") if matched[2] else ():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RequestError("--methods", entry, "must be NAME or NAME[KEY=VALUE,...]")
-        settings[key.strip()] = yaml.safe_load(value)
-    return matched[1], settings
+    texts = matched[2].split(",") if matched[2] else ()
+    return matched[1], {part: given for part, given in read_settings(texts, "--methods").items() if given}
 
 
 def is_guard(entry: str) -> bool:
@@ -90,19 +85,21 @@ def recipe_of(model: str, cell: Cell) -> Recipe:
     """
     from erase_concept.pipelines.guards import GUARDS
     from erase_concept.recipe import recipe_for
+    from erase_concept.run import check_scope
 
-    name, settings = split_entry(cell.entry)
+    name, given = split_entry(cell.entry)
     if name in GUARDS:
-        if settings or cell.mask is not None or cell.strength != 1:
+        if given or cell.mask is not None or cell.strength != 1:
             raise RequestError("--methods", cell.entry, "a guard changes no weights: it has no settings and no mask")
         return recipe_for(model, cell.concept, seed=cell.seed)
-    values: dict[str, Any] = {"seed": cell.seed, "settings": settings}
+    values: dict[str, Any] = {"seed": cell.seed, **given}
     if cell.mask is not None:
-        values["mask"] = {"kind": cell.mask}
+        values["mask"] = given.get("mask", {}) | {"kind": cell.mask}
     preset = name if name in PRESETS else "default"
     if name not in PRESETS:
         values["method"] = name
     recipe = recipe_for(model, cell.concept, preset_name=preset, **values)
+    check_scope(recipe)
     knob, config = recipe.erasure().knob, recipe.config()
     if cell.strength != 1:
         turned = recipe.settings | {knob: getattr(config, knob) * cell.strength}
@@ -229,7 +226,8 @@ def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
     method, config, base_hash = recipe.erasure(), recipe.config(), model.describe()["unet"]
     data = _data(recipe, model, base_hash, work)
     mask = _mask(recipe, model, data, base_hash, work)
-    before = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
+    trained = getattr(model, "unet" if mask is None else mask.part)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
     began = time.perf_counter()
     told = {"knob": method.knob, "value": getattr(config, method.knob)}
     losses = []
@@ -244,7 +242,7 @@ def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
         | {
             "seconds": round(time.perf_counter() - began, 2),
             "peak_gib": round(_peak() / 2**30, 2),  # before the sampling, which is the same for all methods
-            "changed": sum(int((before[name] != p).sum()) for name, p in model.unet.named_parameters())
+            "changed": sum(int((before[name] != p).sum()) for name, p in trained.named_parameters())
             / sum(p.numel() for p in before.values()),
             "loss": [*losses[:1], *losses[-1:]],
         }

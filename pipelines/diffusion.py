@@ -86,6 +86,7 @@ class Diffusion:
         """Side of the images that the model was trained for, in pixels."""
         return int(self.unet.config.sample_size) * self.factor
 
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Return the embeddings [n, tokens, width] of prompts, padded and cut as Stable Diffusion does."""
         return self.encode_ids(self.token_ids(prompts))
@@ -95,9 +96,8 @@ class Diffusion:
         tokenizers = (self.tokenizer, self.tokenizer_2) if self.text_encoder_2 is not None else (self.tokenizer,)
         return tuple(self._ids(tokenizer, prompts) for tokenizer in tokenizers)
 
-    @torch.no_grad()
     def encode_ids(self, ids: Sequence[Tensor]) -> Tensor:
-        """Return the embeddings [n, tokens, width] of what ``token_ids`` gave."""
+        """Return the embeddings [n, tokens, width] of what ``token_ids`` gave, for the encoders' gradients too."""
         if self.text_encoder_2 is None:
             return self.text_encoder(ids[0])[0]
         first = self.text_encoder(ids[0], output_hidden_states=True)

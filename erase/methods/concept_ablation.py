@@ -37,7 +37,7 @@ class ConceptAblationConfig(Training):
             raise ValueError(f"alpha must be at least 0, not {self.alpha}")
 
 
-@method("concept-ablation", ConceptAblationConfig, latents=("anchor",), scope="cross-attention")
+@method("concept-ablation", ConceptAblationConfig, latents=("anchor",), scope="cross-attention", text_encoder=True)
 def concept_ablation(
     model: Diffusion,
     data: ForgetRetain,
@@ -52,12 +52,16 @@ def concept_ablation(
     Minimises  E |e(x_t, c) - sg e(x_t, c')|^2 + lambda E |e(x'_t, c') - noise|^2,  with the concept's prompt c, the
     same prompt said of the anchor c', noisy latents x_t and x'_t of the anchor, and no gradient through sg: the paper's
     model-based variant. The target is the current model's, which in cross-attention alone stays near the base model's.
-    The authors' code trains keys and values of the cross-attention, to which this scope adds queries and outputs.
+    The authors' code trains keys and values of the cross-attention, to which this scope adds queries and outputs. With
+    the scope "text-encoder" it is the paper's embedding variant: the embeddings of the name's own tokens, ahead of the
+    text encoder's layers, are all that is trained, at a learning rate of their own.
     """
     yield from _ablate(model, data, mask, config, seed, checkpoint, noise_based=False)
 
 
-@method("concept-ablation-noise", ConceptAblationConfig, latents=("anchor",), scope="cross-attention")
+@method(
+    "concept-ablation-noise", ConceptAblationConfig, latents=("anchor",), scope="cross-attention", text_encoder=True
+)
 def concept_ablation_noise(
     model: Diffusion,
     data: ForgetRetain,
@@ -90,10 +94,13 @@ def _ablate(
         raise RequestError("data.anchor", count, "must be at least 1: the method learns from pictures of the anchor")
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        first, second = (
-            data.forget_batch(model, data.draw_forget(config.batch_size, generator, "anchor"), generator)
-            for _ in range(2)
-        )
+        drawn = []
+        for _ in range(2):
+            rows = data.draw_forget(config.batch_size, generator, "anchor")
+            drawn.append((data.forget_ids[data.prompts_of_rows[rows]], data.forget_batch(model, rows, generator)))
+        (ids, first), (_, second) = drawn
+        embedded = mask is not None and mask.part == "text_encoder"
+        concept = model.encode_ids([ids.to(model.device)]) if embedded else first.embeddings
         with torch.no_grad():
             if noise_based:
                 target = model.target(first.latents, first.noise, first.timesteps)
@@ -102,7 +109,7 @@ def _ablate(
         predicted = model.predict(
             torch.cat([first.noisy, second.noisy]),
             torch.cat([first.timesteps, second.timesteps]),
-            torch.cat([first.embeddings, second.remapped]),
+            torch.cat([concept, second.remapped]),
         )
         forget = mse_loss(predicted[: len(target)], target)
         anchor = mse_loss(predicted[len(target) :], model.target(second.latents, second.noise, second.timesteps))

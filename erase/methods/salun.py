@@ -31,7 +31,7 @@ class SalUnConfig(Training):
     retain_target: Literal["data", "base"] = "data"  # the noise itself, or what the base model predicts of it
     guidance: float = 0.0  # how far the target goes on beyond c', away from the concept
     start: Literal["base", "closed-form"] = "base"  # the base model's weights, or MACE's solution over the mask
-    erase_scale: float = 8.0  # of that solution; its other settings are MACE's own
+    erase_scale: float = 8.0  # of that solution, shared by all concepts; its other settings are MACE's own
 
     def __post_init__(self) -> None:
         """Raise ValueError that names the first setting out of its range."""
@@ -111,7 +111,9 @@ def salun(
     def closed_form(model: Diffusion) -> None:
         if mask is None or any(mask.dense(name).any() for name in matrices(model.unet)):
             becomes: Literal["anchor", "empty"] = "empty" if config.remap == "empty" else "anchor"
-            edit(model, data, mask, MACEConfig(config.erase_scale), *concept_tokens(model, data, becomes, name=False))
+            # A mean over concepts, as the steps' loss is: a sum of many would drown what is to be preserved.
+            scale = config.erase_scale / (int(data.forget_parts.max()) + 1)
+            edit(model, data, mask, MACEConfig(scale), *concept_tokens(model, data, becomes, name=False))
 
     taught = teach if "base" in (config.target, config.retain_target) else None
     start = closed_form if config.start == "closed-form" else None

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from erase_concept import mask as masks
-from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.data import ForgetRetain, draw, make_data, own_tokens
 from erase_concept.errors import RequestError
 from erase_concept.methods.concept_ablation import ConceptAblationConfig, concept_ablation, concept_ablation_noise
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 
@@ -59,6 +59,49 @@ def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablat
                 for (name, p), g in zip(unet.named_parameters(), gradients, strict=True):
                     # AdamW's first step, decay of 0.01 included.
                     p -= (0.01 * 0.01 * p + 0.01 * g / (g.abs() + 1e-8)) * mask.dense(name)
+
+
+@BOTH
+def test_two_steps_on_the_names_own_tokens_equal_the_formulas(
+    tiny: Diffusion, data: ForgetRetain, square: Concept, ablate: Callable[..., Any]
+) -> None:
+    config = ConceptAblationConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+    own = own_tokens(tiny, square)
+    encoder = copy.deepcopy(tiny.text_encoder).requires_grad_(True)
+    table = encoder.get_input_embeddings().weight
+    before = {part: weights_hash(getattr(tiny, part)) for part in ("unet", "vae")}
+    anchor = tiny.encode_prompts(["a circle", "one circle"])
+    records = list(ablate(tiny, data, masks.token_rows(tiny.text_encoder, own), config, seed=7))
+
+    ids = tiny.tokenizer(["a square", "one square"], padding="max_length", return_tensors="pt").input_ids
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    for step in range(2):
+        generator = stage_generator(7, "step", step, 0, 0)
+        parts = []
+        for _ in range(2):
+            rows = draw(4, 3, generator)
+            noise = torch.randn(3, 4, 8, 8, generator=generator)
+            t = torch.randint(0, 1000, (3,), generator=generator)
+            a = kept[t].view(-1, 1, 1, 1)
+            parts.append((a.sqrt() * data.anchor_latents[rows] + (1 - a).sqrt() * noise, t, noise, rows))
+        (x, t, noise, rows), (x2, t2, noise2, rows2) = parts
+        which, which2 = data.anchor_which[rows], data.anchor_which[rows2]
+        wanted = noise if ablate is concept_ablation_noise else tiny.unet(x, t, anchor[which]).sample
+        forget = (tiny.unet(x, t, encoder(ids[which])[0]).sample - wanted).square().mean()
+        regular = (tiny.unet(x2, t2, anchor[which2]).sample - noise2).square().mean()
+        near = (1e-5, 1e-3)[step]
+        assert records[step].terms == pytest.approx({"forget": forget.item(), "anchor": regular.item()}, rel=near)
+        if step == 0:
+            (gradient,) = torch.autograd.grad(forget, [table])
+            assert gradient[own].abs().amin() > 1e-6, "a row without a gradient would move by its decay alone"
+            with torch.no_grad():
+                table[own] -= 0.01 * 0.01 * table[own] + 0.01 * gradient[own] / (gradient[own].abs() + 1e-8)
+    assert {part: weights_hash(getattr(tiny, part)) for part in before} == before
+    found = dict(tiny.text_encoder.named_parameters())
+    for name, value in encoder.named_parameters():
+        moved = (found[name] != value).nonzero()[:, 0].unique() if value is table else torch.empty(0)
+        assert set(moved.tolist()) <= set(own.tolist()), name
+        assert value is table or torch.equal(found[name], value), name
 
 
 @BOTH

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from erase_concept import cli
 from erase_concept import export as exporting
+from erase_concept.data import own_tokens
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.export import EXPORT_DTYPES, EXPORT_FORMATS, check_hub, export_run
 from erase_concept.pipelines import delta, export, single_file
@@ -115,6 +116,28 @@ def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str
             assert about["base_unet_sha256"] == account["base"]["unet"]
     assert {name: value for name, value in content(folder).items() if name in before} == before
     assert not [name for name in content(folder) if "partial" in name]
+
+
+def test_a_changed_text_encoder_is_in_the_formats_that_hold_one(tiny: Diffusion, square: Concept, folder: Path) -> None:
+    values = {"method": "concept-ablation", "mask": {"scope": "text-encoder"}, "data": {"anchor": 2, "steps": 1}}
+    settings = {"steps": 2, "batch_size": 2, "lr": 1e-2}
+    asked = make_recipe({"model": "model", "concept": square, "settings": settings, **values})
+    list(erase(asked, Path("words")))
+    for name in ("unet", "lora", "delta"):
+        with pytest.raises(
+            RequestError, match=f"--format {name}: the run changed the text encoder; allowed: diffusers, s"
+        ):
+            export_run(Path("words"), Path("other.safetensors"), name)
+    assert not Path("other.safetensors").exists()
+    for name in ("diffusers", "single-file"):
+        export_run(Path("words"), place(name), name)
+    state = load("words").text_encoder.state_dict()
+    with quiet():
+        theirs = StableDiffusionPipeline.from_pretrained("diffusers", local_files_only=True).text_encoder.state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in state.items())
+    table = tiny.text_encoder.get_input_embeddings().weight
+    (found,) = (v for k, v in load_file("single-file.safetensors").items() if k.endswith("token_embedding.weight"))
+    assert sorted((found != table).any(1).nonzero()[:, 0].tolist()) == sorted(own_tokens(tiny, square).tolist())
 
 
 def test_a_card_says_what_a_delta_did(

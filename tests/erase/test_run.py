@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,68 @@ def test_a_strange_scope_is_refused(model: Path, square: Concept, tmp_path: Path
     with pytest.raises(RequestError, match="--scope attention: allowed: full, cross-attention"):
         run(recipe(model, square, mask={"scope": "attention"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_text_encoders_scope_changes_the_names_own_tokens_alone(
+    model: Path, square: Concept, tmp_path: Path
+) -> None:
+    asked = recipe(
+        model, square, method="concept-ablation", mask={"scope": "text-encoder"}, data={"anchor": 2, "steps": 1}
+    )
+    for event in erase(asked, tmp_path / "run"):
+        if getattr(event, "step", 0) == 2:
+            break
+    run(asked, tmp_path / "run")
+    base, erased = load(str(model)), load(str(tmp_path / "run" / "pipeline"))
+    for part in ("unet", "vae"):
+        assert weights_hash(getattr(base, part)) == weights_hash(getattr(erased, part))
+    changed = {}
+    for (name, p), q in zip(base.text_encoder.named_parameters(), erased.text_encoder.parameters(), strict=True):
+        if not torch.equal(p, q):
+            changed[name] = (p != q).any(1).nonzero()[:, 0].tolist()
+    # "square" is spelled in letters, of which "circle", "line", "a" and "one" have all the others, in their places.
+    own = base.tokenizer.convert_tokens_to_ids(["s", "q", "u", "a"])
+    assert list(changed.values()) == [sorted(own)]
+    assert next(iter(changed)).endswith("token_embedding.weight")
+    account = read_run(tmp_path / "run")
+    assert account["erased"] == {
+        "unet": account["base"]["unet"],
+        "text_encoder": weights_hash(erased.text_encoder),
+    }
+    assert account["checks"]["changed"] == 4 * 16
+    card = " ".join((tmp_path / "run" / "pipeline" / "README.md").read_text().split())
+    assert "UNet, VAE, tokenizer and scheduler are the base model's; of the text encoder's" in card
+    assert account["erased"]["text_encoder"] in card
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"method": "salun"}, "goes with concept-ablation and concept-ablation-noise; allowed: full, cross-attention"),
+        ({"mask": {"kind": "random"}}, "--mask random: the scope text-encoder is the concept's own words"),
+        ({"concept": {"retain": ("squares",)}}, "--concept square: has no word that is not in prompts of its anchor"),
+    ],
+)
+def test_what_cannot_be_confined_to_the_text_encoder_is_refused(
+    model: Path, square: Concept, tmp_path: Path, wrong: dict[str, Any], told: str
+) -> None:
+    concept = replace(square, **wrong.pop("concept", {}))
+    mask = {"scope": "text-encoder", **wrong.pop("mask", {})}
+    with pytest.raises(RequestError, match=told):
+        run(recipe(model, concept, **{"method": "concept-ablation", "mask": mask, **wrong}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_two_text_encoders_has_no_such_scope(family: Diffusion, square: Concept, tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path / "model")
+    settings = {"data": {"forget": 1, "retain": 1, "anchor": 2, "steps": 1}, "mask": {"scope": "text-encoder"}}
+    asked = recipe(tmp_path / "model", square, method="concept-ablation", **settings)
+    if family.text_encoder_2 is None:
+        run(asked, tmp_path / "run")
+    else:
+        with pytest.raises(RequestError, match=r"--scope text-encoder: .* has two text encoders"):
+            run(asked, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -130,6 +130,21 @@ def test_begins_at_the_closed_form_with_targets_of_the_base_model(tiny: Diffusio
     assert record.terms["forget"] == pytest.approx((now - wanted).square().mean().item(), rel=1e-5)
 
 
+def test_the_closed_form_of_a_concept_told_twice_is_that_of_the_concept(tiny: Diffusion, data: ForgetRetain) -> None:
+    doubled = {"forget": 0, "remap": 1, "forget_spans": 0, "remap_spans": 1, "forget_ids": 0, "forget_parts": 0}
+    longer = replace(data, **{name: torch.cat([getattr(data, name)] * 2, dim) for name, dim in doubled.items()})
+    twice = replace(longer, forget_parts=torch.arange(2).repeat_interleave(len(data.forget)))
+    config = SalUnConfig(steps=1, batch_size=2, lr=0.0, start="closed-form", erase_scale=100.0)
+    edited = []
+    for some in (data, twice, longer):
+        model = replace(tiny, unet=copy.deepcopy(tiny.unet))
+        list(salun(model, some, None, config, seed=7))
+        edited.append(torch.cat([p.flatten() for p in model.unet.parameters()]))
+    torch.testing.assert_close(edited[1], edited[0])
+    with pytest.raises(AssertionError):  # as prompts of one concept they weigh twice as much
+        torch.testing.assert_close(edited[2], edited[0])
+
+
 def test_begins_at_the_base_model_where_the_mask_has_no_keys_and_values(tiny: Diffusion, data: ForgetRetain) -> None:
     mask = masks.random(tiny.unet, 0.5, seed=4, scope="self-attention")
     one, other = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(2))

@@ -20,10 +20,14 @@ from erase_concept.pipelines.emojinette import MODEL
 
 def test_entries_are_names_with_settings_in_brackets() -> None:
     assert split_entry("esd-x") == ("esd-x", {})
-    assert split_entry("salun[lr=1.0e-3, remap=random]") == ("salun", {"lr": 1e-3, "remap": "random"})
+    assert split_entry("salun[lr=1.0e-3, remap=random]") == ("salun", {"settings": {"lr": 1e-3, "remap": "random"}})
+    assert split_entry("default[mask.sparsity=0.9,steps=3,lr=1e-4]") == (
+        "default",
+        {"settings": {"steps": 3, "lr": 1e-4}, "mask": {"sparsity": 0.9}},
+    )
     assert _split_entries("default,esd-x[eta=2,steps=5], uce") == ["default", "esd-x[eta=2,steps=5]", "uce"]
     for wrong in ("", "a b", "esd-x[eta]", "esd-x[eta=1", "[eta=1]"):
-        with pytest.raises(RequestError, match=r"--methods .*must be NAME or NAME\[KEY=VALUE"):
+        with pytest.raises(RequestError, match=r"--methods .*must be (NAME or NAME\[)?KEY=VALUE"):
             split_entry(wrong)
 
 
