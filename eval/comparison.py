@@ -11,7 +11,8 @@ from typing import Any
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.grid import PRESETS, Cell, asked_of, is_guard, read_pairs, recipe_of, run_cells, split_entry
-from erase_concept.eval.page import sample_sheet
+from erase_concept.eval.page import render, sample_sheet
+from erase_concept.eval.plots import panels
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
@@ -127,7 +128,9 @@ def compare(
     trials: int = 6,
     benchmark: str = "emojinette",
 ) -> Iterator[tuple[str, int, int]]:
-    """Run a grid of erasures and write ``comparison.md``, ``comparison.json``, ``report.html`` and sheets of samples.
+    """Run a grid of erasures and write ``comparison.md``, ``comparison.json``, and pictures of it.
+
+    Of one strength each that is a page, ``report.html``, and sheets of samples; along strengths ``curves.svg``.
 
     ``entries`` are methods, the presets "default" and "paper", or either with settings in brackets. With ``tune_on``
     each method's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own;
@@ -185,7 +188,9 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     pooled: dict[str, Pooled] = {}
     if any(len({cell["strength"] for cell in cells}) > 1 for cells in groups.values()):
         curves = [curve(entry, mask or "own", cells) for (entry, mask), cells in groups.items()]
-        parts += ["## Along the strength", curves_table(curves)]
+        parts += ["## Along the strength", "![What is kept over UA](curves.svg)", curves_table(curves)]
+        with whole(out / "curves.svg") as partial:
+            partial.write_bytes(render("curves.svg.j2", panels=panels(curves)))
     else:
         table, pooled = methods_table(results)
         parts += ["## At the tuned strength" if searches else "## At each method's own strength", table]

@@ -40,8 +40,8 @@ THUMBNAIL = 256  # ... so many, or SMALL where runs are compared
 ROWS = 30  # bars of a chart that are in sight
 
 
-def html(template: str, **content: Any) -> bytes:
-    """Return a page. Its policy lets a browser run the page's own script and load nothing from anywhere."""
+def render(template: str, **content: Any) -> bytes:
+    """Return a page or a drawing. A page's policy lets a browser run its own script and load nothing from anywhere."""
     import jinja2
 
     pages = jinja2.Environment(

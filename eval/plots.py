@@ -13,6 +13,7 @@ from erase_concept.eval.summary import NOTHING, measure
 
 if TYPE_CHECKING:
     from erase_concept.eval.report import Chart, Curve, Report
+    from erase_concept.eval.strength import Curve as StrengthCurve
 
 WIDTH, HEIGHT = 400.0, 250.0  # of a plot's inside, in its own units
 
@@ -192,6 +193,30 @@ def scattered(front: Front) -> dict[str, Any]:
         labels.append((round(place[0], 1), round(place[1], 1), text))
     steps = sorted({(across, down) for across, down, point in spots if point.best})
     return {"x": x, "y": y, "spots": spots, "labels": labels, "front": " ".join(f"{a:g},{d:g}" for a, d in steps)}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves of one loss: for each mask a line from the base model on, as SVG's points, and a dot a strength."""
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: dict[str, str]
+    dots: dict[str, list[tuple[float, float]]]
+
+
+def panels(curves: Sequence[StrengthCurve]) -> list[Panel]:
+    """Return a panel for each entry, what is kept over UA, all with the same axes."""
+    x = axis([0.0, 1.0], WIDTH)
+    y = axis([1.0, *(kept for curve in curves for _, _, kept in curve.points)], HEIGHT, flip=True)
+    start = (x.at(0.0), y.at(1.0))
+    found = []
+    for entry in dict.fromkeys(curve.entry for curve in curves):
+        dots = {c.mask: [(x.at(ua), y.at(kept)) for _, ua, kept in c.points] for c in curves if c.entry == entry}
+        lines = {mask: " ".join(f"{a:g},{b:g}" for a, b in (start, *places)) for mask, places in dots.items()}
+        found.append(Panel(entry, x, y, lines, dots))
+    return found
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.markdown import markdown, markdown_of_all
-from erase_concept.eval.page import encoded, grid, html
+from erase_concept.eval.page import encoded, grid, render
 from erase_concept.eval.plots import pareto
 from erase_concept.eval.score import Interval, Score, ratio_interval
 from erase_concept.eval.summary import headline, summary
@@ -161,7 +161,7 @@ def write_report(report: Report, folder: Path) -> None:
     places = drawn(report.pairs)
     pairs = [report.pairs[place] for place in places]
     content = _json(_plain(report, folder))
-    page = html("report.html.j2", report=report, summary=summary(report), pairs=pairs)
+    page = render("report.html.j2", report=report, summary=summary(report), pairs=pairs)
     _write(folder / "report.md", markdown(report, pairs))
     _write(folder / "report.html", page)
     _write(folder / "grid.png", encoded(grid(pairs), "PNG", optimize=False))
@@ -211,7 +211,7 @@ def compare(reports: Mapping[str, Report], folder: Path) -> None:
         "runs": {name: _plain(replace(report, pairs=shown[name]), folder) for name, report in reports.items()},
         "pareto": plot,
     }
-    page = html("compare.html.j2", reports=reports, metrics=names, rows=rows, common=common, front=front)
+    page = render("compare.html.j2", reports=reports, metrics=names, rows=rows, common=common, front=front)
     _write(folder / "report.md", markdown_of_all(reports, names, front))
     _write(folder / "report.html", page)
     _write(folder / "report.json", _json(content))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from erase_concept.eval.plots import axis, pareto, scattered
+from erase_concept.eval.page import render
+from erase_concept.eval.plots import HEIGHT, WIDTH, axis, panels, pareto, scattered
 from erase_concept.eval.report import Report
 from erase_concept.eval.score import Score, wilson
+from erase_concept.eval.strength import Curve
 from erase_concept.eval.summary import NOTHING
 
 Scored = Callable[..., Report]
@@ -87,3 +90,28 @@ def test_an_axis_holds_its_values_between_round_ticks(values: tuple[float, ...],
     assert found.at(found.low) == 0
     assert found.at(math.inf) == 100
     assert axis(values, 100, zero=zero, flip=True).at(found.low) == 100
+
+
+def test_curves_are_drawn_from_the_base_model_on_with_a_dot_for_each_strength() -> None:
+    def made(entry: str, mask: str, *points: tuple[float, float, float]) -> Curve:
+        return Curve(entry, mask, points, (None, None), (None, None), 0.5, (0.4, 0.6))
+
+    curves = [
+        made("salun[lr=2.0e-4]", "none", (0.5, 0.25, 0.9), (1.0, 1.0, 0.5)),
+        made("salun[lr=2.0e-4]", "<b>&", (0.5, 0.5, 1.0), (1.0, 0.75, 0.95), (2.0, 1.0, 0.6)),
+        made("esd-x", "none", (1.0, 0.0, 1.0)),
+    ]
+    drawing = ElementTree.fromstring(render("curves.svg.j2", panels=panels(curves)))
+    svg = "{http://www.w3.org/2000/svg}"
+    lines = [line.attrib["points"].split() for line in drawing.iter(f"{svg}polyline")]
+    assert [len(line) for line in lines] == [3, 4, 2]
+    low = panels(curves)[0].y.low
+    assert low <= min(kept for curve in curves for _, _, kept in curve.points)
+    for curve, line in zip(curves, lines, strict=True):
+        places = [tuple(map(float, place.split(","))) for place in line]
+        told = [(0.0, 1.0), *((ua, kept) for _, ua, kept in curve.points)]
+        assert places == [pytest.approx((WIDTH * ua, HEIGHT * (1 - kept) / (1 - low)), abs=0.01) for ua, kept in told]
+    dots = [dot.attrib for dot in drawing.iter(f"{svg}circle") if float(dot.attrib["cy"]) <= HEIGHT]
+    assert len(dots) == 6
+    texts = [text.text for text in drawing.iter(f"{svg}text")]
+    assert {"salun[lr=2.0e-4]", "esd-x", "<b>&"} <= {*texts}
