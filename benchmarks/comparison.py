@@ -5,7 +5,7 @@
     python benchmarks/comparison.py --anew              measures everything again (some six hours on two cores)
 
 Every cell is a line of docs/comparison/NAME.jsonl as soon as it is measured, so that it can be killed at any time. A
-table is written when all of its cells are there.
+table is put in its place on the page when all of its cells are there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,20 @@ def main() -> None:
             print(f"{time.strftime('%H:%M:%S')} {name}: {what} ({done} of {total})", flush=True)
             if time.monotonic() > end:
                 return
-        shutil.copyfile(work / "comparison.md", DOCS / "comparison" / f"{name}.md")
+        publish(name, work)
+
+
+def publish(name: str, work: Path) -> None:
+    """Put a table, and the drawing that belongs to it, in its place on the page, between the marks of its name."""
+    page = DOCS / "comparison.md"
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    _, table = (work / "comparison.md").read_text(encoding="utf-8").split("\n", 1)  # without its title
+    table = table.replace("\n## ", "\n### ").replace("(curves.svg)", f"(comparison/{name}.svg)")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+    if (work / "curves.svg").exists():
+        shutil.copyfile(work / "curves.svg", DOCS / "comparison" / f"{name}.svg")
 
 
 if __name__ == "__main__":

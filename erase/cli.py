@@ -136,6 +136,7 @@ def erase(
     json_: JsonOption = False,
 ) -> None:
     """Erase concepts from a model: a run folder with the erased pipeline in it."""
+    from erase_concept.run import check, read_run
     from erase_concept.terminal import print_json, print_plan
 
     recipe = _recipe(
@@ -155,11 +156,10 @@ def erase(
         memory,
     )
     if dry_run:
+        check(recipe)
         print_plan(recipe, out, json_)
         return
     _erase(recipe, out)
-    from erase_concept.run import read_run
-
     account = read_run(out)
     if json_:
         print_json(account)

@@ -58,7 +58,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     """
     config = recipe.config()
     method = recipe.erasure()
-    given = _check(recipe)
+    given = check(recipe)
     if _claimed(recipe, out) and complete(out):
         return
     if model is None:
@@ -157,7 +157,7 @@ def parked(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
         shutil.rmtree(folder)
 
 
-def _check(recipe: Recipe) -> Mask | None:
+def check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
     kind = recipe.mask.kind
     if (count := processes().num_processes) > 1:

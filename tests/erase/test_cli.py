@@ -162,6 +162,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--scope", "attention"], "--scope attention: allowed: full, cross-attention"),
+        (["--scope", "text-encoder"], "--scope text-encoder: goes with concept-ablation and concept-ablation-noise"),
+        (["--mask", "absent.safetensors"], "--mask absent.safetensors: not a readable mask"),
+    ],
+)
+def test_what_a_run_refuses_its_dry_run_and_its_mask_refuse_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str], told: str
+) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    commands = [["erase", "--dry-run"], ["erase"], *([["mask"]] if wrong[0] == "--scope" else [])]
+    for command in commands:
+        code, out, err = call(monkeypatch, capsys, *command, "model", "-c", "square.yaml", "-o", "new", *wrong)
+        assert (code, out) == (2, "")
+        assert told in err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_memory_presets_are_settings_that_others_overrule(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
