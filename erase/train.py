@@ -125,8 +125,8 @@ def train(
     def generator(step: int, part: int) -> torch.Generator:
         return stage_generator(seed, "step", step, part, accelerator.process_index)
 
-    part = "unet" if mask is None else mask.part
-    trained: nn.Module = getattr(model, part)
+    changed = "unet" if mask is None else mask.part
+    trained: nn.Module = getattr(model, changed)
     taught: dict[tuple[int, int], Tensors] = {}
     if teach is not None:
         for step in range(first, settings.steps):
@@ -149,7 +149,7 @@ def train(
         start(model)
     at_once = settings.accumulation == accelerator.num_processes == 1 and settings.max_grad_norm is None
     prepared = accelerator.prepare(trained)
-    wrapped = replace(model, **{part: prepared})
+    wrapped = replace(model, **{changed: prepared})
     if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     try:
