@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.files import whole
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 # Parts of a UNet that an erasure may be confined to; see ``in_scope``.
 SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")
@@ -256,9 +259,9 @@ def everything(shapes: Mapping[str, tuple[int, ...]]) -> Mask:
     return Mask(ones, dict(shapes))
 
 
-def token_rows(encoder: nn.Module, tokens: Tensor) -> Mask:
+def token_rows(encoder: CLIPTextModel, tokens: Tensor) -> Mask:
     """Return the mask of a text encoder that allows the embeddings of these tokens, int64 [n], and nothing else."""
-    table = encoder.get_input_embeddings().weight
+    table: Any = encoder.get_input_embeddings().weight
     name = next(name for name, p in encoder.named_parameters() if p is table)
     rows = torch.zeros(table.shape, dtype=torch.bool)
     rows[tokens] = True
