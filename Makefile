@@ -47,7 +47,7 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py
 
-comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (some six hours in all on two cores)
+comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (some seven hours in all on two cores)
 	$(FAST) $(BIN)/python benchmarks/comparison.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)

@@ -1,11 +1,11 @@
-"""The tables of docs/comparison.md: methods at tuned strengths, masks along curves of strength, the default's settings.
+"""The tables of docs/comparison.md: methods at tuned strengths, the published steps, masks along curves, settings.
 
     python benchmarks/comparison.py                     goes on with what docs/comparison/ does not hold yet
     python benchmarks/comparison.py --minutes 100       the same, and stops after the cell that is then at work
-    python benchmarks/comparison.py --anew              measures everything again (some six hours on two cores)
+    python benchmarks/comparison.py --anew              measures everything again (some seven hours on two cores)
 
-Every cell is a line of docs/comparison/NAME.jsonl as soon as it is measured, so that it can be killed at any time. A
-table is put in its place on the page when all of its cells are there.
+Every cell is a line of docs/comparison/cells.jsonl as soon as it is measured, so that it can be killed at any time; no
+table measures what another one has. A table is put in its place on the page when all of its cells are there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ from erase_concept.method import methods
 from erase_concept.pipelines.guards import GUARDS
 
 DOCS = Path(__file__).parents[1] / "docs"
+HELD_OUT = ("church", "dog", "parachute", "guitar", "truck", "flat", "3d")
+MORE = ("fish", "radio", "horn", "gas pump", "golf", "flower", "car", "bicycle", "umbrella", "cake", "rocket")
 TABLES: dict[str, dict[str, Any]] = {
     "methods": {
         "entries": [*methods(), *GUARDS, *PRESETS],
-        "concepts": ("church", "dog", "parachute", "guitar", "truck", "flat", "3d"),
+        "concepts": HELD_OUT,
         "seeds": (0, 1),
         "tune_on": ("house", "sketch"),
         "trials": 5,
+    },
+    "paper": {  # all concepts that the default was not found with
+        "entries": ("default", "paper"),
+        "concepts": HELD_OUT + MORE,
+        "seeds": (0, 1),
     },
     "masks": {
         "entries": ("salun[lr=2.0e-4]", "esd-x[lr=8.0e-4]", "gradient-ascent[lr=4.0e-5]"),  # as they were tuned
@@ -67,18 +74,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/comparison"))
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
-    (DOCS / "comparison").mkdir(exist_ok=True)
+    measured, kept = args.work / "cells.jsonl", DOCS / "comparison" / "cells.jsonl"
+    kept.parent.mkdir(exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not args.anew and kept.exists() and not measured.exists():
+        shutil.copyfile(kept, measured)
     for name in args.names or TABLES:
-        work, kept = args.work / name, DOCS / "comparison" / f"{name}.jsonl"
-        work.mkdir(parents=True, exist_ok=True)
-        if not args.anew and kept.exists() and not (work / "cells.jsonl").exists():
-            shutil.copyfile(kept, work / "cells.jsonl")
-        for what, done, total in compare("emojinette", out=work, **TABLES[name]):
-            shutil.copyfile(work / "cells.jsonl", kept)
+        for what, done, total in compare("emojinette", out=args.work, **TABLES[name]):
+            shutil.copyfile(measured, kept)
             print(f"{time.strftime('%H:%M:%S')} {name}: {what} ({done} of {total})", flush=True)
             if time.monotonic() > end:
                 return
-        publish(name, work)
+        publish(name, args.work)
 
 
 def publish(name: str, work: Path) -> None:
@@ -90,7 +97,7 @@ def publish(name: str, work: Path) -> None:
     _, table = (work / "comparison.md").read_text(encoding="utf-8").split("\n", 1)  # without its title
     table = table.replace("\n## ", "\n### ").replace("(curves.svg)", f"(comparison/{name}.svg)")
     page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
-    if (work / "curves.svg").exists():
+    if "strengths" in TABLES[name]:
         shutil.copyfile(work / "curves.svg", DOCS / "comparison" / f"{name}.svg")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data, own_tokens
@@ -26,6 +27,20 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
     return make_data(tiny, square, forget=2, anchor=4, retain=0, steps=2, guidance=2.0, seed=1)
 
 
+def drawn(data: ForgetRetain, step: int) -> list[tuple[Tensor, ...]]:
+    """Return a step's two batches of three anchor rows: noisy latents, time steps, noise, and which prompt each has."""
+    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    generator, batches = stage_generator(7, "step", step, 0, 0), []
+    for _ in range(2):
+        rows = draw(4, 3, generator)
+        noise = torch.randn(3, 4, 8, 8, generator=generator)
+        t = torch.randint(0, 1000, (3,), generator=generator)
+        a = kept[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * data.anchor_latents[rows] + (1 - a).sqrt() * noise
+        batches.append((noisy, t, noise, data.anchor_which[rows]))
+    return batches
+
+
 @BOTH
 def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablate: Callable[..., Any]) -> None:
     config = ConceptAblationConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
@@ -33,19 +48,9 @@ def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablat
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(ablate(tiny, data, mask, config, seed=7))
 
-    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     concept, anchor = tiny.encode_prompts(["a square", "one square"]), tiny.encode_prompts(["a circle", "one circle"])
     for step in range(2):
-        generator = stage_generator(7, "step", step, 0, 0)
-        parts = []
-        for _ in range(2):
-            rows = draw(4, 3, generator)
-            noise = torch.randn(3, 4, 8, 8, generator=generator)
-            t = torch.randint(0, 1000, (3,), generator=generator)
-            a = kept[t].view(-1, 1, 1, 1)
-            noisy = a.sqrt() * data.anchor_latents[rows] + (1 - a).sqrt() * noise
-            parts.append((noisy, t, noise, data.anchor_which[rows]))
-        (x, t, noise, which), (x2, t2, noise2, which2) = parts
+        (x, t, noise, which), (x2, t2, noise2, which2) = drawn(data, step)
         wanted = noise if ablate is concept_ablation_noise else unet(x, t, anchor[which]).sample.detach()
         forget = (unet(x, t, concept[which]).sample - wanted).square().mean()
         regular = (unet(x2, t2, anchor[which2]).sample - noise2).square().mean()
@@ -74,18 +79,8 @@ def test_two_steps_on_the_names_own_tokens_equal_the_formulas(
     records = list(ablate(tiny, data, masks.token_rows(tiny.text_encoder, own), config, seed=7))
 
     ids = tiny.tokenizer(["a square", "one square"], padding="max_length", return_tensors="pt").input_ids
-    kept = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     for step in range(2):
-        generator = stage_generator(7, "step", step, 0, 0)
-        parts = []
-        for _ in range(2):
-            rows = draw(4, 3, generator)
-            noise = torch.randn(3, 4, 8, 8, generator=generator)
-            t = torch.randint(0, 1000, (3,), generator=generator)
-            a = kept[t].view(-1, 1, 1, 1)
-            parts.append((a.sqrt() * data.anchor_latents[rows] + (1 - a).sqrt() * noise, t, noise, rows))
-        (x, t, noise, rows), (x2, t2, noise2, rows2) = parts
-        which, which2 = data.anchor_which[rows], data.anchor_which[rows2]
+        (x, t, noise, which), (x2, t2, noise2, which2) = drawn(data, step)
         wanted = noise if ablate is concept_ablation_noise else tiny.unet(x, t, anchor[which]).sample
         forget = (tiny.unet(x, t, encoder(ids[which])[0]).sample - wanted).square().mean()
         regular = (tiny.unet(x2, t2, anchor[which2]).sample - noise2).square().mean()
