@@ -226,8 +226,8 @@ def _about(results: Cells, concepts: Sequence[str]) -> str:
         "UA, IRA and CRA with 95 % intervals (Wilson, over all images); of base is the share of the base model's own "
         "from the same prompts and seeds; seconds of erasing and peak memory of the process are medians of the cells, "
         "without what cells share; changed is the share of the UNet's weights that are not the base's any more, or of "
-        "the text encoder's where that is its scope. Not "
-        "dominated: no other is at least as good in UA, IRA and CRA, better in one, and as quick."
+        "the text encoder's where that is its scope. Not dominated: no other is at least as good in UA, IRA and CRA, "
+        "better in one, and as quick."
     )
 
 
