@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,7 +19,8 @@ class Pooled:
     """Cells of one entry taken together: shares with their counts and 95 % intervals (Wilson), and medians.
 
     ``share``, ``ci95`` and ``n`` are of UA, IRA and CRA, as far as a benchmark has them, by their names; ``of_base``
-    are IRA and CRA as shares of the base model's. ``frechet`` is a mean, None where there is no such distance.
+    are IRA and CRA as shares of the base model's. ``by_concept`` are the shares of each concept, by their names and
+    its own. ``frechet`` is a mean, None where there is no such distance.
     ``collapsed`` are the concepts of which less than ``COLLAPSED`` was kept or whose erasing failed.
     """
 
@@ -28,18 +29,23 @@ class Pooled:
     ci95: dict[str, Interval]
     n: dict[str, int]
     of_base: dict[str, float]
+    by_concept: dict[str, dict[str, float]]
     frechet: float | None
     seconds: float
     cell_seconds: float
     peak_gib: float
     changed: float
-    lowest_ua: tuple[str, float]
     collapsed: tuple[str, ...]
 
     @property
     def ua(self) -> float:
         """The share of the concept's images that do not show it."""
         return self.share["ua"]
+
+    @property
+    def lowest_ua(self) -> tuple[str, float]:
+        """The concept that is forgotten least, and its UA."""
+        return min(self.by_concept["ua"].items(), key=lambda found: found[1])
 
     @property
     def kept(self) -> float:
@@ -64,34 +70,34 @@ def pool(cells: Cells) -> Pooled | None:
     done = [cell for cell in cells if "failed" not in cell]
     if not done:
         return None
-    share, interval, of_base, count = {}, {}, {}, {}
+    share, interval, of_base, count, by_concept = {}, {}, {}, {}, {}
     for name in ("ua", "ira", "cra"):
-        scores = [cell["scores"][name] for cell in done if name in cell["scores"]]
-        if not scores:  # as CRA, where a classifier knows no styles
+        found = [(cell["concept"], cell["scores"][name]) for cell in done if name in cell["scores"]]
+        if not found:  # as CRA, where a classifier knows no styles
             continue
-        count[name] = n = sum(score["n"] for score in scores)
-        hits = round(sum(score["value"] * score["n"] for score in scores))
-        base = sum(score["baseline"] * score["n"] for score in scores)
-        share[name], interval[name] = hits / n, wilson(hits, n)
+        images, hits = Counter[str](), Counter[str]()
+        for concept, score in found:
+            images[concept] += score["n"]
+            hits[concept] += round(score["value"] * score["n"])
+        by_concept[name] = {concept: hits[concept] / images[concept] for concept in images}
+        count[name] = n = sum(images.values())
+        share[name], interval[name] = sum(hits.values()) / n, wilson(sum(hits.values()), n)
         if name != "ua":
-            of_base[name] = hits / base if base else 1.0
+            base = sum(score["baseline"] * score["n"] for _, score in found)
+            of_base[name] = sum(hits.values()) / base if base else 1.0
     far = [cell["scores"]["frechet"]["value"] for cell in done if "frechet" in cell["scores"]]
-    by_concept = defaultdict(list)
-    for cell in done:
-        by_concept[cell["concept"]].append(cell["scores"]["ua"]["value"])
-    lowest = min((sum(values) / len(values), concept) for concept, values in by_concept.items())
     return Pooled(
         cells=len(done),
         share=share,
         ci95=interval,
         n=count,
         of_base=of_base,
+        by_concept=by_concept,
         frechet=sum(far) / len(far) if far else None,
         seconds=median(cell["seconds"] for cell in done),
         cell_seconds=median(cell["cell_seconds"] for cell in done),
         peak_gib=median(cell["peak_gib"] for cell in done),
         changed=median(cell["changed"] for cell in done),
-        lowest_ua=(lowest[1], lowest[0]),
         collapsed=tuple(dict.fromkeys(cell["concept"] for cell in cells if failed(cell))),
     )
 

@@ -175,10 +175,14 @@ def test_no_strength_is_tried_twice(knob: Any) -> None:
 
 
 def test_an_entry_is_laid_beside_each_other_one() -> None:
-    pooled = {"default": pool([cell(1.0, 1.0, 0.8)]), "x": pool([cell(0.9, 1.0, 0.6, seconds=1.0)])}
+    pooled = {
+        "default": pool([cell(1.0, 1.0, 0.8), cell(0.9, 0.9, 0.8, "dog")]),
+        "x": pool([cell(0.9, 1.0, 0.6, seconds=1.0), cell(0.7, 0.95, 0.9, "dog", seconds=1.0)]),
+    }
     assert all(pooled.values())
     header, _, row = beside_table(pooled, "default").splitlines()
     assert header == "| default less | UA | IRA | CRA | seconds |"
-    low, high = (100 * end for end in difference_interval(1.0, wilson(20, 20), 0.9, wilson(18, 20)))
-    assert row.startswith(f"| x | +10.0 ({low:+.1f} to {high:+.1f}) | +0.0 (")
+    low, high = (100 * end for end in difference_interval(0.95, wilson(38, 40), 0.8, wilson(32, 40)))
+    assert row.startswith(f"| x | +15.0 ({low:+.1f} to {high:+.1f}), 2:0 | -2.5 (")
+    assert [part.rsplit(", ")[-1] for part in row.split(" | ")[1:4]] == ["2:0", "0:1", "1:1"]
     assert row.endswith(" | 3.0, 1.0 |")
