@@ -17,7 +17,16 @@ from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
 from erase_concept.eval.report import Report
 from erase_concept.eval.report import compare as write_page
 from erase_concept.eval.score import Interval, Score, difference_interval
-from erase_concept.eval.strength import GOAL, LEVELS, Curve, Trial, curve, tune
+from erase_concept.eval.strength import (
+    GOAL,
+    LEVELS,
+    Curve,
+    CurveDifference,
+    Trial,
+    curve,
+    curve_difference,
+    tune,
+)
 from erase_concept.files import whole
 from erase_concept.prompts.concept import concept as find_concept
 
@@ -85,14 +94,14 @@ def beside_table(pooled: dict[str, Pooled], name: str) -> str:
         row = [other]
         for metric, value in own.share.items():
             pair = (theirs.share[metric], theirs.ci95[metric])
-            low, high = (100 * end for end in difference_interval(value, own.ci95[metric], *pair))
+            interval = difference_interval(value, own.ci95[metric], *pair)
             differing = [
                 value - theirs.by_concept[metric][concept]
                 for concept, value in own.by_concept[metric].items()
                 if concept in theirs.by_concept[metric]
             ]
             ahead, behind = (sum(sign * d > 0 for d in differing) for sign in (1, -1))
-            row.append(f"{100 * (value - pair[0]):+.1f} ({low:+.1f} to {high:+.1f}), {ahead}:{behind}")
+            row.append(f"{100 * (value - pair[0]):+.1f}{_points(interval)}, {ahead}:{behind}")
         row.append(f"{own.seconds:.1f}, {theirs.seconds:.1f}")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -115,6 +124,23 @@ def curves_table(curves: Sequence[Curve]) -> str:
             f"| {points} |"
         )
     return "\n".join(lines)
+
+
+def differences_table(differences: Sequence[CurveDifference]) -> str:
+    """Return a Markdown table, in points, of what more is kept with one mask than with others at equal UA."""
+    lines = [
+        f"| loss | masks | {' | '.join(f'kept at UA {level:.0%}' for level in LEVELS)} | area |",
+        "|---|---|---|---|---|",
+    ]
+    for one in differences:
+        values = zip((*one.at, one.area), (*one.at_ci95, one.area_ci95), strict=True)
+        row = ["not reached" if value is None else f"{100 * value:+.1f}" + _points(ci) for value, ci in values]
+        lines.append(f"| {one.entry} | {one.mask} less {one.other} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _points(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
 
 
 def _range(interval: Interval | None, form: str = ".1%") -> str:
@@ -191,12 +217,21 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     groups = grouped(results)
     parts = [f"# Methods and masks on {model}", _about(results, concepts)]
     curves: list[Curve] = []
+    differences: list[CurveDifference] = []
     pooled: dict[str, Pooled] = {}
     if any(len({cell["strength"] for cell in cells}) > 1 for cells in groups.values()):
         curves = [curve(entry, mask or "own", cells) for (entry, mask), cells in groups.items()]
         parts += ["## Along the strength", "![What is kept over UA](curves.svg)", curves_table(curves)]
         with whole(out / "curves.svg") as partial:
             partial.write_bytes(render("curves.svg.j2", panels=panels(curves)))
+        differences = [
+            curve_difference(entry, "salient", groups[entry, "salient"], mask, cells)
+            for (entry, mask), cells in groups.items()
+            if mask not in (None, "salient") and (entry, "salient") in groups
+        ]
+        if differences:
+            told = "Differences in points, over the concepts and seeds that both have, resampled together."
+            parts += ["## The salient mask beside each other", told, differences_table(differences)]
     else:
         table, pooled = methods_table(results)
         parts += ["## At the tuned strength" if searches else "## At each method's own strength", table]
@@ -220,6 +255,7 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     content = {
         "methods": {name: asdict(one) | {"kept": one.kept} for name, one in pooled.items()},
         "curves": [asdict(one) for one in curves],
+        "differences": [asdict(one) for one in differences],
         "tuning": {name: [asdict(trial) for trial in some] for name, some in searches.items()},
     }
     _write(out / "comparison.json", content)

@@ -25,6 +25,7 @@ from erase_concept.eval.score import Interval
 GOAL = 0.95  # UA that a tuned method must reach on the tuning concepts
 STEP = 4.0  # by which a search turns the knob until the goal lies between two strengths
 LEVELS = (0.95, 0.99)  # UA at which curves are compared
+Points = Sequence[tuple[float, float, float]]  # strength, UA and what is kept
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,69 @@ class Curve:
     area_ci95: Interval
 
 
+@dataclass(frozen=True)
+class CurveDifference:
+    """How much more is kept with one mask than with another, from the same concepts and seeds, as ``Curve`` has it."""
+
+    entry: str
+    mask: str
+    other: str
+    at: tuple[float | None, ...]
+    at_ci95: tuple[Interval | None, ...]
+    area: float
+    area_ci95: Interval
+
+
 def curve(entry: str, mask: str, cells: Cells, *, resamples: int = 1000) -> Curve:
     """Return the curve of cells of one entry and mask at several strengths."""
-    groups = sorted({(cell["concept"], cell["seed"]) for cell in cells})
+    sampled = _sampled(cells, _groups(cells), resamples)
+    at = [_bootstrapped([kept_at(points, level) for points in sampled]) for level in LEVELS]
+    areas = [area(points) for points in sampled]
+    return Curve(
+        entry,
+        mask,
+        tuple(sampled[0]),
+        tuple(value for value, _ in at),
+        tuple(interval for _, interval in at),
+        areas[0],
+        _interval(areas[1:]),
+    )
+
+
+def curve_difference(
+    entry: str, mask: str, cells: Cells, other: str, other_cells: Cells, *, resamples: int = 1000
+) -> CurveDifference:
+    """Return how the curves of two masks differ, over the concepts and seeds that both have, resampled together."""
+    groups = sorted({*_groups(cells)} & {*_groups(other_cells)})
+    pairs = list(zip(_sampled(cells, groups, resamples), _sampled(other_cells, groups, resamples), strict=True))
+    at = []
+    for level in LEVELS:
+        kept = [(kept_at(ours, level), kept_at(theirs, level)) for ours, theirs in pairs]
+        at.append(_bootstrapped([None if a is None or b is None else a - b for a, b in kept]))
+    areas = [area(ours) - area(theirs) for ours, theirs in pairs]
+    return CurveDifference(
+        entry,
+        mask,
+        other,
+        tuple(value for value, _ in at),
+        tuple(interval for _, interval in at),
+        areas[0],
+        _interval(areas[1:]),
+    )
+
+
+def _groups(cells: Cells) -> list[tuple[str, int]]:
+    return sorted({(cell["concept"], cell["seed"]) for cell in cells})
+
+
+def _sampled(cells: Cells, groups: Sequence[tuple[str, int]], resamples: int) -> list[Points]:
+    """Return the points of a curve over these groups of cells, and after them those of resamples of the groups.
+
+    The same groups are resampled in the same way, whatever the cells are.
+    """
     table: dict[tuple[str, int], Cells] = {g: [c for c in cells if (c["concept"], c["seed"]) == g] for g in groups}
 
-    def points(chosen: Sequence[tuple[str, int]]) -> list[tuple[float, float, float]]:
+    def points(chosen: Sequence[tuple[str, int]]) -> Points:
         by_strength = defaultdict(list)
         for group in chosen:
             for cell in table[group]:
@@ -130,23 +188,17 @@ def curve(entry: str, mask: str, cells: Cells, *, resamples: int = 1000) -> Curv
         pooled = [(strength, pool(found)) for strength, found in sorted(by_strength.items())]
         return [(strength, p.ua, p.kept) for strength, p in pooled if p is not None]
 
-    own = points(groups)
     generator = np.random.default_rng(0)
-    drawn = [points([groups[i] for i in generator.integers(0, len(groups), len(groups))]) for _ in range(resamples)]
-    at_ci95: list[Interval | None] = []
-    for level in LEVELS:
-        values = [v for v in (kept_at(some, level) for some in drawn) if v is not None]
-        # Where many samples of the groups never forget as much, an interval of the rest would say too much.
-        at_ci95.append(_interval(values) if len(values) > 0.975 * resamples else None)
-    return Curve(
-        entry,
-        mask,
-        tuple(own),
-        tuple(kept_at(own, level) for level in LEVELS),
-        tuple(at_ci95),
-        area(own),
-        _interval([area(some) for some in drawn]),
-    )
+    drawn = [[groups[i] for i in generator.integers(0, len(groups), len(groups))] for _ in range(resamples)]
+    return [points(chosen) for chosen in (groups, *drawn)]
+
+
+def _bootstrapped(values: Sequence[float | None]) -> tuple[float | None, Interval | None]:
+    """Return the first value and the interval of all others, which come from resamples."""
+    drawn = [value for value in values[1:] if value is not None]
+    # Where many samples of the groups never forget as much, an interval of the rest would say too much.
+    enough = values[0] is not None and len(drawn) > 0.975 * (len(values) - 1)
+    return values[0], _interval(drawn) if enough else None
 
 
 def _interval(values: Sequence[float]) -> Interval:
@@ -154,7 +206,7 @@ def _interval(values: Sequence[float]) -> Interval:
     return float(low), float(high)
 
 
-def kept_at(points: Sequence[tuple[float, float, float]], ua: float) -> float | None:
+def kept_at(points: Points, ua: float) -> float | None:
     """Return the most that is kept at a UA of at least ``ua`` along a curve, or None where it forgets less.
 
     Between neighbouring strengths, and between the first one and the base model, which forgets nothing and keeps all,
@@ -168,6 +220,6 @@ def kept_at(points: Sequence[tuple[float, float, float]], ua: float) -> float | 
     return max(best) if best else None
 
 
-def area(points: Sequence[tuple[float, float, float]]) -> float:
+def area(points: Points) -> float:
     """Return the area under what is kept at each UA from 0 to 1; where a curve forgets less, nothing is kept."""
     return float(np.mean([kept_at(points, ua) or 0.0 for ua in np.linspace(0.005, 0.995, 100)]))

@@ -14,7 +14,7 @@ from erase_concept.eval.comparison import beside_table
 from erase_concept.eval.grid import Cell
 from erase_concept.eval.pooled import dominated, failed, pool
 from erase_concept.eval.score import difference_interval, wilson
-from erase_concept.eval.strength import Trial, area, curve, kept_at, tune
+from erase_concept.eval.strength import Trial, area, curve, curve_difference, kept_at, tune
 
 
 def cell(
@@ -108,6 +108,29 @@ def test_a_curve_pools_each_strength_and_its_interval_is_over_concepts_and_seeds
     assert low < found.area < high
     again = curve("x", "salient", cells, resamples=200)
     assert again == found
+
+
+def test_what_one_mask_keeps_more_is_told_apart_from_what_concepts_differ_in() -> None:
+    def cells(less: float) -> list[dict[str, Any]]:
+        """Concepts differ much, and the masks by the same in each."""
+        kept = {"church": 0.95, "dog": 0.75, "car": 0.55}
+        return [cell(1.0, value - less, 0.8, name, strength=s) for name, value in kept.items() for s in (1.0, 2.0)]
+
+    mine, theirs = cells(0.0), cells(0.05)
+    found = curve_difference("x", "salient", mine, "none", theirs, resamples=200)
+    less = [pytest.approx(0.05 * ua) for ua in (0.95, 0.99)]  # on straight lines from the base model
+    assert found.at == tuple(less)
+    assert found.at_ci95 == tuple((one, one) for one in less)
+    one, other = (curve("x", "", some, resamples=200) for some in (mine, theirs))
+    assert found.area == pytest.approx(one.area - other.area)
+    assert one.area_ci95[0] < other.area  # each by itself tells nothing
+    assert found.area_ci95[0] > 0
+    # Concepts that only one of them has do not count, and what one never forgets cannot be compared.
+    more = [*theirs, cell(1.0, 0.1, 0.8, "truck", strength=1.0)]
+    assert curve_difference("x", "salient", mine, "none", more, resamples=200) == found
+    little = [c | {"scores": cell(0.5)["scores"]} for c in theirs]
+    never = curve_difference("x", "salient", mine, "none", little, resamples=200)
+    assert never.at == never.at_ci95 == (None, None)
 
 
 @pytest.fixture
