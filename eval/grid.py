@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell in words that serve as a file name."""
+        """The cell in words."""
         parts = (self.entry, self.mask or "", f"{self.strength:g}", self.concept, str(self.seed))
         return re.sub(r"[^\w.=-]+", "-", "_".join(parts))
 
@@ -170,7 +170,7 @@ def run_cells(model: str, cells: Iterable[Cell], out: Path, benchmark: str = "em
                     raise EraseError(f"the process of {cell.name} died, perhaps for want of memory") from None
                 done[key] = {"fingerprint": key, **found}
                 _append(out / "cells.jsonl", done[key])
-            yield done[key]
+            yield done[key] | asdict(cell)  # the same recipe may have been measured under another name
 
 
 def prepare(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -> None:
@@ -207,7 +207,7 @@ def measure(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -
     with tempfile.TemporaryDirectory() as folder:
         images = _sampled(loaded, asked, Path(folder) / "erased", guarded=True)
         report = asked.measure(Gathered(images, read_images(_base(work, benchmark, recipe)), {}, 0.0))
-        _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / cell.name)
+        _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / fingerprint(model, cell, benchmark))
     scores: dict[str, Any] = {}
     for score in report.scores:  # the first of a metric is that of everything together
         # Fréchet distances have names of their own for each network, of which one cell has one.
@@ -356,8 +356,7 @@ def read_pairs(work: Path, result: dict[str, Any]) -> list[Pair]:
     """Return the pairs of images that were kept of a cell; none where they are gone."""
     from erase_concept.eval.report import Pair
 
-    cell = Cell(*(result[key] for key in ("entry", "concept", "seed", "mask", "strength")))
-    folder = work / "samples" / cell.name
+    folder = work / "samples" / result["fingerprint"]
     if not (folder / "pairs.jsonl").is_file():
         return []
     lines = [json.loads(text) for text in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]

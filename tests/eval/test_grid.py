@@ -118,6 +118,13 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     assert "uce" in page
     with pytest.raises(RequestError, match="lays several runs side by side"):
         read_report(tmp_path)
+    # What was measured under one name is told, pictures and all, under the one that is asked for.
+    list(compare(entries=["salun[steps=2,lr=1.0e-9]"], masks=["salient"], **given))
+    assert (tmp_path / "cells.jsonl").read_text(encoding="utf-8") == lines
+    told = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    assert told["methods"].keys() == {"salun[steps=2,lr=1.0e-9], mask salient"}
+    with Image.open(tmp_path / "sheets" / "church.png") as sheet:
+        assert sheet.height == 2 * 100 + 54
 
 
 @pytest.mark.slow
