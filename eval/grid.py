@@ -207,7 +207,8 @@ def measure(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -
     with tempfile.TemporaryDirectory() as folder:
         images = _sampled(loaded, asked, Path(folder) / "erased", guarded=True)
         report = asked.measure(Gathered(images, read_images(_base(work, benchmark, recipe)), {}, 0.0))
-        _keep([report.pairs[place] for place in drawn(report.pairs, KEPT)], work / "samples" / fingerprint(model, cell, benchmark))
+        pairs = [report.pairs[place] for place in drawn(report.pairs, KEPT)]
+        _keep(pairs, work / "samples" / fingerprint(model, cell, benchmark))
     scores: dict[str, Any] = {}
     for score in report.scores:  # the first of a metric is that of everything together
         # Fréchet distances have names of their own for each network, of which one cell has one.
