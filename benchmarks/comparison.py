@@ -41,7 +41,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "entries": ("salun[lr=2.0e-4]", "esd-x[lr=8.0e-4]", "gradient-ascent[lr=4.0e-5]"),  # as they were tuned
         "concepts": ("church", "dog", "flat"),
         "seeds": (0, 1),
-        "masks": ("none", "salient", "random", "least-salient"),
+        "masks": ("none", "salient", "random@2", "least-salient@4"),  # which forget as much only at greater rates
         "strengths": (0.25, 0.5, 1.0, 2.0, 4.0),
     },
     "settings": {  # on concepts and seeds that the default was found with

@@ -424,7 +424,11 @@ def compare(
     concepts: Annotated[str, typer.Option(help="Concepts to erase.")] = "church,dog,parachute,guitar,truck,flat,3d",
     seeds: Annotated[str, typer.Option(help="Seeds, each of a run of its own.")] = "0,1",
     masks: Annotated[
-        str | None, typer.Option(help="Such as 'salient,none,random,least-salient'. (default: each method's own)")
+        str | None,
+        typer.Option(
+            help="Masks, with a factor for their strengths after an @: 'salient,none,random@2'. "
+            "(default: each method's own)"
+        ),
     ] = None,
     strengths: Annotated[
         str, typer.Option(help="Factors of each method's strength; with several, whole curves are compared.")

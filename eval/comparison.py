@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -166,10 +167,11 @@ def compare(
 
     ``entries`` are methods, the presets "default" and "paper", or either with settings in brackets. With ``tune_on``
     each method's strength is searched first, in as many ``trials`` each, on those concepts with a seed of their own;
-    presets are taken as they are. ``strengths`` multiply what was found; the search is kept in ``tuning.json``. Yields
-    (what, cells done, cells in all). Killed at any time, it goes on with the first cell that is not in
-    ``out/cells.jsonl``. Raises RequestError, before anything is measured, when an entry, a concept or a mask is
-    unknown, or the benchmark, which ``benchmark`` names, cannot tell what became of it.
+    presets are taken as they are. ``strengths`` multiply what was found, and once more by the factor of a mask that has
+    one, such as "least-salient@4": weights of little saliency forget as much only at greater strengths. The search is
+    kept in ``tuning.json``. Yields (what, cells done, cells in all). Killed at any time, it goes on with the first cell
+    that is not in ``out/cells.jsonl``. Raises RequestError, before anything is measured, when an entry, a concept or a
+    mask is unknown, or the benchmark, which ``benchmark`` names, cannot tell what became of it.
     """
     from erase_concept.pipelines.load import configs  # torch, which a list of benchmarks does without
 
@@ -181,9 +183,10 @@ def compare(
     for concept in {*concepts, *tune_on}:
         cell = Cell(entries[0], concept, 0)
         asked_of(benchmark, recipe_of(model, cell), cell, out)
+    factors = dict(_split_mask(mask) for mask in masks)
     best: dict[tuple[str, str | None], float] = {}  # a preset is taken as it is, and a guard has no strength
     searches: dict[str, list[Trial]] = {}
-    pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in masks))
+    pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in factors))
     searched = [pair for pair in pairs if not is_guard(pair[0]) and split_entry(pair[0])[0] not in PRESETS]
     for place, (entry, mask) in enumerate(searched if tune_on else ()):
         for found in tune(model, entry, tune_on, trials, out, mask=mask, benchmark=benchmark):
@@ -194,7 +197,7 @@ def compare(
                 yield f"tuning {_named(entry, mask)}", place, len(searched)
         _write(out / "tuning.json", {name: [asdict(trial) for trial in some] for name, some in searches.items()})
     cells = [
-        Cell(entry, concept, seed, mask, best.get((entry, mask), 1.0) * strength)
+        Cell(entry, concept, seed, mask, best.get((entry, mask), 1.0) * factors.get(mask, 1.0) * strength)
         for seed in seeds
         for concept in concepts
         for entry, mask in pairs
@@ -206,6 +209,22 @@ def compare(
         yield cell.name, len(results), len(cells)
     where = model if benchmark == "emojinette" else f"{model}, judged by {Path(benchmark).name}"
     _publish(where, results, searches, concepts, out)
+
+
+def _split_mask(mask: str | None) -> tuple[str | None, float]:
+    """Return a mask and the factor of its strengths, 1 where KIND@FACTOR does not give one."""
+    from erase_concept.run import MASK_KINDS
+
+    kind, _, factor = (mask or "").rpartition("@")
+    if kind not in MASK_KINDS:  # none at all, one without a factor, or a file, whose name may have the sign
+        return mask, 1.0
+    try:
+        number = float(factor)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise RequestError("--masks", str(mask), "the factor must be a number above 0, as in least-salient@4")
+    return kind, number
 
 
 def _named(entry: str, mask: str | None) -> str:

@@ -147,10 +147,11 @@ def run_cells(model: str, cells: Iterable[Cell], out: Path, benchmark: str = "em
     EraseError when a process dies; an erasure that fails is a result, with the reason under "failed".
     """
     from erase_concept.mask import Mask
+    from erase_concept.run import MASK_KINDS
 
     cells = list(cells)
     keys = {cell: fingerprint(model, cell, benchmark) for cell in cells}
-    for kind in {cell.mask for cell in cells} - {None, "salient", "none", "random", "least-salient"}:
+    for kind in {cell.mask for cell in cells} - {None, *MASK_KINDS}:
         Mask.load(Path(str(kind)), argument="--masks")
     done = read_cells(out / "cells.jsonl")
     out.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,9 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:
         ({"concepts": ["nudity"]}, "--concept .*Emojinette's objects and styles are"),
         ({"tune_on": ["church"]}, "--tune church: is compared on too"),
         ({"masks": ["absent.safetensors"]}, "--masks absent.safetensors"),
+        ({"masks": ["random@0"]}, "--masks random@0: the factor must be a number above 0"),
+        ({"masks": ["random@much"]}, "--masks random@much: the factor must be a number above 0"),
+        ({"masks": ["absent@2"]}, "--masks absent@2: "),
     ],
 )
 def test_a_request_that_cannot_be_followed_measures_nothing(tmp_path: Path, options: dict, said: str) -> None:
@@ -119,10 +122,11 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     with pytest.raises(RequestError, match="lays several runs side by side"):
         read_report(tmp_path)
     # What was measured under one name is told, pictures and all, under the one that is asked for.
-    list(compare(entries=["salun[steps=2,lr=1.0e-9]"], masks=["salient"], **given))
+    (only,) = compare(entries=["salun[steps=2,lr=2.0e-9]"], masks=["salient@0.5"], **given)
+    assert only == ("salun-steps=2-lr=2.0e-9-_salient_0.5_church_0", 1, 1)
     assert (tmp_path / "cells.jsonl").read_text(encoding="utf-8") == lines
     told = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert told["methods"].keys() == {"salun[steps=2,lr=1.0e-9], mask salient"}
+    assert told["methods"].keys() == {"salun[steps=2,lr=2.0e-9], mask salient"}
     with Image.open(tmp_path / "sheets" / "church.png") as sheet:
         assert sheet.height == 2 * 100 + 54
 
