@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,17 +127,35 @@ def curves_table(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def differences_table(differences: Sequence[CurveDifference]) -> str:
-    """Return a Markdown table, in points, of what more is kept with one mask than with others at equal UA."""
+def differences_table(differences: Mapping[str, Sequence[CurveDifference]]) -> str:
+    """Return a Markdown table, in points, of what more is kept with one mask than with others, by the concepts."""
     lines = [
-        f"| loss | masks | {' | '.join(f'kept at UA {level:.0%}' for level in LEVELS)} | area |",
-        "|---|---|---|---|---|",
+        f"| concepts | loss | masks | {' | '.join(f'at UA {level:.0%}' for level in LEVELS)} | mean |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for one in differences:
-        values = zip((*one.at, one.area), (*one.at_ci95, one.area_ci95), strict=True)
-        row = ["not reached" if value is None else f"{100 * value:+.1f}" + _points(ci) for value, ci in values]
-        lines.append(f"| {one.entry} | {one.mask} less {one.other} | {' | '.join(row)} |")
+    for concepts, found in differences.items():
+        for one in found:
+            values = zip((*one.at, one.mean), (*one.at_ci95, one.mean_ci95), strict=True)
+            row = ["not reached" if value is None else f"{100 * value:+.1f}" + _points(ci) for value, ci in values]
+            lines.append(f"| {concepts} | {one.entry} | {one.mask} less {one.other} | {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def beside_salient(results: Cells) -> dict[str, list[CurveDifference]]:
+    """Return how the salient mask's curve differs from each other mask's, for all concepts and for each kind."""
+    kinds = dict.fromkeys(cell["kind"] for cell in results)
+    chosen = {"all": results}
+    if len(kinds) > 1:
+        chosen |= {f"{kind}s": [cell for cell in results if cell["kind"] == kind] for kind in kinds}
+    differences = {}
+    for name, cells in chosen.items():
+        groups = grouped(cells)
+        differences[name] = [
+            curve_difference(entry, "salient", groups[entry, "salient"], mask, found)
+            for (entry, mask), found in groups.items()
+            if mask not in (None, "salient") and (entry, "salient") in groups
+        ]
+    return differences
 
 
 def _points(interval: Interval | None) -> str:
@@ -236,20 +254,19 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     groups = grouped(results)
     parts = [f"# Methods and masks on {model}", _about(results, concepts)]
     curves: list[Curve] = []
-    differences: list[CurveDifference] = []
+    differences: dict[str, list[CurveDifference]] = {}
     pooled: dict[str, Pooled] = {}
     if any(len({cell["strength"] for cell in cells}) > 1 for cells in groups.values()):
         curves = [curve(entry, mask or "own", cells) for (entry, mask), cells in groups.items()]
         parts += ["## Along the strength", "![What is kept over UA](curves.svg)", curves_table(curves)]
         with whole(out / "curves.svg") as partial:
             partial.write_bytes(render("curves.svg.j2", panels=panels(curves)))
-        differences = [
-            curve_difference(entry, "salient", groups[entry, "salient"], mask, cells)
-            for (entry, mask), cells in groups.items()
-            if mask not in (None, "salient") and (entry, "salient") in groups
-        ]
-        if differences:
-            told = "Differences in points, over the concepts and seeds that both have, resampled together."
+        differences = beside_salient(results)
+        if differences["all"]:
+            told = (
+                "Differences in points of what is kept at equal UA, with 95 % intervals over the concepts and seeds, "
+                "both curves resampled together; the mean is over the UA from 0 to 100 % that both reach."
+            )
             parts += ["## The salient mask beside each other", told, differences_table(differences)]
     else:
         table, pooled = methods_table(results)
@@ -274,7 +291,7 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
     content = {
         "methods": {name: asdict(one) | {"kept": one.kept} for name, one in pooled.items()},
         "curves": [asdict(one) for one in curves],
-        "differences": [asdict(one) for one in differences],
+        "differences": {name: [asdict(one) for one in found] for name, found in differences.items()},
         "tuning": {name: [asdict(trial) for trial in some] for name, some in searches.items()},
     }
     _write(out / "comparison.json", content)

@@ -2,8 +2,9 @@
 
 What is *kept* is the smaller of IRA and CRA, each as a share of the base model's from the same prompts and seeds. A
 method that is tuned is taken at the strength that keeps most among those with a mean UA of at least ``GOAL`` on the
-tuning concepts. Where whole curves of strength are known, they are compared at equal UA: what is kept at 95 % and at
-99 %, and the area under what is kept over UA. No method and no mask is judged at one strength alone.
+tuning concepts. Where whole curves of strength are known, they are compared at equal UA: what is kept at 90, 95 and
+99 %, the area under what is kept over UA, and of two of them the mean difference over the UA that both reach. No method
+and no mask is judged at one strength alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from erase_concept.eval.score import Interval
 
 GOAL = 0.95  # UA that a tuned method must reach on the tuning concepts
 STEP = 4.0  # by which a search turns the knob until the goal lies between two strengths
-LEVELS = (0.95, 0.99)  # UA at which curves are compared
+LEVELS = (0.9, 0.95, 0.99)  # UA at which curves are compared
+LINE = tuple(np.linspace(0.005, 0.995, 100))  # UA over which curves are averaged
 Points = Sequence[tuple[float, float, float]]  # strength, UA and what is kept
 
 
@@ -120,15 +122,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class CurveDifference:
-    """How much more is kept with one mask than with another, from the same concepts and seeds, as ``Curve`` has it."""
+    """How much more is kept with one mask than with another at equal UA, from the same concepts and seeds.
+
+    ``at`` as ``Curve`` has it; ``mean`` is over each UA from 0 to 1 that both reach, None where there is none.
+    """
 
     entry: str
     mask: str
     other: str
     at: tuple[float | None, ...]
     at_ci95: tuple[Interval | None, ...]
-    area: float
-    area_ci95: Interval
+    mean: float | None
+    mean_ci95: Interval | None
 
 
 def curve(entry: str, mask: str, cells: Cells, *, resamples: int = 1000) -> Curve:
@@ -153,20 +158,18 @@ def curve_difference(
     """Return how the curves of two masks differ, over the concepts and seeds that both have, resampled together."""
     groups = sorted({*_groups(cells)} & {*_groups(other_cells)})
     pairs = list(zip(_sampled(cells, groups, resamples), _sampled(other_cells, groups, resamples), strict=True))
-    at = []
-    for level in LEVELS:
-        kept = [(kept_at(ours, level), kept_at(theirs, level)) for ours, theirs in pairs]
-        at.append(_bootstrapped([None if a is None or b is None else a - b for a, b in kept]))
-    areas = [area(ours) - area(theirs) for ours, theirs in pairs]
+    at = [_bootstrapped([_less(ours, theirs, (level,)) for ours, theirs in pairs]) for level in LEVELS]
+    mean, mean_ci95 = _bootstrapped([_less(ours, theirs, LINE) for ours, theirs in pairs])
     return CurveDifference(
-        entry,
-        mask,
-        other,
-        tuple(value for value, _ in at),
-        tuple(interval for _, interval in at),
-        areas[0],
-        _interval(areas[1:]),
+        entry, mask, other, tuple(value for value, _ in at), tuple(interval for _, interval in at), mean, mean_ci95
     )
+
+
+def _less(ours: Points, theirs: Points, levels: Sequence[float]) -> float | None:
+    """Return how much more one curve keeps than another, on average over the levels of UA that both reach."""
+    kept = [(kept_at(ours, ua), kept_at(theirs, ua)) for ua in levels]
+    found = [a - b for a, b in kept if a is not None and b is not None]
+    return float(np.mean(found)) if found else None
 
 
 def _groups(cells: Cells) -> list[tuple[str, int]]:
@@ -222,4 +225,4 @@ def kept_at(points: Points, ua: float) -> float | None:
 
 def area(points: Points) -> float:
     """Return the area under what is kept at each UA from 0 to 1; where a curve forgets less, nothing is kept."""
-    return float(np.mean([kept_at(points, ua) or 0.0 for ua in np.linspace(0.005, 0.995, 100)]))
+    return float(np.mean([kept_at(points, ua) or 0.0 for ua in LINE]))

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
 from erase_concept.eval import strength as strengths
-from erase_concept.eval.comparison import beside_table
+from erase_concept.eval.comparison import beside_salient, beside_table, differences_table
 from erase_concept.eval.grid import Cell
 from erase_concept.eval.pooled import dominated, failed, pool
 from erase_concept.eval.score import difference_interval, wilson
-from erase_concept.eval.strength import Trial, area, curve, curve_difference, kept_at, tune
+from erase_concept.eval.strength import LEVELS, Trial, area, curve, curve_difference, kept_at, tune
 
 
 def cell(
@@ -103,7 +104,7 @@ def test_a_curve_pools_each_strength_and_its_interval_is_over_concepts_and_seeds
     ]
     found = curve("x", "salient", cells, resamples=200)
     assert found.points == ((1.0, pytest.approx(0.45), 1.0), (2.0, pytest.approx(0.85), pytest.approx(0.9)))
-    assert found.at == (None, None)
+    assert found.at == (None,) * len(LEVELS)
     low, high = found.area_ci95
     assert low < found.area < high
     again = curve("x", "salient", cells, resamples=200)
@@ -118,19 +119,37 @@ def test_what_one_mask_keeps_more_is_told_apart_from_what_concepts_differ_in() -
 
     mine, theirs = cells(0.0), cells(0.05)
     found = curve_difference("x", "salient", mine, "none", theirs, resamples=200)
-    less = [pytest.approx(0.05 * ua) for ua in (0.95, 0.99)]  # on straight lines from the base model
+    less = [pytest.approx(0.05 * ua) for ua in LEVELS]  # on straight lines from the base model
     assert found.at == tuple(less)
     assert found.at_ci95 == tuple((one, one) for one in less)
+    assert (found.mean, found.mean_ci95) == (pytest.approx(0.025), (pytest.approx(0.025), pytest.approx(0.025)))
     one, other = (curve("x", "", some, resamples=200) for some in (mine, theirs))
-    assert found.area == pytest.approx(one.area - other.area)
     assert one.area_ci95[0] < other.area  # each by itself tells nothing
-    assert found.area_ci95[0] > 0
-    # Concepts that only one of them has do not count, and what one never forgets cannot be compared.
+    # Concepts that only one of them has do not count, and where one forgets less the mean is over what it reaches.
     more = [*theirs, cell(1.0, 0.1, 0.8, "truck", strength=1.0)]
     assert curve_difference("x", "salient", mine, "none", more, resamples=200) == found
-    little = [c | {"scores": cell(0.5)["scores"]} for c in theirs]
-    never = curve_difference("x", "salient", mine, "none", little, resamples=200)
-    assert never.at == never.at_ci95 == (None, None)
+    little = [c | {"scores": c["scores"] | {"ua": cell(0.5)["scores"]["ua"]}} for c in theirs]
+    half = curve_difference("x", "salient", mine, "none", little, resamples=200)
+    assert half.at == half.at_ci95 == (None,) * len(LEVELS)
+    assert half.mean == pytest.approx(np.mean([0.6 * ua - 0.25 * ua for ua in np.linspace(0.005, 0.495, 50)]))
+
+
+def test_the_salient_mask_is_laid_beside_each_other_one_for_all_concepts_and_for_each_kind() -> None:
+    kept = {("salient", "church"): 0.9, ("salient", "flat"): 0.7, ("none", "church"): 0.9, ("none", "flat"): 0.9}
+    cells = [
+        cell(1.0, value, 0.8, concept, mask=mask, kind="object" if concept == "church" else "style", strength=factor)
+        for (mask, concept), value in kept.items()
+        for factor in (1.0, 2.0)
+    ]
+    found = beside_salient(cells)
+    assert {name: [one.at[0] for one in some] for name, some in found.items()} == {
+        "all": [pytest.approx(-0.09)],
+        "objects": [pytest.approx(0)],
+        "styles": [pytest.approx(-0.18)],
+    }
+    last = differences_table(found).splitlines()[-1]
+    assert last.startswith("| styles | x | salient less none | -18.0 (-18.0 to -18.0) | -19.0 (")
+    assert beside_salient([one for one in cells if one["mask"] == "none"]) == {"all": [], "objects": [], "styles": []}
 
 
 @pytest.fixture
