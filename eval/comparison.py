@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.grid import PRESETS, Cell, asked_of, is_guard, read_pairs, recipe_of, run_cells, split_entry
+from erase_concept.eval.grid import (
+    PRESETS,
+    Cell,
+    asked_of,
+    is_guard,
+    read_pairs,
+    recipe_of,
+    run_cells,
+    split_entry,
+    split_mask,
+)
 from erase_concept.eval.page import render, sample_sheet
 from erase_concept.eval.plots import panels
 from erase_concept.eval.pooled import Cells, Pooled, dominated, pool
@@ -201,7 +210,7 @@ def compare(
     for concept in {*concepts, *tune_on}:
         cell = Cell(entries[0], concept, 0)
         asked_of(benchmark, recipe_of(model, cell), cell, out)
-    factors = dict(_split_mask(mask) for mask in masks)
+    factors = dict(split_mask(mask) for mask in masks)
     best: dict[tuple[str, str | None], float] = {}  # a preset is taken as it is, and a guard has no strength
     searches: dict[str, list[Trial]] = {}
     pairs = list(dict.fromkeys((entry, None if is_guard(entry) else mask) for entry in entries for mask in factors))
@@ -227,22 +236,6 @@ def compare(
         yield cell.name, len(results), len(cells)
     where = model if benchmark == "emojinette" else f"{model}, judged by {Path(benchmark).name}"
     _publish(where, results, searches, concepts, out)
-
-
-def _split_mask(mask: str | None) -> tuple[str | None, float]:
-    """Return a mask and the factor of its strengths, 1 where KIND@FACTOR does not give one."""
-    from erase_concept.run import MASK_KINDS
-
-    kind, _, factor = (mask or "").rpartition("@")
-    if kind not in MASK_KINDS:  # none at all, one without a factor, or a file, whose name may have the sign
-        return mask, 1.0
-    try:
-        number = float(factor)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise RequestError("--masks", str(mask), "the factor must be a number above 0, as in least-salient@4")
-    return kind, number
 
 
 def _named(entry: str, mask: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -69,6 +70,22 @@ def split_entry(entry: str) -> tuple[str, dict[str, dict[str, Any]]]:
         raise RequestError("--methods", entry, "must be NAME or NAME[KEY=VALUE,...]")
     texts = matched[2].split(",") if matched[2] else ()
     return matched[1], {part: given for part, given in read_settings(texts, "--methods").items() if given}
+
+
+def split_mask(mask: str | None) -> tuple[str | None, float]:
+    """Return a mask and the factor of its strengths, which KIND@FACTOR gives; raises RequestError for a bad one."""
+    from erase_concept.run import MASK_KINDS
+
+    kind, _, factor = (mask or "").rpartition("@")
+    if kind not in MASK_KINDS:  # none at all, one without a factor, or a file, whose name may have the sign
+        return mask, 1.0
+    try:
+        number = float(factor)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise RequestError("--masks", str(mask), "the factor must be a number above 0, as in least-salient@4")
+    return kind, number
 
 
 def is_guard(entry: str) -> bool:
