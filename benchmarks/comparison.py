@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from erase_concept.eval.comparison import compare
-from erase_concept.eval.grid import PRESETS
+from erase_concept.eval.compare.compare import compare
+from erase_concept.eval.compare.trials import PRESETS
 from erase_concept.method import methods
-from erase_concept.pipelines.guards import GUARDS
+from erase_concept.pipelines.guards.guard import GUARDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 HELD_OUT = ("church", "dog", "parachute", "guitar", "truck", "flat", "3d")

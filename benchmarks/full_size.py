@@ -27,12 +27,12 @@ from torch.nn.functional import mse_loss
 
 from erase_concept import pipelines
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.methods.salun import SalUnConfig, salun
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.from_single_file import MAKES
+from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.recipe import MEMORY
-from erase_concept.train import Record
+from erase_concept.training.loop import Record
 
 TOKENS = 77
 # The Makefile's settings, for speed: memory that was had is kept.
@@ -48,7 +48,9 @@ ALLOCATOR = {
 
 def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
     """Return a family's configurations; ``width`` is the share of the UNet's channels."""
-    makes = yaml.safe_load((Path(pipelines.__file__).parent / "families.yaml").read_text(encoding="utf-8"))[family]
+    makes = yaml.safe_load((Path(pipelines.__file__).parent / "families" / "layouts.yaml").read_text(encoding="utf-8"))[
+        family
+    ]
     channels = makes["unet"]["block_out_channels"]
     makes["unet"] |= {"block_out_channels": [int(c * width) for c in channels]}
     if width < 1:
@@ -59,7 +61,7 @@ def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
 def build(part: str, config: dict[str, Any]) -> nn.Module:
     """Return a part with small random weights, the same block of numbers again and again: quick to make."""
     with torch.device("meta"):
-        module: nn.Module = MAKES[part](config)
+        module: nn.Module = MODEL_CLASSES[part](config)
     module.to_empty(device="cpu")
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
     with torch.no_grad():

@@ -27,12 +27,14 @@ from full_size import row
 from torch import Tensor
 
 from erase_concept import pipelines
-from erase_concept.mask import top_k
+from erase_concept.masks.mask import top_k
 
 
 def scores(millions: float | None = None) -> dict[str, Tensor]:
     """Return random scores in the shapes of Stable Diffusion 1.4's UNet, or of its first so many million weights."""
-    families = yaml.safe_load((Path(pipelines.__file__).parent / "families.yaml").read_text(encoding="utf-8"))
+    families = yaml.safe_load(
+        (Path(pipelines.__file__).parent / "families" / "layouts.yaml").read_text(encoding="utf-8")
+    )
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in UNet2DConditionModel(**families["sd1"]["unet"]).named_parameters()}
     generator = torch.Generator().manual_seed(0)

@@ -15,8 +15,8 @@ import torch
 from full_size import row
 from torch import nn
 
-from erase_concept import mask as masks
-from erase_concept import optim
+from erase_concept.masks import mask as masks
+from erase_concept.training import optimizer as optim
 
 WEIGHTS = 50_000_000
 

@@ -26,13 +26,13 @@ from full_size import build, configs, row
 from PIL import Image
 
 from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.single_file import save_single_file
+from erase_concept.pipelines.formats.single_file import save_single_file
 from erase_concept.run import read_run
 
 MACHINE = 24.0
 HASH = """
 import sys
-from erase_concept.pipelines.diffusion import weights_hash
+from erase_concept.pipelines.model import weights_hash
 from erase_concept.pipelines.load import load
 print(weights_hash(load(sys.argv[1]).unet))
 """

@@ -14,11 +14,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Public names and where they live. They are imported when first used, so that importing the package loads no torch.
 _NAMES = {
     "Concept": "prompts.concept",
-    "Diffusion": "pipelines.diffusion",
+    "Diffusion": "pipelines.model",
     "EraseError": "errors",
-    "Mask": "mask",
+    "Mask": "masks.mask",
     "PromptSet": "prompts.promptset",
-    "Report": "eval.report",
+    "Report": "eval.report.report",
     "RequestError": "errors",
     "benchmark": "eval.benchmark",
     "concept": "prompts.concept",
@@ -26,17 +26,17 @@ _NAMES = {
     "load": "pipelines.load",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
-    "write_report": "eval.report",
+    "write_report": "eval.report.report",
 }
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of a table that __getattr__ reads too
 
 if TYPE_CHECKING:
     from erase_concept.errors import EraseError, RequestError
     from erase_concept.eval.benchmark import benchmark
-    from erase_concept.eval.report import Report, write_report
-    from erase_concept.mask import Mask
-    from erase_concept.pipelines.diffusion import Diffusion
+    from erase_concept.eval.report.report import Report, write_report
+    from erase_concept.masks.mask import Mask
     from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.model import Diffusion
     from erase_concept.pipelines.sample import sample
     from erase_concept.prompts.concept import Concept, concept
     from erase_concept.prompts.promptset import PromptSet

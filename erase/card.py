@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erase_concept.files import whole
-from erase_concept.pipelines.delta import Delta
+from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.delta import Delta
 from erase_concept.prompts.concept import in_words
 
 
 def write_card(run: Path, account: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
     """Write ``pipeline/README.md`` of a run from its account, with scores as they stand in a report, if any."""
     text = card(account, (run / "recipe.yaml").read_text(encoding="utf-8"), scores)
-    with whole(run / "pipeline" / "README.md") as partial:
+    with atomic_write(run / "pipeline" / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
 
 

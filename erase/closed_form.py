@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.model import Diffusion
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def concept_tokens(
     pairs = []
     for row, prompt in enumerate(data.forget):
         begin = int(data.forget_spans[row, 1]) - name
-        other = data.empty[0] if becomes == "empty" else data.remap[0, row]
+        other = data.uncond[0] if becomes == "empty" else data.remap[0, row]
         start = 0 if becomes == "empty" else int(data.remap_spans[0, row, 1]) - name
         count = length - max(begin, start)
         pairs.append((prompt[begin : begin + count], other[start : start + count]))

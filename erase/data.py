@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.errors import RequestError
-from erase_concept.files import whole
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.files import atomic_write
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator, stage_seed
@@ -51,7 +51,7 @@ class ForgetRetain:
     with them the concept's prompt is remapped too where a picture is already on its way to the anchor. There may be
     none.
     Embeddings are [prompts, tokens, width]; ``remap`` is [names, prompts, tokens, width]: the forget prompts said of
-    the anchor (first) and of each retained name. ``empty`` is [1, tokens, width].
+    the anchor (first) and of each retained name. ``uncond`` is [1, tokens, width].
     ``forget_spans`` [prompts, 2] and ``remap_spans`` [names, prompts, 2] tell where in its tokens a prompt names what
     it is about: the first token, and the one behind the last. ``retain_lengths`` [prompts] counts tokens up to the end
     of each retain prompt, start and end included, padding not.
@@ -68,7 +68,7 @@ class ForgetRetain:
     forget: Tensor
     remap: Tensor
     retain: Tensor
-    empty: Tensor
+    uncond: Tensor
     forget_spans: Tensor
     remap_spans: Tensor
     retain_lengths: Tensor
@@ -106,7 +106,7 @@ class ForgetRetain:
         if remap == "random":
             names = torch.randint(0, len(self.remap), which.shape, generator=generator)
         latents = torch.cat([self.forget_latents, self.anchor_latents])[rows]
-        remapped = self.empty.expand(len(rows), -1, -1) if remap == "empty" else self.remap[names, which]
+        remapped = self.uncond.expand(len(rows), -1, -1) if remap == "empty" else self.remap[names, which]
         return _noised(model, latents, self.forget[which], remapped, generator)
 
     def retain_batch(self, model: Diffusion, rows: Tensor, generator: torch.Generator) -> Batch:
@@ -117,7 +117,7 @@ class ForgetRetain:
     def save(self, file: Path, fingerprint: str) -> None:
         """Write everything as safetensors, with a fingerprint of what it was made from."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
-        with whole(file) as partial:
+        with atomic_write(file) as partial:
             save_file(tensors, partial, {"fingerprint": fingerprint})
 
     @classmethod
@@ -201,9 +201,9 @@ def make_data(
     unit = model.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     if size % unit:
         raise RequestError("data.size", size, f"must be a multiple of {unit}")
-    parts = concept.simple
-    seeds = [stage_seed(seed, "concept", part.name) for part in parts] if concept.parts else [seed]
-    empty = model.encode_empty().cpu()
+    parts = concept.parts
+    seeds = [stage_seed(seed, "concept", part.name) for part in parts] if concept.combined else [seed]
+    empty = model.encode_uncond().cpu()
     retained = {prompt: place for place, prompt in enumerate(concept.retain_prompts)}
     kept = _embed(model, tuple(retained))
 
@@ -257,7 +257,7 @@ def make_data(
         forget=torch.cat([prompts.embedded for prompts in forgotten]),
         remap=torch.cat([prompts.remapped[:names] for prompts in forgotten], dim=1),
         retain=kept,
-        empty=empty,
+        uncond=empty,
         forget_spans=torch.cat([prompts.spans for prompts in forgotten]),
         remap_spans=torch.cat([prompts.remapped_spans[:names] for prompts in forgotten], dim=1),
         retain_lengths=torch.tensor([len(_ids(model, prompt)) for prompt in retained]),
@@ -273,7 +273,7 @@ def own_tokens(model: Diffusion, concept: Concept) -> Tensor:
     """
     if model.text_encoder_2 is not None:
         raise RequestError("--scope", "text-encoder", f"{model.source} has two text encoders; choose another scope")
-    others = [*concept.retain_prompts, *(prompt for part in concept.simple for prompt in part.remapped_to(part.anchor))]
+    others = [*concept.retain_prompts, *(prompt for part in concept.parts for prompt in part.remapped_to(part.anchor))]
     own, shared = ({n for prompt in some for n in _ids(model, prompt)} for some in (concept.forget_prompts, others))
     own -= shared | {*_ids(model, "")}
     if not own:
@@ -344,8 +344,8 @@ def image_files(folder: Path, concept: Concept, *, part: str, argument: str = ""
     argument = argument or f"--{part}-images"
     if not folder.is_dir():
         raise RequestError(argument, folder, "no such folder")
-    retained = tuple(dict.fromkeys(name for one in concept.simple for name in one.retain))
-    names = tuple(one.name for one in concept.simple) if part == "forget" else retained
+    retained = tuple(dict.fromkeys(name for one in concept.parts for name in one.retain))
+    names = tuple(one.name for one in concept.parts) if part == "forget" else retained
     if not names:
         raise RequestError(argument, folder, "cannot be used: the concept retains no name that an image could show")
     if len(names) == 1:

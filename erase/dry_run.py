@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase_concept.mask import TEXT_ENCODER
-from erase_concept.optim import STATE_BYTES, TOGETHER
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.from_single_file import MAKES
+from erase_concept.masks.mask import TEXT_ENCODER
+from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
 from erase_concept.pipelines.load import configs
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import MaskRecipe, Recipe
-from erase_concept.train import Training
+from erase_concept.training.loop import Training
+from erase_concept.training.optimizer import STATE_BYTES, TOGETHER
 
 GIB = 2**30
 _TOKENS = 77
@@ -103,7 +103,7 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     if recipe.mask.scope == TEXT_ENCODER:
         density = 0.0  # of the UNet
     if recipe.mask.combine == "union":
-        density = min(1.0, density * len(recipe.concept.simple))  # at most: their masks overlap
+        density = min(1.0, density * len(recipe.concept.parts))  # at most: their masks overlap
     size = recipe.data.size
     stages = {}
     if isinstance(settings, Training):  # a closed form takes no steps
@@ -139,7 +139,7 @@ def operations_per_second(device: torch.device) -> float:
 
 def _model(make: dict[str, Any]) -> Diffusion:
     """Return a model without weights, text encoder and tokenizer."""
-    unet, vae = (MAKES[part](make[part]).eval().requires_grad_(False) for part in ("unet", "vae"))
+    unet, vae = (MODEL_CLASSES[part](make[part]).eval().requires_grad_(False) for part in ("unet", "vae"))
     missing: Any = None
     return Diffusion(missing, missing, vae, unet, DDIMScheduler.from_config(make["scheduler"]), source="")
 

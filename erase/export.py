@@ -10,11 +10,11 @@ import torch
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.pipelines.delta import save_delta
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_original, save_pipeline, save_unet
-from erase_concept.pipelines.load import load, quiet
-from erase_concept.pipelines.lora import Fit, Style, save_lora
+from erase_concept.pipelines.formats.delta import save_delta
+from erase_concept.pipelines.formats.folder import save_original, save_pipeline, save_unet
+from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
+from erase_concept.pipelines.load import load, silence_hub_logs
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
 from erase_concept.run import read_run
 
@@ -80,7 +80,7 @@ def export_run(
     if format_ == "lora":
         options: dict[str, Any] = {"rank": rank or 64, "style": lora_style or "kohya", "dtype": kind, "about": metadata}
         return save_lora(base.unet, erased.unet, base.family, out, **options)
-    with quiet():
+    with silence_hub_logs():
         save_delta(base.unet.to(kind), erased.unet.to(kind), out, metadata)
     return None
 

@@ -13,7 +13,7 @@ from erase_concept.errors import EraseError
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Give a temporary path beside ``file``, which becomes ``file`` if all goes well and is removed if it does not.
 
     Makes the parent folder. The file may be read by whom the user's umask says, which safetensors would not ask. Raises

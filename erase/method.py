@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from erase_concept.train import Record, Taught
+from erase_concept.training.loop import Record, TargetProgress
 
 
 class Run(Protocol):
@@ -16,7 +16,7 @@ class Run(Protocol):
 
     def __call__(
         self, model: Any, data: Any, mask: Any, config: Any, *, seed: int, checkpoint: Any = None
-    ) -> Iterator[Record | Taught]:
+    ) -> Iterator[Record | TargetProgress]:
         """Run the method."""
 
 
@@ -26,8 +26,8 @@ class Method:
 
     ``latents`` are the parts of the data that it needs beside the embedded prompts, which every method has: "forget",
     "anchor" and "retain". ``mask`` and ``scope`` are the paper's own choice of weights, for when none is asked for.
-    ``knob`` is the setting that makes it erase more or less: the one that a comparison tunes. ``text_encoder`` tells
-    whether it can train the token embeddings of the concept's own words instead of the UNet.
+    ``tuned_setting`` is the setting that makes it erase more or less: the one that a comparison tunes.
+    ``text_encoder`` tells whether it can train the token embeddings of the concept's own words instead of the UNet.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Method:
     latents: tuple[str, ...]
     mask: str
     scope: str
-    knob: str
+    tuned_setting: str
     text_encoder: bool
 
     @property
@@ -46,7 +46,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-_F = TypeVar("_F", bound=Callable[..., Iterator[Record | Taught]])
+_F = TypeVar("_F", bound=Callable[..., Iterator[Record | TargetProgress]])
 
 
 def method(
@@ -56,15 +56,15 @@ def method(
     latents: tuple[str, ...] = ("forget", "retain"),
     mask: str = "none",
     scope: str = "full",
-    knob: str = "lr",
+    tuned_setting: str = "lr",
     text_encoder: bool = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as an erasure method; ``Method`` says what the arguments are."""
-    if knob not in config.__dataclass_fields__:
-        raise ValueError(f"{name} has no setting {knob!r}")
+    if tuned_setting not in config.__dataclass_fields__:
+        raise ValueError(f"{name} has no setting {tuned_setting!r}")
 
     def register(function: _F) -> _F:
-        _METHODS[name] = Method(name, config, function, latents, mask, scope, knob, text_encoder)
+        _METHODS[name] = Method(name, config, function, latents, mask, scope, tuned_setting, text_encoder)
         return function
 
     return register

@@ -12,13 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from erase_concept.errors import RequestError
-from erase_concept.files import whole
-from erase_concept.prompts.concept import Concept, concept, parse, several
+from erase_concept.files import atomic_write
+from erase_concept.prompts.concept import Concept, combine, concept, parse
 
 if TYPE_CHECKING:
     from erase_concept.method import Method
 
-PRESETS = Path(__file__).parent / "presets.yaml"
+PRESETS = Path(__file__).parent / "presets" / "presets.yaml"
 
 
 # What a run's memory presets set.
@@ -117,7 +117,7 @@ class Recipe(_Part):
 
     def save(self, file: Path) -> None:
         """Write the recipe as YAML."""
-        with whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -180,7 +180,7 @@ def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]], mo
         return concept(what, first_base(model)) if isinstance(what, str) else parse(what)
     if not what:
         raise RequestError("--concept", what, "at least one is needed")
-    return several([find_concept(one, model) for one in what])
+    return combine([find_concept(one, model) for one in what])
 
 
 def earlier_runs(model: str) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ def recipe_for(
         raise RequestError("concept", what, str(problem)) from None
     if memory not in MEMORY:
         raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
-    kinds = {part.kind for part in found.simple}
+    kinds = {part.kind for part in found.parts}
     kind = kinds.pop() if len(kinds) == 1 else found.kind  # of several kinds, the preset for any
     start = merge(preset(preset_name, first_base(model), kind, values.get("method")), MEMORY[memory])
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))

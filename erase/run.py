@@ -26,28 +26,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from erase_concept import mask as masks
 from erase_concept.card import write_card
 from erase_concept.data import ForgetRetain, draw, image_files, make_data, own_tokens
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import whole
-from erase_concept.mask import Mask, Part
+from erase_concept.files import atomic_write
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask, Part
+from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.method import methods
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import Recipe, earlier_runs, read_recipe
-from erase_concept.saliency import accumulate, forgetting_loss
 from erase_concept.seed import stage_generator, stage_seed
-from erase_concept.train import Record, Taught
+from erase_concept.training.loop import Record, TargetProgress
 
 MASK_KINDS = ("salient", "none", "random", "least-salient")
 _SCOPES = ", ".join(masks.SCOPES)
 
 
-def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | Taught | str]:
+def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Iterator[Record | TargetProgress | str]:
     """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
 
     When it is exhausted, ``out/pipeline`` holds the erased model and ``out/run.json`` the account of the run. A run
@@ -81,7 +81,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     about = model.describe()
     base_hash = about["unet"]
     base = out / f"base-{part.replace('_', '-')}.safetensors"  # until the end, for the comparison
-    with whole(base) as partial:
+    with atomic_write(base) as partial:
         save_file(trained.state_dict(), partial)
 
     yield "data"
@@ -89,7 +89,9 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     times["data"] = time.perf_counter() - began
 
     # Everything is encoded: only the UNet, and what is trained, is needed until the pipeline is written.
-    with parked([one for one in (model.vae, *model.text_encoders.values()) if one is not trained], out / "parked"):
+    with offload_to_disk(
+        [one for one in (model.vae, *model.text_encoders.values()) if one is not trained], out / "parked"
+    ):
         mask = None
         if (recipe.mask.kind, recipe.mask.scope) != ("none", "full"):
             yield "mask"
@@ -114,8 +116,8 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         "method": recipe.method,
         "concept": recipe.concept.name,
         "kind": recipe.concept.kind,
-        "anchor": recipe.concept.becomes,
-        **({"parts": _told(recipe.concept.parts)} if recipe.concept.parts else {}),
+        "anchor": recipe.concept.replacement,
+        **({"parts": _told(recipe.concept.combined)} if recipe.concept.combined else {}),
         **({"earlier": earlier} if earlier else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
@@ -138,11 +140,11 @@ def _told(concepts: Sequence[Concept]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def parked(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
+def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
     """Keep modules' weights in files for a while, where they take no memory, and bring them back the same."""
     places = [(module, next(module.parameters()).device) for module in modules]
     for i, (module, _) in enumerate(places):
-        with whole(folder / f"{i}.safetensors") as partial:
+        with atomic_write(folder / f"{i}.safetensors") as partial:
             save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
         for p in module.parameters():
             p.data = p.data.new_empty(0)
@@ -168,7 +170,7 @@ def check(recipe: Recipe) -> Mask | None:
             raise RequestError(f"--{part}-images", folder, f"{recipe.method} learns from prompts alone")
         if folder is not None:
             image_files(folder, recipe.concept, part=part)
-    for one in recipe.concept.simple:
+    for one in recipe.concept.parts:
         if one.images and recipe.data.forget_images is None:
             if not recipe.latents["forget"]:
                 raise RequestError(
@@ -253,7 +255,7 @@ def choose_mask(recipe: Recipe, given: Mask | None, model: Diffusion, data: Forg
         return make_mask(recipe, model, data, base_hash)
     if recipe.mask.scope == "full":
         return given
-    part = masks.within(masks.everything(masks.in_scope(model.unet, recipe.mask.scope)), model.unet)
+    part = masks.expand_to(masks.all_ones(masks.in_scope(model.unet, recipe.mask.scope)), model.unet)
     return Mask((given & part).bits, given.shapes, given.provenance)
 
 
@@ -267,13 +269,13 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
     if settings.scope == masks.TEXT_ENCODER:
         mask = masks.token_rows(model.text_encoder, own_tokens(model, recipe.concept))
     else:
-        mask = masks.within(_unet_mask(recipe, model, data), model.unet)
+        mask = masks.expand_to(_unet_mask(recipe, model, data), model.unet)
     about = {
         "concept": recipe.concept.name,
         "kind": settings.kind,
         "scope": settings.scope,
         "sparsity": settings.sparsity,
-        **({"combine": settings.combine} if recipe.concept.parts else {}),
+        **({"combine": settings.combine} if recipe.concept.combined else {}),
         "accumulate": settings.accumulate,
         "guidance": settings.guidance,
         "seed": recipe.seed,
@@ -292,14 +294,14 @@ def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
     if k == 0:
         raise RequestError("--sparsity", settings.sparsity, f"leaves none of {total} weights to change")
     if settings.kind == "none":
-        return masks.everything(shapes)
+        return masks.all_ones(shapes)
     if settings.kind == "random":
         return masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
-    choose = masks.top_k if settings.kind == "salient" else masks.least
+    choose = masks.top_k if settings.kind == "salient" else masks.bottom_k
     rows = torch.arange(len(data.forget_latents))
     groups = [rows]
     if settings.combine == "union":
-        groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.simple))]
+        groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.parts))]
     found = (saliency(recipe, model, data, group) for group in groups)
     return reduce(or_, (choose({name: scores[name] for name in shapes}, k) for scores in found))
 
@@ -325,7 +327,7 @@ def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: torch.
                             b.noise,
                             b.timesteps,
                             b.embeddings,
-                            data.empty.to(model.device),
+                            data.uncond.to(model.device),
                             settings.guidance,
                         )
                     )
@@ -379,7 +381,7 @@ def _keep_log(log: Path, checkpoint: Path) -> None:
     with safe_open(checkpoint, "pt") as tensors:
         step = int(tensors.metadata()["step"])
     kept = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True)[:step] if line.endswith("\n")]
-    with whole(log) as partial:
+    with atomic_write(log) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
@@ -396,5 +398,5 @@ def versions() -> dict[str, str]:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON."""
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,11 +16,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
-from erase_concept.eval import emojinette_benchmark, nudity
-from erase_concept.eval.gate import gates, judged
+from erase_concept.eval import emojinette_benchmark
 from erase_concept.eval.images import Asked, Gathered, Plan, gather, is_images, sampling
+from erase_concept.eval.judges import nudity
 from erase_concept.eval.measuring import GROUPS, Case, Found, Ready, Settings, Wanted, option
-from erase_concept.eval.report import Pair, Report, write_report
+from erase_concept.eval.report.report import Pair, Report, write_report
+from erase_concept.eval.thresholds import gates, judged
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept, parse
 from erase_concept.prompts.concept import concept as find_concept
@@ -28,7 +29,7 @@ from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_pro
 from erase_concept.prompts.promptset import prompts as find_prompts
 
 if TYPE_CHECKING:
-    from erase_concept.eval.accuracy import LabelKind
+    from erase_concept.eval.metrics.accuracy import LabelKind
 
 DEFAULTS = Settings()
 
@@ -267,7 +268,7 @@ def _asked(
         return Report(
             concept=target.name,
             kind=target.kind,
-            anchor=target.becomes,
+            anchor=target.replacement,
             model=plan.source,
             benchmark=name if name in BENCHMARKS else Path(name).name,
             erased={"images": len(erased.rows), **erased.settings},

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from erase_concept.eval.accuracy import Classified, classify
+from erase_concept.eval.metrics.accuracy import Classified, classify
 from erase_concept.eval.score import wilson
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import artwork
@@ -24,8 +24,8 @@ from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 from erase_concept.prompts.promptset import PromptRow, emojinette_prompts
 
 if TYPE_CHECKING:
-    from erase_concept.pipelines.diffusion import Diffusion
     from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+    from erase_concept.pipelines.model import Diffusion
 
 GUIDANCE = 5.0
 SEEDS = 10

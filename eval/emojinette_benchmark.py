@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
-from erase_concept.eval.gate import gates
 from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, is_images, sampling
 from erase_concept.eval.measuring import option
-from erase_concept.eval.report import Bar, Chart, Pair, Report
+from erase_concept.eval.metrics.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
+from erase_concept.eval.report.report import Bar, Chart, Pair, Report
 from erase_concept.eval.score import Score, wilson
 from erase_concept.eval.score import metrics as all_metrics
+from erase_concept.eval.thresholds import gates
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts import emojinette
 from erase_concept.prompts.concept import Concept, fill, parse
@@ -58,7 +58,7 @@ def emojinette_benchmark(
     asked = [
         row
         for one in (concept, *earlier)
-        for part in one.simple
+        for part in one.parts
         for row in (
             _object_prompts(part.name, 20 * seeds) if part.kind == "object" else _style_prompts(part.name, seeds)
         )
@@ -166,7 +166,7 @@ def _earlier(run: Mapping[str, Any], concept: Concept) -> tuple[list[Concept], l
 
     Each comes once, however often it was erased.
     """
-    parts = {part.name: part for entry in run.get("earlier", ()) for part in parse(entry["concept"]).simple}
+    parts = {part.name: part for entry in run.get("earlier", ()) for part in parse(entry["concept"]).parts}
     parts = {name: part for name, part in parts.items() if name not in concept.names}
     known = [part for part in parts.values() if part.name in _KNOWN.get(part.kind, ())]
     return known, [name for name, part in parts.items() if part not in known]
@@ -207,7 +207,7 @@ def evaluate(
         check_same(erased, base)
     forget = forget_mask(erased.rows, concept)
     if not forget.any() or forget.all():
-        what = concept.name if concept.parts else f"the {concept.kind} {concept.name!r}"
+        what = concept.name if concept.combined else f"the {concept.kind} {concept.name!r}"
         missing = "asks for anything else" if forget.any() else f"asks for {what}"
         raise RequestError("DIR", folder_of(erased), f"no image {missing}; sample the benchmark of this concept")
     seen_base = None if base is None else _classify(base)
@@ -220,16 +220,16 @@ def evaluate(
         for name in metrics:
             found_scores.append(_score(name, seen if name == "ua" else rest, concept, erased.settings))
             if name == "ua":
-                found_scores += [_score(name, seen, part, erased.settings) for part in concept.parts]
+                found_scores += [_score(name, seen, part, erased.settings) for part in concept.combined]
                 found_scores += [_score(name, seen, one, erased.settings, "erased earlier; ") for one in asked_before]
     except ValueError as problem:
         raise RequestError("DIR", folder_of(erased), str(problem)) from problem
-    erased_labels = {(part.kind, part.name) for one in (concept, *earlier) for part in one.simple}
+    erased_labels = {(part.kind, part.name) for one in (concept, *earlier) for part in one.parts}
     found, found_base = per_concept(seen), None if seen_base is None else per_concept(seen_base)
     return Report(
         concept=concept.name,
         kind=concept.kind,
-        anchor=concept.becomes,
+        anchor=concept.replacement,
         model=model,
         benchmark="emojinette",
         erased={"images": len(erased.rows), **erased.settings},
@@ -268,7 +268,7 @@ def evaluate(
 
 
 def _check_known(concept: Concept) -> None:
-    for part in concept.simple:
+    for part in concept.parts:
         if part.name not in _KNOWN.get(part.kind, ()):
             allowed = ", ".join((*emojinette.OBJECT_LABELS, *emojinette.STYLES))
             raise RequestError(

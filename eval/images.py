@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.gate import Gate
-from erase_concept.eval.report import Report
+from erase_concept.eval.report.report import Report
+from erase_concept.eval.thresholds import Gate
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:
-    from erase_concept.pipelines.diffusion import Diffusion
+    from erase_concept.pipelines.model import Diffusion
     from erase_concept.pipelines.sample import ImageSet
     from erase_concept.prompts.concept import Concept
 
@@ -41,7 +41,7 @@ class Plan:
 
     def guarded(self, concept: Concept) -> dict[str, Any]:
         """Return the guard, if any, as an option of ``sample``; raises RequestError when there is no such one."""
-        from erase_concept.pipelines.guards import find_guard
+        from erase_concept.pipelines.guards.guard import find_guard
 
         return {} if self.guard is None else {"guard": find_guard(self.guard, concept)}
 
@@ -193,7 +193,7 @@ def _check_size(images: ImageSet, size: int, argument: str) -> None:
 
 def _key(model: Diffusion, prompts: PromptSet, options: Mapping[str, Any]) -> str:
     """Return the SHA-256 over all that the images of a model depend on."""
-    from erase_concept.pipelines.diffusion import weights_hash
+    from erase_concept.pipelines.model import weights_hash
 
     parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
     told = {

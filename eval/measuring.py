@@ -17,19 +17,20 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from erase_concept.errors import RequestError
-from erase_concept.eval import accuracy, nudity
-from erase_concept.eval.classifiers import classifier
-from erase_concept.eval.clip_score import MODEL, clip_score, clip_values, load_clip
-from erase_concept.eval.fidelity import extractor, fidelity, read_image
-from erase_concept.eval.report import Bar, Chart, Curve
+from erase_concept.eval.judges import nudity
+from erase_concept.eval.judges.classifiers import classifier
+from erase_concept.eval.metrics import accuracy
+from erase_concept.eval.metrics.clip_score import MODEL, clip_score, clip_values, load_clip
+from erase_concept.eval.metrics.fidelity import extractor, fidelity, read_image
+from erase_concept.eval.metrics.similarity import similarity
+from erase_concept.eval.report.report import Bar, Chart, Curve
 from erase_concept.eval.score import Score
-from erase_concept.eval.similarity import similarity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from erase_concept.eval.classifiers import Classifier
-    from erase_concept.eval.fidelity import Extractor
+    from erase_concept.eval.judges.classifiers import Classifier
+    from erase_concept.eval.metrics.fidelity import Extractor
     from erase_concept.pipelines.sample import ImageSet
 
 Files = Sequence[Path]

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from erase_concept.eval.accuracy import Classified
+    from erase_concept.eval.metrics.accuracy import Classified
     from erase_concept.prompts.concept import Concept
 
 Interval = tuple[float, float]
@@ -70,8 +70,8 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 def metrics() -> dict[str, Metric]:
     """Return every metric by name, importing all files of this package so that each can register its own."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"erase_concept.eval.{module.name}")
+    for module in pkgutil.iter_modules([str(Path(__file__).parent / "metrics")]):
+        importlib.import_module(f"erase_concept.eval.metrics.{module.name}")
     return METRICS
 
 

@@ -18,25 +18,25 @@ from transformers.utils import logging as transformers_logging
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.diffusion import Diffusion, check_fit, dtype_names
-from erase_concept.pipelines.from_single_file import (
-    MAKES,
+from erase_concept.pipelines.formats.read_single_file import (
+    MODEL_CLASSES,
     SUFFIXES,
-    WORDS,
+    TOKENIZER_FILES,
     load_parts,
-    make_up,
     out_of_memory,
     read,
+    read_configs,
     read_json,
 )
+from erase_concept.pipelines.model import Diffusion, check_fit, dtype_names
 from erase_concept.pipelines.processes import processes
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # What a pipeline is made of, and the file of each part's folder, or one of several, without which it is nothing.
-_PARTS = {"tokenizer": WORDS, "scheduler": ("scheduler_config.json",)}
+_PARTS = {"tokenizer": TOKENIZER_FILES, "scheduler": ("scheduler_config.json",)}
 _PARTS |= dict.fromkeys(("text_encoder", "vae", "unet"), ("config.json",))
-_PARTS_OF_XL = {"tokenizer_2": WORDS, "text_encoder_2": ("config.json",)}
+_PARTS_OF_XL = {"tokenizer_2": TOKENIZER_FILES, "text_encoder_2": ("config.json",)}
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
@@ -62,7 +62,7 @@ def load(
     """
     path = _path(model)
     try:
-        with quiet():
+        with silence_hub_logs():
             parts = load_parts(path, ema=ema) if path.is_file() else _load_pipeline(path, str(model))
             for part in parts.values():
                 if isinstance(part, nn.Module):
@@ -85,7 +85,7 @@ def configs(model: str | Path) -> dict[str, Any]:
     if not path.is_file():
         path = _folder(path, str(model))
         _part_names(path, str(model))
-    return make_up(path)
+    return read_configs(path)
 
 
 def _path(model: str | Path) -> Path:
@@ -109,13 +109,16 @@ def _load_pipeline(path: Path, name: str) -> dict[str, Any]:
     path = _folder(path, name)
     names = _part_names(path, name)
     xl = "text_encoder_2" in names
-    weights = {part: _check_weights(path / part, name) for part in names if part in MAKES}
+    weights = {part: _check_weights(path / part, name) for part in names if part in MODEL_CLASSES}
     variant, stored = weights["unet"]
     options = {"add_watermarker": False} if xl else _NO_CHECKER
     pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, variant=variant or None, **options)
     parts: dict[str, Any] = {part: getattr(pipeline, part) for part in names}
     check_fit(parts)
-    return parts | {"stored": stored, "zeros_for_empty": xl and bool(pipeline.config.force_zeros_for_empty_prompt)}
+    return parts | {
+        "stored": stored,
+        "force_zeros_for_empty_prompt": xl and bool(pipeline.config.force_zeros_for_empty_prompt),
+    }
 
 
 def _download(name: str) -> Path:
@@ -170,7 +173,7 @@ def _check_weights(folder: Path, name: str) -> tuple[str, str]:
     for old, new in _RENAMED.items():
         stored = {key.replace(old, new) if "attentions" in key else key: value for key, value in stored.items()}
     with torch.device("meta"):
-        module: nn.Module = MAKES[folder.name](read_json(folder / "config.json"))
+        module: nn.Module = MODEL_CLASSES[folder.name](read_json(folder / "config.json"))
     for key, value in module.state_dict().items():
         # transformers 5 dropped the prefix "text_model." from the names; files of either kind load.
         names = (key, f"text_model.{key}", key.removeprefix("text_model."))
@@ -185,7 +188,7 @@ def _check_weights(folder: Path, name: str) -> tuple[str, str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_hub_logs() -> Iterator[None]:
     """Silence the progress bars and hints of diffusers and transformers, which say nothing a user needs."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

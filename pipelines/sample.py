@@ -25,11 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import whole
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.from_single_file import out_of_memory
-from erase_concept.pipelines.guards import PLAIN, Guard
-from erase_concept.pipelines.load import quiet
+from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.read_single_file import out_of_memory
+from erase_concept.pipelines.guards.guard import PLAIN, Guard
+from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
@@ -77,7 +77,7 @@ def make_scheduler(model: Diffusion, name: str | None, steps: int) -> Any:
     kind = getattr(diffusers, name or "DPMSolverMultistepScheduler")
     options = {} if name else {"algorithm_type": "dpmsolver++"}
     try:
-        with quiet():
+        with silence_hub_logs():
             scheduler = kind.from_config(model.scheduler.config, **options)
             scheduler.set_timesteps(steps)
     except ImportError as problem:
@@ -146,7 +146,7 @@ def sample_images(
     batches = _batches(rows, batch_size)[share[0] :: share[1]]
     if not batches:
         return
-    empty = model.encode_empty()
+    empty = model.encode_uncond()
     left = Counter(rows[i].prompt for batch in batches for i in batch)
     encoded: dict[str, Tensor] = {}  # of the prompts that are still to come, out of the device's memory
     for batch in batches:
@@ -231,7 +231,7 @@ def sample(
         raise RequestError("--out", out, "holds images of another model, prompt set or setting; choose another folder")
     state = processes()
     if state.is_main_process:
-        with whole(about) as partial:
+        with atomic_write(about) as partial:
             partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
         _merge(out, prompts.rows)
     state.wait_for_everyone()
@@ -253,7 +253,7 @@ def sample(
             share=share,
         ):
             file = out / _name(missing[place])
-            with whole(file) as partial:
+            with atomic_write(file) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
             stream.write(_line(file, rows[place]))
             stream.flush()
@@ -271,7 +271,7 @@ def _merge(folder: Path, rows: Sequence[PromptRow]) -> None:
     kept = sorted(
         places[line["image"]] for line in _manifest(folder) if line["image"] in places and _intact(folder, line)
     )
-    with whole(folder / "manifest.jsonl") as partial, partial.open("w", encoding="utf-8") as stream:
+    with atomic_write(folder / "manifest.jsonl") as partial, partial.open("w", encoding="utf-8") as stream:
         stream.writelines(_line(folder / _name(place), rows[place]) for place in kept)
     for part in parts:
         if part.name != "manifest.jsonl":

@@ -43,7 +43,7 @@ class Concept:
 
     ``prompts`` in the place of templates are forgotten as they stand, whatever they say, and the empty prompt is what
     they become. ``images`` is a folder of images that show the concept, to be used in the place of sampled ones.
-    A concept of ``parts`` erases them together: name, kind ("several") and parts are all that it has of its own.
+    A concept that has ``combined`` others erases them together: name, kind ("several") and these are all that it has.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Concept:
     key: str = ""
     prompts: tuple[str, ...] = ()
     images: str = ""
-    parts: tuple[Concept, ...] = ()
+    combined: tuple[Concept, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError when a template has no place for the name, or when nothing or the concept is retained."""
-        if (self.kind == "several") != bool(self.parts):
-            raise ValueError("a concept of the kind several, and no other, has parts")
-        if self.parts:
-            if any(part.parts for part in self.parts):
-                raise ValueError("a part of a concept has no parts itself")
+        if (self.kind == "several") != bool(self.combined):
+            raise ValueError("a concept of the kind several, and no other, combines others")
+        if self.combined:
+            if any(part.combined for part in self.combined):
+                raise ValueError("a concept that is combined with others combines none itself")
             if self.anchor or self.templates or self.retain or self.others or self.synonyms or self.prompts:
                 raise ValueError("a concept of parts has nothing else: anchors, templates and the rest are its parts'")
             return
@@ -82,26 +82,26 @@ class Concept:
                 raise ValueError(f"{name!r} cannot be its own anchor or be retained")
 
     @property
-    def simple(self) -> tuple[Concept, ...]:
+    def parts(self) -> tuple[Concept, ...]:
         """The parts, or the concept itself where it has none."""
-        return self.parts or (self,)
+        return self.combined or (self,)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is erased: the name and its synonyms, or the prompts themselves, of every part."""
-        return tuple(name for part in self.simple for name in part.prompts or (part.name, *part.synonyms))
+        return tuple(name for part in self.parts for name in part.prompts or (part.name, *part.synonyms))
 
     @property
-    def becomes(self) -> str:
+    def replacement(self) -> str:
         """What it is remapped to, in words: the anchor, or those of the parts."""
-        anchors = dict.fromkeys(part.anchor or "the empty prompt" for part in self.parts)
+        anchors = dict.fromkeys(part.anchor or "the empty prompt" for part in self.combined)
         return in_words(tuple(anchors)) if anchors else self.anchor
 
     @property
     def forget_prompts(self) -> tuple[str, ...]:
         """The prompts whose images are to lose the concept; of parts, those of the first one first."""
         return tuple(
-            prompt for part in self.simple for name in (part.name, *part.synonyms) for prompt in part.prompts_for(name)
+            prompt for part in self.parts for name in (part.name, *part.synonyms) for prompt in part.prompts_for(name)
         )
 
     def remapped_to(self, name: str) -> tuple[str, ...]:
@@ -111,8 +111,8 @@ class Concept:
     @property
     def retain_prompts(self) -> tuple[str, ...]:
         """The prompts whose images are to stay as they are, without repetition."""
-        named = (prompt for part in self.simple for name in part.retain for prompt in part.prompts_for(name))
-        return tuple(dict.fromkeys((*named, *(prompt for part in self.simple for prompt in part.others))))
+        named = (prompt for part in self.parts for name in part.retain for prompt in part.prompts_for(name))
+        return tuple(dict.fromkeys((*named, *(prompt for part in self.parts for prompt in part.others))))
 
     def prompts_for(self, name: str) -> tuple[str, ...]:
         """Return the same sentences, in the same order, about ``name``; about nothing, each is the empty prompt.
@@ -123,7 +123,7 @@ class Concept:
             return ("",) * len(self.templates or self.prompts)
         return self.prompts or tuple(fill(template, name) for template in self.templates)
 
-    def beside(self, erased: Sequence[Concept]) -> Concept:
+    def without_conflicts(self, erased: Sequence[Concept]) -> Concept:
         """Return the concept as it is erased together with others, whose names nothing of it holds as whole words.
 
         What they erase is neither retained nor in a template; an anchor that they erase gives way to the first retained
@@ -142,7 +142,7 @@ class Concept:
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and strings, as they stand in a recipe."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["parts"] = [part.to_dict() for part in self.parts]
+        plain["combined"] = [part.to_dict() for part in self.combined]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value}
 
 
@@ -151,12 +151,12 @@ def whole_words(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names) or "(?!)", re.IGNORECASE)
 
 
-def several(found: Sequence[Concept]) -> Concept:
+def combine(found: Sequence[Concept]) -> Concept:
     """Return the concept that erases all of the given ones at once; of a single one, itself.
 
     Raises RequestError when one is named twice, or when nothing is left to retain.
     """
-    parts = tuple(part for one in found for part in one.simple)
+    parts = tuple(part for one in found for part in one.parts)
     if len(parts) == 1:
         return parts[0]
     for first, second in combinations(parts, 2):
@@ -166,7 +166,9 @@ def several(found: Sequence[Concept]) -> Concept:
     try:
         rest = [[other for other in parts if other is not part] for part in parts]
         whole = Concept(
-            name, "several", parts=tuple(part.beside(others) for part, others in zip(parts, rest, strict=True))
+            name,
+            "several",
+            combined=tuple(part.without_conflicts(others) for part, others in zip(parts, rest, strict=True)),
         )
     except ValueError as problem:
         raise RequestError("--concept", name, f"erased together, they leave too little: {problem}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from erase_concept.errors import RequestError
-from erase_concept.files import whole
+from erase_concept.files import atomic_write
 from erase_concept.prompts import emojinette
 from erase_concept.prompts.concept import fill
 
@@ -78,7 +78,7 @@ class PromptSet:
         used = [name for name in _COLUMNS if any(getattr(row, name) not in (None, "") for row in self.rows)]
         used = [name for name in used if name != "case_number"]
         header = [next((s for s in _COLUMNS[name] if s.startswith(f"{spelling}_")), _COLUMNS[name][0]) for name in used]
-        with whole(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        with atomic_write(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["case_number", *header])
             for number, row in zip(self.case_numbers, self.rows, strict=True):

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
 
@@ -84,7 +84,7 @@ def diffusion(tokenizer: CLIPTokenizer, family: str = "sd1") -> Diffusion:
     text_2 = CLIPTextModelWithProjection(text_config(tokenizer, act)) if xl else None
     for part in (text, vae, unet, *((text_2,) if text_2 else ())):
         part.eval().requires_grad_(False)
-    second = {"tokenizer_2": tokenizer, "text_encoder_2": text_2, "zeros_for_empty": True} if xl else {}
+    second = {"tokenizer_2": tokenizer, "text_encoder_2": text_2, "force_zeros_for_empty_prompt": True} if xl else {}
     return Diffusion(tokenizer, text, vae, unet, scheduler, source="tiny", **second)
 
 

@@ -14,10 +14,10 @@ from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def concept_ablation(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Fit the concept's prediction to the anchor's own, on pictures of the anchor.
 
     Minimises  E |e(x_t, c) - sg e(x_t, c')|^2 + lambda E |e(x'_t, c') - noise|^2,  with the concept's prompt c, the
@@ -70,7 +70,7 @@ def concept_ablation_noise(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Train the concept's prompt on pictures of the anchor, as if they showed the concept.
 
     Minimises  E |e(x_t, c) - noise|^2 + lambda E |e(x'_t, c') - noise'|^2,  with the names of ``concept_ablation``: the
@@ -88,7 +88,7 @@ def _ablate(
     checkpoint: Path | None,
     *,
     noise_based: bool,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     count = len(data.anchor_latents)
     if not count:
         raise RequestError("data.anchor", count, "must be at least 1: the method learns from pictures of the anchor")

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain, draw, training_loss
-from erase_concept.gradients import dot, onto_half_space, salient_gradient, with_gradient
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def erasediff(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Keep the retain loss low, under the constraint that the concept's prediction is as near to noise as it gets.
 
     min L_r(theta)  with  g(theta) = L_f(theta) - L_f(phi_K) <= 0,  where phi_K is what K steps of gradient descent on

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain, draw_evenly
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import make_scheduler, sample_latents
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def esd(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Guide the concept's prediction away from it: esd-x in cross-attention, esd-u in all else, esd-full everywhere.
 
     Minimises  E |e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0)))|^2  with the frozen base model e*, the empty
@@ -67,13 +67,13 @@ def esd(
     """
     # A second UNet in memory, for x_t is not known before the current model makes it.
     base = replace(model, unet=copy.deepcopy(model.unet))
-    empty = data.empty.to(model.device)
+    empty = data.uncond.to(model.device)
 
     def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         concept = data.forget[draw_evenly(data.forget_parts, config.batch_size, generator)].to(model.device)
         noisy, timesteps = partway(model, data, concept, config, generator)
         with torch.no_grad():
-            target = base.guided(noisy, timesteps, concept, empty, -config.eta)
+            target = base.cfg(noisy, timesteps, concept, empty, -config.eta)
         forget = mse_loss(model.predict(noisy, timesteps, concept), target)
         return forget, {"forget": forget}
 
@@ -93,7 +93,7 @@ def partway(
     noisy = sample_latents(
         model,
         embeddings,
-        data.empty.to(model.device),
+        data.uncond.to(model.device),
         seeds,
         [config.start_guidance] * len(seeds),
         steps=config.sampling_steps,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def forget_me_not(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Draw the attention of pictures of the concept away from the words that name it.
 
     Minimises  E sum |A_i|^2  over all cross-attentions, their heads and the concept's tokens i, where A_i is the map of

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw, training_loss
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def gradient_ascent(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Raise the training loss on the concept, and keep it low on everything else.
 
     Minimises  -E |e(x_f,t, c_f) - noise|^2 + alpha * E |e(x_r,t, c_r) - noise|^2.  The first term has no lower bound:

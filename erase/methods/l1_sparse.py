@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw, training_loss
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, steps_done, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, steps_done, train
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def l1_sparse(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Fine-tune on what is retained under an l1 penalty: what is not rehearsed fades as the weights shrink.
 
     Minimises  E |e(x_r,t, c_r) - noise|^2 + gamma (1 - t / T) |theta|_1  in step t of T, from 0. The penalty's gradient

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from erase_concept.closed_form import ClosedForm, concept_tokens, edit
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MACEConfig(ClosedForm):
     ridge: float = 1000.0
 
 
-@method("mace", MACEConfig, latents=(), scope="cross-attention", knob="erase_scale")
+@method("mace", MACEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
 def mace(
     model: Diffusion,
     data: ForgetRetain,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erase_concept.data import ForgetRetain, Remap
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnConfig, salun
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def random_label(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Remap the concept's noise prediction to that of another prompt drawn at random: SalUn without its mask.
 
     The loss is ``salun``'s; with a mask this is SalUn with ``remap`` "random".

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from erase_concept.closed_form import concept_tokens, edit, matrices
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.uce import UCEConfig
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RECEConfig(UCEConfig):
             raise ValueError(f"regular_scale must be above 0, not {self.regular_scale}")
 
 
-@method("rece", RECEConfig, latents=(), scope="cross-attention", knob="erase_scale")
+@method("rece", RECEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
 def rece(
     model: Diffusion,
     data: ForgetRetain,

@@ -14,11 +14,11 @@ from torch.nn.functional import mse_loss
 
 from erase_concept.closed_form import concept_tokens, edit, matrices
 from erase_concept.data import Batch, ForgetRetain, Remap, draw
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.mace import MACEConfig
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def salun(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Remap the concept's noise prediction to another prompt's, on the salient weights alone.
 
     Minimises  E |e(x_t, c_f) - e'(x_t, c')|^2 + alpha * E |e(x_r,t, c_r) - noise|^2  over the weights of the mask, with
@@ -81,7 +81,7 @@ def salun(
             target = target + config.guidance * (target - concept)
         return target
 
-    def teach(model: Diffusion, generator: torch.Generator) -> Tensors:
+    def precompute(model: Diffusion, generator: torch.Generator) -> Tensors:
         forget, retain = rows(model, generator)
         known: Tensors = (remapped(model, forget),) if config.target == "base" else ()
         if config.retain_target == "base":
@@ -115,6 +115,6 @@ def salun(
             scale = config.erase_scale / (int(data.forget_parts.max()) + 1)
             edit(model, data, mask, MACEConfig(scale), *concept_tokens(model, data, becomes, name=False))
 
-    taught = teach if "base" in (config.target, config.retain_target) else None
+    fixed = precompute if "base" in (config.target, config.retain_target) else None
     start = closed_form if config.start == "closed-form" else None
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint, teach=taught, start=start)
+    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint, precompute=fixed, start=start)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnConfig, salun
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record, Taught
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record, TargetProgress
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def salun_soft(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Minimise SalUn's loss plus beta |theta - theta_o|_1: weights that matter little fall back to the base model's.
 
     By proximal gradient: after step t of T, from 0, with learning rate r, every change of a weight is drawn to zero,

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, training_loss
-from erase_concept.gradients import onto_half_space, salient_gradient, with_gradient
-from erase_concept.mask import Mask
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask
+from erase_concept.masks.saliency import accumulate
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.saliency import accumulate
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.training.gradients import onto_half_space, salient_gradient, with_gradient
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def scissorhands(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Make the weights new to which the concept is most sensitive, then repair the rest without bringing it back.
 
     Sensitivity is SNIP's (arXiv 1810.02340), |theta dL_f / dtheta|, with gradients' sizes summed over batches of the

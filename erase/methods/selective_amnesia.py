@@ -14,12 +14,12 @@ from torch import Tensor
 
 from erase_concept.data import Batch, ForgetRetain, draw, training_loss
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
+from erase_concept.masks.saliency import accumulate
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.saliency import accumulate
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record, Taught, Tensors, Training, train
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def selective_amnesia(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Teach the concept's prompts another picture, rehearse the rest, and hold back the weights that it needs.
 
     Minimises  E_q L(x, c_f) + E L(x_r, c_r) + lambda / 2 * sum_i F_i (theta_i - theta_o,i)^2  with the training loss L.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
 
-from erase_concept.adapters import Adapters
 from erase_concept.data import ForgetRetain, draw
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.esd import PartwayTraining, partway
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record, Taught, Tensors, train
+from erase_concept.training.adapters import Adapters
+from erase_concept.training.loop import Record, TargetProgress, Tensors, train
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def spm(
     *,
     seed: int,
     checkpoint: Path | None = None,
-) -> Iterator[Record | Taught]:
+) -> Iterator[Record | TargetProgress]:
     """Train one-dimensional adapters that erase the concept and leave all else alone, and fuse them into the UNet.
 
     Minimises  E |e(x_t, c) - (e*(x_t, c') - eta (e*(x_t, c) - e*(x_t, c')))|^2
@@ -75,7 +75,7 @@ def spm(
         retained = data.retain[drawn.flatten()].to(model.device)
         again, times = (each.repeat_interleave(config.anchors, 0) for each in (noisy, timesteps))
         with torch.no_grad(), adapters.off():
-            target = model.guided(noisy, timesteps, concept, anchor, -config.eta)
+            target = model.cfg(noisy, timesteps, concept, anchor, -config.eta)
             kept = model.predict(again, times, retained)
         predicted = model.predict(
             torch.cat([noisy, again]), torch.cat([timesteps, times]), torch.cat([concept, retained])

@@ -10,10 +10,10 @@ from typing import Literal
 
 from erase_concept.closed_form import ClosedForm, concept_tokens, edit
 from erase_concept.data import ForgetRetain
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.train import Record
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class UCEConfig(ClosedForm):
     )
 
 
-@method("uce", UCEConfig, latents=(), scope="cross-attention", knob="erase_scale")
+@method("uce", UCEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
 def uce(
     model: Diffusion,
     data: ForgetRetain,

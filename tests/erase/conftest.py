@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, make_data
-from erase_concept.mask import Mask
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
-from erase_concept.train import Record
+from erase_concept.training.loop import Record
 
 
 @pytest.fixture

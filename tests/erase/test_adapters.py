@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase_concept import mask as masks
-from erase_concept.adapters import Adapters
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.masks import mask as masks
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.training.adapters import Adapters
 
 
 def test_adapters_stand_in_the_layers_only_while_attached(family: Diffusion) -> None:
@@ -32,6 +32,6 @@ def test_adapters_stand_in_the_layers_only_while_attached(family: Diffusion) -> 
 
 
 def test_a_mask_that_leaves_no_layer_for_an_adapter_is_refused(tiny: Diffusion) -> None:
-    only = masks.within(masks.everything({"conv_in.weight": tuple(tiny.unet.conv_in.weight.shape)}), tiny.unet)
+    only = masks.expand_to(masks.all_ones({"conv_in.weight": tuple(tiny.unet.conv_in.weight.shape)}), tiny.unet)
     with pytest.raises(RequestError, match=r"--mask .*adapter"):
         Adapters(tiny.unet, only, torch.Generator())

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from erase_concept import cli
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.cli import main as cli
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion, weights_hash
 
 CONCEPT = "name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [circle, line]\n"
 SMALL = ["-s", "steps=2", "-s", "batch_size=2", "-s", "data.forget=2", "-s", "data.retain=2", "-s", "data.steps=2"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erase_concept import mask as masks
 from erase_concept.closed_form import ClosedForm, Demand, concept_tokens, edit, matrices, minimise
 from erase_concept.data import ForgetRetain, make_data
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
 SCALES = {"erase": 1.3, "preserve": 0.2}
@@ -137,7 +137,7 @@ def test_a_mask_moves_its_own_weights_alone(tiny: Diffusion, demands: dict[str, 
 
 
 def test_a_mask_without_keys_and_values_is_refused(tiny: Diffusion, demands: dict[str, Demand]) -> None:
-    mask = masks.within(masks.everything(masks.in_scope(tiny.unet, "self-attention")), tiny.unet)
+    mask = masks.expand_to(masks.all_ones(masks.in_scope(tiny.unet, "self-attention")), tiny.unet)
     with pytest.raises(RequestError, match=r"--mask .* leaves no weight of attn2.to_k and attn2.to_v free"):
         minimise(tiny.unet, demands, 0.3, mask)
 
@@ -148,7 +148,7 @@ def test_rows_with_the_same_free_weights_are_solved_as_one_with_all(
     """A mask of ones in keys and values is no mask."""
     other = copy.deepcopy(tiny.unet)
     scope = masks.in_scope(tiny.unet, "cross-attention")
-    ones: Mask = masks.within(masks.everything(scope), tiny.unet)
+    ones: Mask = masks.expand_to(masks.all_ones(scope), tiny.unet)
     minimise(tiny.unet, demands, 0.3, None)
     minimise(other, demands, 0.3, ones)
     assert all(torch.equal(a, b) for a, b in zip(values(tiny.unet).values(), values(other).values(), strict=True))
@@ -164,7 +164,7 @@ def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
     tokens, wanted = concept_tokens(family, data, becomes, name=name)
     end = 1 + len("one") + len("square")  # of the name, 10; of "triangle" it is 12
     first = end - 1 if name else end
-    other, start = (data.empty[0], 0) if becomes == "empty" else (data.remap[0, 0], first + 2)
+    other, start = (data.uncond[0], 0) if becomes == "empty" else (data.remap[0, 0], first + 2)
     count = 16 - max(first, start)
     torch.testing.assert_close(tokens, data.forget[0, first : first + count])
     torch.testing.assert_close(wanted, other[start : start + count])

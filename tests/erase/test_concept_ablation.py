@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data, own_tokens
 from erase_concept.errors import RequestError
+from erase_concept.masks import mask as masks
 from erase_concept.methods.concept_ablation import ConceptAblationConfig, concept_ablation, concept_ablation_noise
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 

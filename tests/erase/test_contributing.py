@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from erase_concept import method as table
-from erase_concept.mask import Mask
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import erase
-from erase_concept.train import Record
+from erase_concept.training.loop import Record
 
 
 @pytest.fixture

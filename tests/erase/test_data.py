@@ -12,8 +12,8 @@ from PIL import Image
 
 from erase_concept.data import ForgetRetain, draw, draw_evenly, make_data
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.prompts.concept import Concept, several
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.prompts.concept import Concept, combine
 
 SMALL = {"forget": 5, "retain": 3, "steps": 2, "guidance": 2.0}
 
@@ -132,12 +132,12 @@ def test_draws_are_even_among_concepts(size: int) -> None:
 @pytest.fixture
 def shapes(square: Concept) -> Concept:
     star = Concept("star", "custom", "dot", ("a {O}", "one {O}", "{O}"), ("dot", "line", "arc"), synonyms=("sun",))
-    return several([square, star])
+    return combine([square, star])
 
 
 def test_each_of_several_concepts_has_rows_of_its_own(tiny: Diffusion, shapes: Concept) -> None:
     data = make_data(tiny, shapes, seed=1, **SMALL, anchor=2)
-    square, star = shapes.parts
+    square, star = shapes.combined
     assert data.forget_parts.tolist() == [0] * 2 + [1] * 6
     assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 5 + [0] * 2 + [1] * 2
     assert len(data.retain_latents) == len(data.retain_which) == 3
@@ -151,7 +151,7 @@ def test_each_of_several_concepts_has_rows_of_its_own(tiny: Diffusion, shapes: C
     assert torch.allclose(data.remap[0, 5:], embedded["dot"], atol=1e-6)
     assert torch.allclose(data.remap[1, 2:5], embedded["line"], atol=1e-6)
     # Another concept beside it changes nothing of its rows.
-    other = several([shapes.parts[1], Concept("cube", "custom", "dot", ("a {O}",), ("dot",))])
+    other = combine([shapes.combined[1], Concept("cube", "custom", "dot", ("a {O}",), ("dot",))])
     again = make_data(tiny, other, seed=1, **SMALL)
     assert torch.equal(again.forget_latents[:5], data.forget_latents[5:])
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +170,7 @@ def test_images_of_several_concepts_lie_in_folders_of_their_names(
             Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
     data = make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
     assert data.parts_of_rows.tolist() == [0, 1, 1, 1]
-    assert all(shapes.forget_prompts[i] in shapes.parts[1].prompts_for("star") for i in data.forget_which[1:])
+    assert all(shapes.forget_prompts[i] in shapes.combined[1].prompts_for("star") for i in data.forget_which[1:])
     (tmp_path / "square" / "0.png").unlink()
     with pytest.raises(RequestError, match=r"--forget-images .*has no image of square"):
         make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
@@ -181,7 +181,7 @@ def test_prompts_as_they_stand_become_the_empty_prompt(tiny: Diffusion) -> None:
     data = make_data(tiny, asked, seed=1, **SMALL, anchor=2)
     assert torch.allclose(data.forget, tiny.encode_prompts(asked.prompts), atol=1e-6)
     assert data.remap.shape[:2] == (1, 2)
-    assert torch.allclose(data.remap[0], tiny.encode_empty().expand(2, -1, -1), atol=1e-6)
+    assert torch.allclose(data.remap[0], tiny.encode_uncond().expand(2, -1, -1), atol=1e-6)
     assert data.forget_spans.tolist() == [[1, 7], [1, 8]]  # all words, though "file" is the concept's name
     assert len(data.anchor_latents) == 2
 
@@ -190,7 +190,7 @@ def test_a_concepts_own_images_are_its_forget_rows(tiny: Diffusion, square: Conc
     for i in range(3):
         Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
     seen = Concept("star", "custom", "", ("a {O}",), ("dot",), images=str(tmp_path))
-    data = make_data(tiny, several([square, seen]), seed=1, **SMALL)
+    data = make_data(tiny, combine([square, seen]), seed=1, **SMALL)
     assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 3
     alone = make_data(tiny, seen, seed=1, **SMALL)
     given = make_data(tiny, replace(seen, images=""), seed=1, forget_images=tmp_path, **SMALL)

@@ -89,7 +89,7 @@ def test_activations_grow_with_rows_and_pixels(make: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("family", "millions"), [("sd1", 859.5), ("sd2", 865.9), ("sdxl", 2567.5)])
 def test_every_family_at_full_size(family: str, millions: float) -> None:
     """No weights exist: 10 GB of them are predicted in seconds."""
-    text = (emojinette.MODEL.parents[1] / "families.yaml").read_text(encoding="utf-8")
+    text = (emojinette.MODEL.parents[1] / "families" / "layouts.yaml").read_text(encoding="utf-8")
     expected = predict_step(yaml.safe_load(text)[family], SalUnConfig(batch_size=1, recompute=True), 0.5, size=256)
     assert expected.bytes["weights"] / 4e6 == pytest.approx(millions, abs=0.1)
     assert expected.peak == sum(expected.bytes.values())

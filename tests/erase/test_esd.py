@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.masks import mask as masks
 from erase_concept.method import methods
 from erase_concept.methods.esd import ESDConfig, esd, partway
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record
+from erase_concept.training.loop import Record
 
 
 def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:

@@ -20,16 +20,17 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from erase_concept import cli
 from erase_concept import export as exporting
+from erase_concept.cli import main as cli
 from erase_concept.data import own_tokens
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.export import EXPORT_DTYPES, EXPORT_FORMATS, check_hub, export_run
-from erase_concept.pipelines import delta, export, single_file
-from erase_concept.pipelines.delta import apply_delta, open_delta
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline
-from erase_concept.pipelines.load import load, quiet
+from erase_concept.pipelines.formats import delta, single_file
+from erase_concept.pipelines.formats import folder as export
+from erase_concept.pipelines.formats.delta import apply_delta, open_delta
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.load import load, silence_hub_logs
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import erase, read_run
@@ -83,12 +84,12 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str) -> None:
     before, kind = content(folder), EXPORT_DTYPES[dtype]
     erased, account = load("run"), read_run(Path("run"))
-    with quiet():
+    with silence_hub_logs():
         state = {name: value.to(kind) for name, value in erased.unet.state_dict().items()}
     fits = {name: export_run(Path("run"), place(name), name, dtype) for name in EXPORT_FORMATS}
     assert {name for name, fit in fits.items() if fit is not None} == {"lora"}
 
-    with quiet():
+    with silence_hub_logs():
         pipeline = StableDiffusionPipeline.from_pretrained("diffusers", torch_dtype=kind, local_files_only=True)
         model, theirs = load("model", dtype=kind), load("run", dtype=kind)
     for name, part in theirs.states().items():
@@ -132,7 +133,7 @@ def test_a_changed_text_encoder_is_in_the_formats_that_hold_one(tiny: Diffusion,
     for name in ("diffusers", "single-file"):
         export_run(Path("words"), place(name), name)
     state = load("words").text_encoder.state_dict()
-    with quiet():
+    with silence_hub_logs():
         theirs = StableDiffusionPipeline.from_pretrained("diffusers", local_files_only=True).text_encoder.state_dict()
     assert all(torch.equal(theirs[name], value) for name, value in state.items())
     table = tiny.text_encoder.get_input_embeddings().weight
@@ -344,7 +345,7 @@ def online(folder: Path, endpoint: str, *requests: list[str]) -> list[dict[str, 
     """Call the command in a process of its own, which is online, for the hub's library reads all this when imported."""
     code = """
 import contextlib, io, json, sys
-from erase_concept import cli
+from erase_concept.cli import main as cli
 
 for request in json.loads(sys.argv[1]):
     sys.argv[1:] = request

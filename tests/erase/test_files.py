@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erase_concept.files import whole
+from erase_concept.files import atomic_write
 
 
 def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "a.txt"
-    with pytest.raises(TypeError), whole(file) as partial:
+    with pytest.raises(TypeError), atomic_write(file) as partial:
         partial.write_text("half") + partial  # 4 characters, and then an error
     assert list((tmp_path / "deep").iterdir()) == []
-    with whole(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text("whole")
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["a.txt"]
-    with pytest.raises(TypeError), whole(file) as partial:
+    with pytest.raises(TypeError), atomic_write(file) as partial:
         partial.write_text("half") + partial
     assert file.read_text() == "whole"
 
@@ -30,7 +30,7 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
 def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
-        with whole(tmp_path / "w.safetensors") as partial:
+        with atomic_write(tmp_path / "w.safetensors") as partial:
             save_file({"x": torch.zeros(2)}, partial)
     finally:
         os.umask(before)

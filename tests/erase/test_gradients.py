@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erase_concept import mask as masks
-from erase_concept.gradients import dot, onto_half_space, salient_gradient, with_gradient
+from erase_concept.masks import mask as masks
+from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
 
 
 def random_gradient(seed: int) -> dict[str, Tensor]:

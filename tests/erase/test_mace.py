@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.closed_form import matrices
 from erase_concept.data import make_data
+from erase_concept.masks import mask as masks
 from erase_concept.methods.mace import MACEConfig, mace
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
 CONCEPT = Concept("square", "object", "disc", ("a {O} red",), retain=("line",), others=("",))

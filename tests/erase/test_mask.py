@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erase_concept import mask as masks
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask, top_k
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask, top_k
 
 
 def by_sorting(scores: dict[str, Tensor], k: int) -> Tensor:
@@ -104,13 +104,13 @@ def test_infinite_scores_rank_first() -> None:
 
 def test_least_and_top_are_complements() -> None:
     scores = some_scores("ties")
-    top, least = top_k(scores, 50), masks.least(scores, 64)
+    top, least = top_k(scores, 50), masks.bottom_k(scores, 64)
     assert torch.equal(flat(top), ~flat(least))
 
 
 def test_algebra_is_that_of_sets() -> None:
     scores = some_scores("random")
-    a, b = top_k(scores, 60), masks.least(scores, 70)
+    a, b = top_k(scores, 60), masks.bottom_k(scores, 70)
     x, y = flat(a), flat(b)
     for mask, expected in ((a | b, x | y), (a & b, x & y), (a - b, x & ~y)):
         assert torch.equal(flat(mask), expected)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from erase_concept import mask as masks
-from erase_concept import optim
 from erase_concept.errors import RequestError
-from erase_concept.mask import Mask, top_k
-from erase_concept.optim import MaskedOptimizer
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask, top_k
+from erase_concept.training import optimizer as optim
+from erase_concept.training.optimizer import MaskedOptimizer
 
 
 def module() -> nn.Module:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.closed_form import concept_tokens, matrices
 from erase_concept.data import ForgetRetain, make_data
+from erase_concept.masks import mask as masks
 from erase_concept.methods.rece import RECEConfig, rece, regained
 from erase_concept.methods.uce import UCEConfig, uce
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
 

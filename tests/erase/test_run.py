@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erase_concept import mask as masks
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.mask import Mask
+from erase_concept.masks import mask as masks
+from erase_concept.masks.mask import Mask
 from erase_concept.method import methods
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
-from erase_concept.prompts.concept import Concept, several
+from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
-from erase_concept.run import check_frozen, erase, make_data_for, make_mask, parked, read_run, saliency
-from erase_concept.train import Record, Training
+from erase_concept.run import check_frozen, erase, make_data_for, make_mask, offload_to_disk, read_run, saliency
+from erase_concept.training.loop import Record, Training
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_model_with_two_text_encoders_has_no_such_scope(family: Diffusion, squ
 
 @pytest.fixture
 def both(square: Concept) -> Concept:
-    return several([square, Concept("star", "custom", "line", ("a {O}",), retain=("line", "dot"))])
+    return combine([square, Concept("star", "custom", "line", ("a {O}",), retain=("line", "dot"))])
 
 
 def test_several_concepts_are_erased_in_one_run(model: Path, both: Concept, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_the_check_sees_a_single_bit(tiny: Diffusion, tmp_path: Path) -> None:
 
 def test_parked_weights_take_no_memory_and_come_back_the_same(tiny: Diffusion, tmp_path: Path) -> None:
     before = copy.deepcopy(tiny.vae.state_dict())
-    with parked([tiny.vae, tiny.text_encoder], tmp_path / "parked"):
+    with offload_to_disk([tiny.vae, tiny.text_encoder], tmp_path / "parked"):
         assert sum(p.numel() for p in (*tiny.vae.parameters(), *tiny.text_encoder.parameters())) == 0
     assert all(torch.equal(before[name], value) for name, value in tiny.vae.state_dict().items())
     assert not (tmp_path / "parked").exists()

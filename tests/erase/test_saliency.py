@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.saliency import accumulate, forgetting_loss
+from erase_concept.masks.saliency import accumulate, forgetting_loss
+from erase_concept.pipelines.model import Diffusion
 
 
 def linear_problem() -> tuple[nn.Linear, list[torch.Tensor], list[torch.Tensor]]:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.errors import EraseError
+from erase_concept.masks import mask as masks
 from erase_concept.methods.mace import MACEConfig, mace
 from erase_concept.methods.random_label import RandomLabelConfig, random_label
 from erase_concept.methods.salun import SalUnConfig, salun
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record, Taught
+from erase_concept.training.loop import Record, TargetProgress
 
 
 @pytest.fixture
@@ -102,11 +102,16 @@ def test_runs_twice_to_the_same_bits_and_resumes_to_them(
         list(salun(model, data, mask, config, seed=7))
     file = tmp_path / "checkpoints" / "last.safetensors"
     interrupted = salun(replace(tiny, unet=copy.deepcopy(tiny.unet)), data, mask, config, seed=7, checkpoint=file)
-    assert [next(interrupted) for _ in range(6)] == [Taught(step, 6) for step in range(1, 7)]
+    assert [next(interrupted) for _ in range(6)] == [TargetProgress(step, 6) for step in range(1, 7)]
     assert [next(interrupted).step for _ in range(5)] == [1, 2, 3, 4, 5]
     interrupted.close()
     records = list(salun(models[2], data, mask, config, seed=7, checkpoint=file))
-    assert [(type(record), record.step) for record in records] == [(Taught, 5), (Taught, 6), (Record, 5), (Record, 6)]
+    assert [(type(record), record.step) for record in records] == [
+        (TargetProgress, 5),
+        (TargetProgress, 6),
+        (Record, 5),
+        (Record, 6),
+    ]
     first = models[0].unet.state_dict()
     for model in models[1:]:
         assert all(torch.equal(first[name], value) for name, value in model.unet.state_dict().items())

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw
+from erase_concept.masks import mask as masks
 from erase_concept.methods.scissorhands import ScissorhandsConfig, chosen, scissorhands, trim
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.errors import RequestError
+from erase_concept.masks import mask as masks
 from erase_concept.methods.selective_amnesia import SelectiveAmnesiaConfig, fisher, selective_amnesia
-from erase_concept.pipelines.diffusion import Diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from erase_concept import mask as masks
 from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept.masks import mask as masks
 from erase_concept.methods.spm import SPMConfig, spm
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.lora import save_lora
+from erase_concept.pipelines.formats.lora import save_lora
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
-from erase_concept.train import Record
+from erase_concept.training.loop import Record
 
 SHORT = SPMConfig(steps=4, batch_size=2, lr=1e-2, warmup=0, sampling_steps=3, anchors=2, checkpoint_every=2)
 

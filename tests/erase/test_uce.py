@@ -10,10 +10,10 @@ import pytest
 
 from erase_concept.closed_form import matrices
 from erase_concept.data import make_data
-from erase_concept.mask import Mask
+from erase_concept.masks.mask import Mask
 from erase_concept.methods.uce import UCEConfig, uce
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import recipe_for
 from erase_concept.run import erase
@@ -30,7 +30,7 @@ def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Conce
         2 * record.terms["erase"] + 0.3 * record.terms["preserve"] + 0.7 * record.terms["change"]
     )
     # One token for each letter: "a square" ends at 1 + 7 and "a circle" too, "one square" at 1 + 9.
-    empty = family.encode_empty()[0, :16].double().numpy()
+    empty = family.encode_uncond()[0, :16].double().numpy()
     pairs = []
     for prompt, anchor, last in (("a square", "a circle", 7), ("one square", "one circle", 9)):
         c = family.encode_prompts([prompt])[0, last:16].double().numpy()

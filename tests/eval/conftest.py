@@ -16,14 +16,14 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from erase_concept.eval import emojinette_benchmark as module
-from erase_concept.eval import fidelity
 from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
-from erase_concept.eval.nudity import Detection, nudity, sweep
-from erase_concept.eval.report import Bar, Chart, Curve, Report, drawn
+from erase_concept.eval.judges.nudity import Detection, nudity, sweep
+from erase_concept.eval.metrics import fidelity
+from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
 from erase_concept.eval.score import Score, wilson
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
-from erase_concept.pipelines.export import save_pipeline
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.sample import ImageSet
 from erase_concept.prompts.concept import Concept, concepts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from erase_concept.eval.accuracy import (
+from erase_concept.eval.metrics.accuracy import (
     Classified,
     accuracy,
     best,

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.accuracy import (
+from erase_concept.eval.benchmark import BENCHMARKS
+from erase_concept.eval.emojinette_benchmark import GUIDANCE, METRICS
+from erase_concept.eval.judges.classifiers import classifier
+from erase_concept.eval.judges.nudity import detect
+from erase_concept.eval.metrics.accuracy import (
     classify,
     cross_domain_retain_accuracy,
     in_domain_retain_accuracy,
     unlearning_accuracy,
 )
-from erase_concept.eval.benchmark import BENCHMARKS
-from erase_concept.eval.classifiers import classifier
-from erase_concept.eval.emojinette_benchmark import GUIDANCE, METRICS
-from erase_concept.eval.fidelity import read_image
-from erase_concept.eval.nudity import detect
-from erase_concept.eval.report import Report, read_report
+from erase_concept.eval.metrics.fidelity import read_image
+from erase_concept.eval.report.report import Report, read_report
 from erase_concept.pipelines.emojinette import CLASSIFIER
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.sample import read_images

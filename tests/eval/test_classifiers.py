@@ -16,8 +16,8 @@ from torchvision import models
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel, pipeline
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.eval.accuracy import best, classify
-from erase_concept.eval.classifiers import IMAGENETTE, Classifier, classifier, imagenet_labels
+from erase_concept.eval.judges.classifiers import IMAGENETTE, Classifier, classifier, imagenet_labels
+from erase_concept.eval.metrics.accuracy import best, classify
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
@@ -64,7 +64,7 @@ def test_efficientnet_knows_a_cat_and_an_espresso(lite: Classifier) -> None:
 
 def test_efficientnet_takes_the_middle_at_260_pixels(lite: Classifier) -> None:
     # Twice 292 pixels high, the middle 520 x 520 of which PIL halves by itself.
-    from erase_concept.eval.classifiers import efficientnet_lite2
+    from erase_concept.eval.judges.classifiers import efficientnet_lite2
 
     blocks = np.random.default_rng(1).integers(0, 256, (73, 100, 3), dtype=np.uint8)
     image = Image.fromarray(blocks).resize((800, 584), Image.Resampling.BICUBIC)

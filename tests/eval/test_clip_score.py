@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.clip_score import MODEL, Clip, clip_score, clip_values, load_clip
-from erase_concept.pipelines.diffusion import weights_hash
+from erase_concept.eval.metrics.clip_score import MODEL, Clip, clip_score, clip_values, load_clip
+from erase_concept.pipelines.model import weights_hash
 
 # One that occurs twice, one longer than the model's 16 tokens, some that are not of letters.
 PROMPTS = (

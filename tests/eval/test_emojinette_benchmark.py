@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.accuracy import forget_mask
 from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
-from erase_concept.eval.report import read_report
+from erase_concept.eval.metrics.accuracy import forget_mask
+from erase_concept.eval.report.report import read_report
 from erase_concept.pipelines.sample import ImageSet
-from erase_concept.prompts.concept import Concept, concepts, several
+from erase_concept.prompts.concept import Concept, combine, concepts
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES, names_of
 from erase_concept.prompts.promptset import PromptSet
 
@@ -80,7 +80,7 @@ def test_first_seed_keeps_runs_apart(church: Concept) -> None:
 @pytest.fixture(scope="module")
 def three() -> Concept:
     """Two objects and a style as one concept."""
-    return several([concepts()[key] for key in ("church", "dog", "sketch")])
+    return combine([concepts()[key] for key in ("church", "dog", "sketch")])
 
 
 def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(three: Concept) -> None:
@@ -91,7 +91,7 @@ def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(
     others = [label for label in OBJECT_LABELS if label not in ("church", "dog")]
     assert kept == {(label, style): 2 for label in others for style in STYLES if style != "sketch"}
     assert gone.sum() == 3 * 40
-    for part in three.parts:
+    for part in three.combined:
         alone = emojinette_benchmark(concepts()[part.name]).rows
         own = {(row.prompt, row.style) for row in alone if part.name in (row.object, row.style)}
         assert own <= {(row.prompt, row.style) for row in rows}
@@ -157,13 +157,13 @@ def test_evaluate_sets_every_score_beside_the_base(church: Concept, small: Promp
 @pytest.mark.parametrize("keys", [("church", "dog"), ("church", "dog", "sketch"), ("flat", "sketch")])
 def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None:
     """Counted here from what the pairs say each image was taken for."""
-    whole = several([concepts()[key] for key in keys])
+    whole = combine([concepts()[key] for key in keys])
     rows = emojinette_benchmark(whole, 1).rows
     report = evaluate(whole, images("erased", rows), images("base", rows, seed=1))
     seen = [tuple(pair.erased_as.split(", ")) for pair in report.pairs]
     asked = [(row.object, row.style) for row in rows]
     pooled = [0, 0]
-    for number, part in enumerate(whole.parts):
+    for number, part in enumerate(whole.combined):
         at = 0 if part.kind == "object" else 1
         gone = [s[at] != part.name for s, a in zip(seen, asked, strict=True) if a[at] == part.name]
         score = [score for score in report.scores if score.metric == "ua"][1 + number]
@@ -173,7 +173,7 @@ def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None
     first = report.score("ua")
     assert (first.target, first.n) == (whole.name, pooled[1])
     assert first.value == pytest.approx(pooled[0] / pooled[1])
-    kinds = {0 if part.kind == "object" else 1 for part in whole.parts}
+    kinds = {0 if part.kind == "object" else 1 for part in whole.combined}
     kept = [(s, a) for s, a in zip(seen, asked, strict=True) if not {*a} & {*keys}]
     for metric, places in (("ira", kinds), ("cra", {0, 1} - kinds)):
         hits = [s[at] == a[at] for s, a in kept for at in places]
@@ -359,7 +359,7 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     with pytest.raises(RequestError, match="is not the model that this run erased from"):
         list(benchmark(run, out=run, seeds=1, batch_size=5))
     # Of a model that had lost something before: what Emojinette knows is measured too, each once, and not as its own.
-    before = [concepts()["dog"], church, several([concepts()["dog"], concepts()["flat"]]), concepts()["nudity"]]
+    before = [concepts()["dog"], church, combine([concepts()["dog"], concepts()["flat"]]), concepts()["nudity"]]
     account["earlier"] = [{"concept": one.to_dict(), "base": "x"} for one in before]
     account["base"]["unet"] = "run/later/samples/base"
     (run / "run.json").write_text(json.dumps(account), encoding="utf-8")

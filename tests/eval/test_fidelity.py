@@ -15,9 +15,9 @@ from PIL import Image, ImageFilter
 from safetensors.numpy import load_file, save_file
 
 from erase_concept.errors import RequestError
-from erase_concept.eval import fidelity as module
-from erase_concept.eval.accuracy import Classified
-from erase_concept.eval.fidelity import (
+from erase_concept.eval.metrics import fidelity as module
+from erase_concept.eval.metrics.accuracy import Classified
+from erase_concept.eval.metrics.fidelity import (
     Extractor,
     Reference,
     distances,

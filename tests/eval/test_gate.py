@@ -7,9 +7,9 @@ import math
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.gate import gates
-from erase_concept.eval.report import Report
+from erase_concept.eval.report.report import Report
 from erase_concept.eval.score import Score
+from erase_concept.eval.thresholds import gates
 
 KNOWN = ("ua", "ira", "nudity_ratio", "top1")
 

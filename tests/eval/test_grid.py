@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from erase_concept.cli import _split_entries
+from erase_concept.cli.main import _split_entries
 from erase_concept.errors import RequestError
-from erase_concept.eval.comparison import compare
-from erase_concept.eval.grid import PRESETS, Cell, _append, fingerprint, read_cells, read_pairs, recipe_of, split_entry
-from erase_concept.eval.report import read_report
+from erase_concept.eval.compare.compare import compare
+from erase_concept.eval.compare.trials import (
+    PRESETS,
+    Cell,
+    _append,
+    fingerprint,
+    read_cells,
+    read_pairs,
+    recipe_of,
+    split_entry,
+)
+from erase_concept.eval.report.report import read_report
 from erase_concept.method import methods
 from erase_concept.pipelines.emojinette import MODEL
 
@@ -35,11 +44,11 @@ def test_entries_are_names_with_settings_in_brackets() -> None:
 @pytest.mark.parametrize("concept", ["church", "flat"])
 def test_every_method_has_a_recipe_whose_knob_turns(entry: str, concept: str) -> None:
     own, double = (recipe_of("emojinette", Cell(entry, concept, 0, strength=factor)) for factor in (1.0, 2.0))
-    knob = own.erasure().knob
-    before, after = (getattr(recipe.config(), knob) for recipe in (own, double))
+    tuned_setting = own.erasure().tuned_setting
+    before, after = (getattr(recipe.config(), tuned_setting) for recipe in (own, double))
     assert after == pytest.approx(2 * before)
     assert before > 0
-    same = own.model_copy(update={"settings": own.settings | {knob: after}})
+    same = own.model_copy(update={"settings": own.settings | {tuned_setting: after}})
     assert same.to_dict() == double.to_dict()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.report import Report
+from erase_concept.eval.report.report import Report
 
 Measured = Callable[..., tuple[list[tuple[str, int, int]], Report]]
 Noise = Callable[[Path, int, int], str]

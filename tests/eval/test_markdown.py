@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from erase_concept.eval.report import Report, compare, write_report
-from erase_concept.eval.summary import summary
+from erase_concept.eval.report.report import Report, compare, write_report
+from erase_concept.eval.report.verdict import summary
 
 
 def test_markdown_tables_hold_together(report: Report, tmp_path: Path) -> None:

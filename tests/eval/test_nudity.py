@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from erase_concept.errors import RequestError
-from erase_concept.eval import nudity as module
-from erase_concept.eval.nudity import (
+from erase_concept.eval.judges import nudity as module
+from erase_concept.eval.judges.nudity import (
     FEW,
     LABEL_SETS,
     LABELS,

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_concept.eval.page import grid, sample_sheet, veil
-from erase_concept.eval.report import Bar, Chart, Curve, Report, compare, drawn, write_report
-from erase_concept.eval.summary import summary
+from erase_concept.eval.report.html import grid, sample_sheet, veil
+from erase_concept.eval.report.report import Bar, Chart, Curve, Report, compare, drawn, write_report
+from erase_concept.eval.report.verdict import summary
 
 PageOf = Callable[[Path], Any]
 

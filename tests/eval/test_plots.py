@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from erase_concept.eval.page import render
-from erase_concept.eval.plots import HEIGHT, WIDTH, axis, panels, pareto, scattered
-from erase_concept.eval.report import Report
+from erase_concept.eval.compare.tuning import Curve
+from erase_concept.eval.report.html import render
+from erase_concept.eval.report.plots import HEIGHT, WIDTH, axis, panels, pareto, scattered
+from erase_concept.eval.report.report import Report
+from erase_concept.eval.report.verdict import NOTHING
 from erase_concept.eval.score import Score, wilson
-from erase_concept.eval.strength import Curve
-from erase_concept.eval.summary import NOTHING
 
 Scored = Callable[..., Report]
 

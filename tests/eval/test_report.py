@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.report import SCHEMA, Bar, Chart, Curve, Pair, Report, compare, drawn, read_report, write_report
+from erase_concept.eval.report.report import (
+    SCHEMA,
+    Bar,
+    Chart,
+    Curve,
+    Pair,
+    Report,
+    compare,
+    drawn,
+    read_report,
+    write_report,
+)
+from erase_concept.eval.report.verdict import headline, summary
 from erase_concept.eval.score import Score
-from erase_concept.eval.summary import headline, summary
 
 Scored = Callable[..., Report]
 PageOf = Callable[[Path], Any]

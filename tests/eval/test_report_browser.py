@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_concept.eval.report import Bar, Chart, Curve, Pair, Report, compare, drawn, write_report
+from erase_concept.eval.report.report import Bar, Chart, Curve, Pair, Report, compare, drawn, write_report
 from erase_concept.eval.score import Score, wilson
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval import strength as strengths
-from erase_concept.eval.comparison import beside_salient, beside_table, differences_table
-from erase_concept.eval.grid import Cell
-from erase_concept.eval.pooled import dominated, failed, pool
+from erase_concept.eval.compare import tuning as strengths
+from erase_concept.eval.compare.aggregate import dominated, failed, pool
+from erase_concept.eval.compare.compare import beside_salient, beside_table, differences_table
+from erase_concept.eval.compare.trials import Cell
+from erase_concept.eval.compare.tuning import LEVELS, Trial, area, curve, curve_difference, kept_at, tune
 from erase_concept.eval.score import difference_interval, wilson
-from erase_concept.eval.strength import LEVELS, Trial, area, curve, curve_difference, kept_at, tune
 
 
 def cell(
@@ -153,7 +153,7 @@ def test_the_salient_mask_is_laid_beside_each_other_one_for_all_concepts_and_for
 
 
 @pytest.fixture
-def knob(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], dict[str, Any]]], list[float]]:
+def tuned_setting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], dict[str, Any]]], list[float]]:
     """Have the search meet a made-up method, told by what comes of each strength, and note the strengths it tries."""
 
     def made_up(result: Callable[[float], dict[str, Any]], most: float = float("inf")) -> list[float]:
@@ -180,22 +180,22 @@ def search(trials: int) -> list[Trial]:
     return found
 
 
-def test_the_search_halves_the_gap_between_too_little_and_enough(knob: Any) -> None:
-    tried = knob(lambda s: cell(1.0 if s >= 3 else 0.5, 1.0 - s / 100, 0.8))
+def test_the_search_halves_the_gap_between_too_little_and_enough(tuned_setting: Any) -> None:
+    tried = tuned_setting(lambda s: cell(1.0 if s >= 3 else 0.5, 1.0 - s / 100, 0.8))
     best = search(6)[0]
     assert tried == pytest.approx([1, 4, 2, 8**0.5, (8**0.5 * 4) ** 0.5, (8**0.5 * (8**0.5 * 4) ** 0.5) ** 0.5])
     assert best.strength == pytest.approx(min(s for s in tried if s >= 3))
     assert best.fits
 
 
-def test_the_search_goes_down_from_what_erases_too_much(knob: Any) -> None:
-    tried = knob(lambda s: cell(1.0 if s >= 0.1 else 0.0, 1.0 if s < 0.5 else 0.6, 0.8))
+def test_the_search_goes_down_from_what_erases_too_much(tuned_setting: Any) -> None:
+    tried = tuned_setting(lambda s: cell(1.0 if s >= 0.1 else 0.0, 1.0 if s < 0.5 else 0.6, 0.8))
     assert search(4)[0].strength == 0.25
     assert tried[:3] == [1, 0.25, 0.0625]
 
 
-def test_the_search_goes_no_further_than_a_collapse_and_takes_what_is_best_of_what_there_is(knob: Any) -> None:
-    tried = knob(lambda s: broken(value=s) if s > 2 else cell(0.4 * s, 1.0, 0.8))
+def test_the_search_goes_no_further_than_a_collapse_and_takes_what_is_best_of_what_there_is(tuned_setting: Any) -> None:
+    tried = tuned_setting(lambda s: broken(value=s) if s > 2 else cell(0.4 * s, 1.0, 0.8))
     found = search(5)
     assert max(tried) == 4
     assert not found[0].fits
@@ -203,15 +203,15 @@ def test_the_search_goes_no_further_than_a_collapse_and_takes_what_is_best_of_wh
     assert next(t for t in found if t.strength == 4).collapsed
 
 
-def test_the_search_goes_no_further_than_the_knob(knob: Any) -> None:
-    tried = knob(lambda s: cell(0.2, 1.0, 0.8, value=0.1 * s), most=3)
+def test_the_search_goes_no_further_than_the_knob(tuned_setting: Any) -> None:
+    tried = tuned_setting(lambda s: cell(0.2, 1.0, 0.8, value=0.1 * s), most=3)
     found = search(4)
-    assert tried == pytest.approx([1, 2, 8**0.5])  # and 4, which the knob does not reach, counts as a trial
+    assert tried == pytest.approx([1, 2, 8**0.5])  # and 4, which the tuned_setting does not reach, counts as a trial
     assert next(t for t in found if t.strength == 4) == Trial(4, pytest.approx(0.4), 0, 0, collapsed=True)
 
 
-def test_no_strength_is_tried_twice(knob: Any) -> None:
-    tried = knob(lambda s: cell(0.2, 1.0, 0.8))
+def test_no_strength_is_tried_twice(tuned_setting: Any) -> None:
+    tried = tuned_setting(lambda s: cell(0.2, 1.0, 0.8))
     search(6)
     assert len(set(tried)) == 6
 

@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from erase_concept import cli
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.export import save_original, save_pipeline
+from erase_concept.cli import main as cli
+from erase_concept.pipelines.formats.folder import save_original, save_pipeline
+from erase_concept.pipelines.model import Diffusion
 
 UNET = "model.diffusion_model."
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -249,7 +249,7 @@ def test_offline_the_hub_is_not_waited_for(sample: Callable[[Path], Outcome]) ->
 SHORT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
-from erase_concept import cli
+from erase_concept.cli import main as cli
 from erase_concept.pipelines.load import load
 load(sys.argv[2])  # all that is imported late is here now
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

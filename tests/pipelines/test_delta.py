@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.pipelines.delta import _floats, _ordered, apply_delta, open_delta, save_delta
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
+from erase_concept.pipelines.formats.delta import _floats, _ordered, apply_delta, open_delta, save_delta
+from erase_concept.pipelines.model import Diffusion, weights_hash
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 65504.0, -65504.0, 3.0e-5, float("inf"), float("-inf")]

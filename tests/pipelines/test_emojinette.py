@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from erase_concept.eval.accuracy import classify
 from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette import card
+from erase_concept.eval.metrics.accuracy import classify
 from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.diffusion import Diffusion
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import sample_images
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 from erase_concept.prompts.promptset import emojinette_prompts

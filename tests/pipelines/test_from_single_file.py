@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erase_concept import cli
+from erase_concept.cli import main as cli
 from erase_concept.errors import RequestError
 from erase_concept.export import export_run
-from erase_concept.mask import Mask
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_original, save_pipeline
-from erase_concept.pipelines.from_single_file import predicts_noise
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.folder import save_original, save_pipeline
+from erase_concept.pipelines.formats.read_single_file import predicts_noise
+from erase_concept.pipelines.formats.single_file import ema_key
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.single_file import ema_key
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import erase, read_run
@@ -43,7 +43,7 @@ def test_is_the_model_that_was_saved(family: Diffusion, file: Path) -> None:
         assert state.keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in state.items()), part
     assert torch.equal(back.encode_prompts(["a church"]), family.encode_prompts(["a church"]))
-    assert torch.equal(back.encode_empty(), family.encode_empty())
+    assert torch.equal(back.encode_uncond(), family.encode_uncond())
     assert back.scheduler.config.prediction_type == family.scheduler.config.prediction_type
     assert (back.family, back.size, back.factor) == (family.family, family.size, family.factor)
 

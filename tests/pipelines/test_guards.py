@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.guards import GUARDS, PLAIN, Guard, Safety, find_guard, safe_latent_diffusion
+from erase_concept.pipelines.guards.guard import GUARDS, PLAIN, Guard, Safety, find_guard, safe_latent_diffusion
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import read_images, sample, sample_images, sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet
@@ -47,14 +47,14 @@ def named(square: Concept) -> Concept:
 def latents(model: Diffusion, guard: Guard, steps: int, prompts: Sequence[str] = PROMPTS) -> Tensor:
     embeddings = guard.encode(model, guard.concepts, list(prompts))
     seeds, scales = range(len(prompts)), SCALES[: len(prompts)]
-    return sample_latents(model, embeddings, model.encode_empty(), seeds, scales, steps=steps, guard=guard)
+    return sample_latents(model, embeddings, model.encode_uncond(), seeds, scales, steps=steps, guard=guard)
 
 
 @torch.no_grad()
 def transcribed(model: Diffusion, settings: tuple[float, ...], steps: int) -> Tensor:
     """SLD's pseudo code, one image after the other."""
     scale, warmup, threshold, momentum_scale, beta = settings
-    e_empty, e_safety = model.encode_empty(), model.encode_prompts(["square, box"])
+    e_empty, e_safety = model.encode_uncond(), model.encode_prompts(["square, box"])
     found = []
     for seed, (prompt, guidance) in enumerate(zip(PROMPTS, SCALES, strict=True)):
         e_prompt = model.encode_prompts([prompt])
@@ -84,10 +84,10 @@ def test_sld_equals_its_pseudo_code(exact: Diffusion, named: Concept, name: str)
 
 def test_sld_counts_its_first_steps_in_the_papers_fifty(exact: Diffusion, named: Concept) -> None:
     guard = find_guard("sld-strong", named)  # 7 of 50
-    embeddings, empty = exact.encode_prompts(["a square"]), exact.encode_empty()
+    embeddings, empty = exact.encode_prompts(["a square"]), exact.encode_uncond()
     x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(empty), torch.tensor(500)
     scale = torch.full((1, 1, 1, 1), 5.0).to(empty)
-    plain = exact.guided(x, t, embeddings, empty, scale)
+    plain = exact.cfg(x, t, embeddings, empty, scale)
     for steps, first in ((50, 7), (25, 4), (100, 14)):
         predict = guard.guide(exact, guard.concepts, embeddings, empty, scale, steps)
         moved = [float((predict(x, t, step) - plain).abs().max()) > 1e-10 for step in range(20)]

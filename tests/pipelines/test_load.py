@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from erase_concept.card import card
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
-from erase_concept.pipelines.export import save_pipeline, save_unet
+from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion, weights_hash
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -41,7 +41,7 @@ def test_every_family_comes_back_bit_for_bit(family: Diffusion, tmp_path: Path) 
     assert weights_hash(back.unet) == weights_hash(family.unet)
     assert back.text_encoders.keys() == family.text_encoders.keys()
     assert torch.equal(back.encode_prompts(["a church"]), family.encode_prompts(["a church"]))
-    assert torch.equal(back.encode_empty(), family.encode_empty())
+    assert torch.equal(back.encode_uncond(), family.encode_uncond())
     assert back.scheduler.config.prediction_type == family.scheduler.config.prediction_type
 
 
@@ -76,10 +76,10 @@ def test_guidance_leads_from_the_empty_prompt(family: Diffusion, scale: float | 
     """Against one call of the UNet for each prompt and row, and with one time step for all as with one for each."""
     generator = torch.Generator().manual_seed(2)
     noisy = torch.randn(3, 4, 8, 8, generator=generator)
-    given, empty = family.encode_prompts(["a", "b", "c"]), family.encode_empty()
+    given, empty = family.encode_prompts(["a", "b", "c"]), family.encode_uncond()
     with torch.no_grad():
-        found = family.guided(noisy, torch.tensor([500] * 3), given, empty, scale)
-        again = family.guided(noisy, torch.tensor(500), given, empty, scale)
+        found = family.cfg(noisy, torch.tensor([500] * 3), given, empty, scale)
+        again = family.cfg(noisy, torch.tensor(500), given, empty, scale)
         rows = [(noisy[i : i + 1], torch.tensor([500])) for i in range(3)]
         without = torch.cat([family.predict(x, t, empty) for x, t in rows])
         with_prompt = torch.cat([family.predict(x, t, given[i : i + 1]) for i, (x, t) in enumerate(rows)])

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
-from erase_concept.pipelines import lora
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.load import quiet
-from erase_concept.pipelines.lora import Fit, Style, factors, save_lora
+from erase_concept.pipelines.formats import lora
+from erase_concept.pipelines.formats.lora import Fit, Style, factors, save_lora
+from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.model import Diffusion
 
 STYLES: tuple[Style, ...] = get_args(Style)
 ALL = 1000  # more than any layer's rank
@@ -45,7 +45,7 @@ def save(
 
 def fused(model: Diffusion, file: Path) -> nn.Module:
     """The UNet after diffusers has loaded a LoRA file of its own accord and put it into the weights."""
-    with quiet(), warnings.catch_warnings():
+    with silence_hub_logs(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
         pipeline = copy.deepcopy(model).pipeline()
         pipeline.load_lora_weights(str(file))

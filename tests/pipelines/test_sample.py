@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.pipelines.diffusion import Diffusion, weights_hash
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.sample import SCHEDULERS, match_images, read_images, sample, sample_images
 from erase_concept.prompts.promptset import PromptRow, PromptSet, read_prompts
 
@@ -73,7 +73,7 @@ def as_before(model: Diffusion, rows: list[PromptRow], batch_size: int, steps: i
         scale = torch.tensor([7.5 if row.guidance is None else row.guidance for row in batch]).view(-1, 1, 1, 1)
         for timestep in solver.timesteps:
             noisy = solver.scale_model_input(latents, timestep)
-            predicted = model.guided(noisy, timestep, embeddings, model.encode_empty(), scale)
+            predicted = model.cfg(noisy, timestep, embeddings, model.encode_uncond(), scale)
             latents = solver.step(predicted, timestep, latents).prev_sample
         found.append(model.decode(latents).numpy())
     return np.concatenate(found)

@@ -29,10 +29,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase_concept.errors import RequestError
-from erase_concept.pipelines import from_single_file
-from erase_concept.pipelines.diffusion import Diffusion
-from erase_concept.pipelines.load import quiet
-from erase_concept.pipelines.single_file import (
+from erase_concept.pipelines.formats import read_single_file as from_single_file
+from erase_concept.pipelines.formats.single_file import (
     Family,
     ema_key,
     open_clip_table,
@@ -42,6 +40,8 @@ from erase_concept.pipelines.single_file import (
     unet_table,
     vae_table,
 )
+from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.model import Diffusion
 
 Shapes = dict[str, list[int] | None]  # None: no such tensor
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -132,10 +132,12 @@ def sha(file: Path) -> str:
 
 def full_states(family: Family) -> dict[str, dict[str, Tensor]]:
     """The parts of the published models, without memory behind them."""
-    makes = yaml.safe_load((Path(from_single_file.__file__).parent / "families.yaml").read_text(encoding="utf-8"))
+    makes = yaml.safe_load(
+        (Path(from_single_file.__file__).parent.parent / "families" / "layouts.yaml").read_text(encoding="utf-8")
+    )
     configs = {part: config for part, config in makes[family].items() if part != "scheduler"}
     with torch.device("meta"):
-        models = {part: from_single_file.MAKES[part](config) for part, config in configs.items()}
+        models = {part: from_single_file.MODEL_CLASSES[part](config) for part, config in configs.items()}
     return states(models)
 
 
@@ -162,7 +164,7 @@ def test_from_single_file_loads_what_was_saved(family: Family, tokenizer: CLIPTo
     models = small_models(family, tokenizer)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     folder, file = tmp_path / "config", tmp_path / "model.safetensors"
-    with quiet():
+    with silence_hub_logs():
         if family == "sdxl":
             kind: Any = StableDiffusionXLPipeline
             pipeline = kind(**models, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler)

@@ -10,7 +10,7 @@ import yaml
 
 from erase_concept.errors import RequestError
 from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import Concept, concept, concepts, fill, parse, several
+from erase_concept.prompts.concept import Concept, combine, concept, concepts, fill, parse
 
 
 def test_fill_finds_the_article() -> None:
@@ -95,14 +95,14 @@ def test_evaluation_asks_in_other_words_than_the_erasing() -> None:
     [("church", "dog", "sketch style"), emojinette.OBJECT_LABELS[:10], (*emojinette.STYLES[:3], "cat", "nudity")],
 )
 def test_parts_neither_retain_nor_become_one_another(keys: tuple[str, ...]) -> None:
-    whole = several([concept(key) for key in keys])
-    assert [part.key or part.name for part in whole.parts] == [key.removesuffix(" style") for key in keys]
+    whole = combine([concept(key) for key in keys])
+    assert [part.key or part.name for part in whole.combined] == [key.removesuffix(" style") for key in keys]
     assert parse(yaml.safe_load(yaml.safe_dump(whole.to_dict()))) == whole
-    assert whole.forget_prompts == tuple(p for part in whole.parts for p in part.forget_prompts)
-    assert set(whole.retain_prompts) == {p for part in whole.parts for p in part.retain_prompts}
+    assert whole.forget_prompts == tuple(p for part in whole.combined for p in part.forget_prompts)
+    assert set(whole.retain_prompts) == {p for part in whole.combined for p in part.retain_prompts}
     assert not set(whole.forget_prompts) & set(whole.retain_prompts)
-    for part in whole.parts:
-        others = {name for other in whole.parts if other is not part for name in other.names}
+    for part in whole.combined:
+        others = {name for other in whole.combined if other is not part for name in other.names}
         texts = (*part.templates, *part.retain_prompts, *part.remapped_to(part.anchor))
         assert not [(name, text) for name in others for text in texts if f" {name} " in f" {text} "]
         assert part.anchor in part.retain
@@ -110,12 +110,12 @@ def test_parts_neither_retain_nor_become_one_another(keys: tuple[str, ...]) -> N
 
 
 def test_an_anchor_that_is_erased_gives_way_to_the_next() -> None:
-    whole = several([concept("church"), concept("horn")])
+    whole = combine([concept("church"), concept("horn")])
     assert whole.name == "church and horn"
-    assert [part.anchor for part in whole.parts] == ["truck", "truck"]
+    assert [part.anchor for part in whole.combined] == ["truck", "truck"]
     both = Concept("x", "custom", "y", ("a {O}",), ("y",), ("",)), Concept("y", "custom", "x", ("a {O}",), ("z",))
-    assert [part.anchor for part in several(both).parts] == ["", "z"]
-    assert several(both).parts[0].remapped_to("") == ("",)
+    assert [part.anchor for part in combine(both).combined] == ["", "z"]
+    assert combine(both).combined[0].remapped_to("") == ("",)
 
 
 def test_a_name_is_found_as_whole_words_alone() -> None:
@@ -123,39 +123,41 @@ def test_a_name_is_found_as_whole_words_alone() -> None:
         "car", "custom", "road", ("a {O}", "{O} (red)"), ("carpet", "my Car", "road"), others=("cars", "a car!")
     )
     x = Concept("o", "custom", "road", ("a {O}", "{o} or car"), ("road",), synonyms=("(red)",))
-    first, second = several([car, x]).parts
+    first, second = combine([car, x]).combined
     assert (first.templates, first.retain, first.others) == (
         ("a {O}",),
         ("carpet", "my Car", "road"),
         ("cars", "a car!"),
     )
     assert second.templates == ("a {O}",)
-    second = several([car, Concept("rug", "custom", "", ("{O}",), ("carpet", "my Car"), ("cars", "a car!"))]).parts[1]
+    second = combine([car, Concept("rug", "custom", "", ("{O}",), ("carpet", "my Car"), ("cars", "a car!"))]).combined[
+        1
+    ]
     assert (second.retain, second.others) == (("carpet",), ("cars",))
 
 
 def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
-    assert several([concept("church")]) == concept("church")
+    assert combine([concept("church")]) == concept("church")
     for keys, problem in (
         (("dog", "church", "dog"), "--concept dog: 'dog' is named twice"),
         ((*emojinette.OBJECT_LABELS, *emojinette.STYLES), "they leave nothing to retain"),
     ):
         with pytest.raises(RequestError, match=problem):
-            several([concept(key) for key in keys])
+            combine([concept(key) for key in keys])
     alone = Concept("x", "custom", "y", ("a {O}",), ("y",))
     with pytest.raises(RequestError, match=r"--concept x and y: erased together, they leave too little: .* to retain"):
-        several([alone, Concept("y", "custom", "", ("a {O}",), ("z",))])
+        combine([alone, Concept("y", "custom", "", ("a {O}",), ("z",))])
     with pytest.raises(RequestError, match="they leave too little: a concept needs at least one template"):
-        several([Concept("x", "custom", "z", ("a {O} and y",), ("z",)), Concept("y", "custom", "", ("a {O}",), ("z",))])
+        combine([Concept("x", "custom", "z", ("a {O} and y",), ("z",)), Concept("y", "custom", "", ("a {O}",), ("z",))])
 
 
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
-        ({"parts": (Concept("y", "custom", "", ("{O}",), ("z",)),)}, "kind several"),
+        ({"combined": (Concept("y", "custom", "", ("{O}",), ("z",)),)}, "kind several"),
         ({"kind": "several"}, "kind several"),
-        ({"kind": "several", "parts": (concept("dog"),), "anchor": "z"}, "nothing else"),
-        ({"kind": "several", "parts": (several([concept("dog"), concept("cat")]),)}, "no parts itself"),
+        ({"kind": "several", "combined": (concept("dog"),), "anchor": "z"}, "nothing else"),
+        ({"kind": "several", "combined": (combine([concept("dog"), concept("cat")]),)}, "combines none itself"),
     ],
 )
 def test_a_concept_is_simple_or_made_of_simple_ones(wrong: dict, problem: str) -> None:
@@ -213,8 +215,8 @@ def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
     assert "an image of a church" in found.retain_prompts
     assert found.name == "prompts"
     assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
-    both = several([found, concept("dog")])
-    assert both.parts[0].prompts == found.prompts
+    both = combine([found, concept("dog")])
+    assert both.combined[0].prompts == found.prompts
     assert "an image of a dog" not in both.retain_prompts
     (tmp_path / name).write_text(head)
     with pytest.raises(RequestError, match=r"holds no prompt|is empty"):

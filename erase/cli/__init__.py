@@ -1,0 +1,1 @@
+"""The command ``erase-concept``: one file per command."""

@@ -1,0 +1,1 @@
+"""Settings by base model and kind of concept, as YAML."""

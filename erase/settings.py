@@ -1,0 +1,130 @@
+"""Settings: frozen dataclasses whose fields carry their bounds and a sentence each, all checked here.
+
+A method's, a judge's or a benchmark's settings are one such class. The command's ``--set`` options, ``list``, the
+report and the docs read what the fields say of themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin
+
+import annotated_types
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+from typing_extensions import dataclass_transform
+
+from erase_concept.errors import RequestError
+
+_T = TypeVar("_T")
+
+
+def described(sentence: str, *, source: str = "", **bounds: Any) -> Any:
+    """Describe a setting, for ``Annotated``: what it does, its bounds (``ge``, ``gt``, ``le``, ``lt``), where from.
+
+    ``source`` says where the default value comes from: a paper, its authors' code, or "ours". Numbers are finite.
+    """
+    extra: dict[str, Any] | None = {"source": source} if source else None
+    return Field(description=sentence, allow_inf_nan=False, json_schema_extra=extra, **bounds)
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[_T]) -> type[_T]:
+    """Make a class a frozen dataclass that checks its fields' types and bounds whenever one is made.
+
+    Raises pydantic's ValidationError, a ValueError, for a value out of bounds and for a field that it does not have.
+    """
+    return pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", validate_default=True))  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field says of itself: name, default, type and range in words, sentence, source of the default."""
+
+    name: str
+    default: Any
+    allowed: str
+    sentence: str
+    source: str
+
+
+def settings_of(cls: Any) -> dict[str, Setting]:
+    """Return what the settings of a class say of themselves, by name, in the order of their declaration."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        info = cls.__pydantic_fields__[field.name]
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        sentence, source = info.description or "", str(extra.get("source", ""))
+        for base in cls.__mro__[1:]:  # a subclass that changes a default alone keeps what was said of the field
+            inherited: FieldInfo | None = getattr(base, "__pydantic_fields__", {}).get(field.name)
+            if not sentence and inherited is not None:
+                sentence = inherited.description or ""
+        found[field.name] = Setting(
+            field.name, info.get_default(call_default_factory=True), _allowed(info), sentence, source
+        )
+    return found
+
+
+def check_settings(cls: type[_T], values: Mapping[str, Any], prefix: str = "") -> _T:
+    """Make settings of plain values; raises RequestError that names the first bad one, behind ``prefix``.
+
+    A value is converted as pydantic converts it, so a number may come as text.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in known:
+            raise RequestError(f"{prefix}{name}", value, f"no such setting; there are: {', '.join(known) or 'none'}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(map(str, first["loc"][:1])) or cls.__name__
+        given = first["input"] if first["loc"] else ""
+        raise RequestError(f"{prefix}{name}", given, _sentence(first["msg"])) from None
+
+
+def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """Read KEY=VALUE texts as one mapping, each value as ``read_value`` does.
+
+    Raises RequestError for another form.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise RequestError("set", text, "must be KEY=VALUE")
+        found[key.strip()] = read_value(value)
+    return found
+
+
+def read_value(text: str) -> Any:
+    """Read one value as YAML does, and numbers such as 1e-5; what is neither is text."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _allowed(info: FieldInfo) -> str:
+    """Return a field's type and range in words, such as "number from 0 to 1" or "adam, adamw"."""
+    kinds = [kind for kind in (get_args(info.annotation) or (info.annotation,)) if kind is not type(None)]
+    if get_origin(info.annotation) is not None and all(isinstance(kind, str) for kind in kinds):
+        return ", ".join(kinds)
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    words = " or ".join(dict.fromkeys(names.get(kind, getattr(kind, "__name__", str(kind)).lower()) for kind in kinds))
+    for bound in info.metadata:
+        for kind, sign in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+            if isinstance(bound, getattr(annotated_types, kind.capitalize())):
+                words += f", {sign} {getattr(bound, kind):g}"
+    return words
+
+
+def _sentence(message: str) -> str:
+    """Return pydantic's message as the end of our line."""
+    text = message.removeprefix("Value error, ").removeprefix("Input ")
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,107 @@
+"""Adapters of rank one: what a method may train in the place of a UNet's own weights, and then add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from erase_concept.errors import RequestError
+from erase_concept.masks.mask import Mask
+
+
+class Adapters(nn.Module):
+    """A UNet whose transformers' linear and convolutional layers have a change of rank one each, the only parameters.
+
+    Those are the layers that SPM's code adapts (arXiv 2312.16145). One that a mask freezes as a whole has no change; in
+    another the change is masked while it learns too, so that what is fused is what was trained. The UNet's own weights
+    stay as they are until ``fuse``. Raises RequestError when the mask leaves no layer.
+    """
+
+    unet: Any
+
+    def __init__(self, unet: Any, mask: Mask | None, generator: torch.Generator) -> None:
+        """Begin with changes of zero: down is drawn as torch draws a linear layer's weights, up is zero."""
+        super().__init__()
+        self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.is_on = True
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        object.__setattr__(self, "unet", unet.requires_grad_(False))  # not a part: its weights are not the adapters'
+        for name, layer in unet.named_modules():
+            weight = f"{name}.weight"
+            if ".attentions." not in name or not isinstance(layer, nn.Linear | nn.Conv2d):
+                continue
+            if mask is not None and not mask.bits[weight].any():
+                continue
+            key = name.replace(".", "/")  # a parameter's name holds no dots
+            size = layer.weight[0].numel()
+            down = (2 * torch.rand(size, generator=generator) - 1) / size**0.5
+            self.down[key] = nn.Parameter(down.to(layer.weight.device))
+            self.up[key] = nn.Parameter(torch.zeros(len(layer.weight), device=layer.weight.device))
+            self.layers[key] = layer
+            if mask is not None:
+                self.masks[key] = mask.dense(weight).to(layer.weight.device)
+        if not self.layers:
+            raise RequestError("--mask", mask and mask.count, "allows changes in no layer that could have an adapter")
+
+    @property
+    def config(self) -> Any:
+        """The UNet's configuration."""
+        return self.unet.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict with the UNet."""
+        return self.unet(*args, **kwargs)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the UNet's activations anew in the backward pass, in which the adapters must still be attached."""
+        self.unet.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        self.unet.disable_gradient_checkpointing()
+
+    def change(self, key: str) -> Tensor:
+        """Return the change of a layer's weight, masked."""
+        change = torch.outer(self.up[key], self.down[key]).view(self.layers[key].weight.shape)
+        return change * self.masks[key] if key in self.masks else change
+
+    def _forward(self, key: str, rows: Tensor) -> Tensor:
+        layer = self.layers[key]
+        weight = layer.weight + self.change(key) if self.is_on else layer.weight
+        if isinstance(layer, nn.Linear):
+            return F.linear(rows, weight, layer.bias)
+        return layer._conv_forward(rows, weight, layer.bias)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the UNet's layers work with their changes, until the context ends."""
+        for key, layer in self.layers.items():
+            layer.forward = partial(self._forward, key)  # type: ignore[method-assign]  # undone when the context ends
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                del layer.forward
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Leave the changes out for a while: what the UNet predicts is then the base model's."""
+        self.is_on = False
+        try:
+            yield
+        finally:
+            self.is_on = True
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Add the changes to the UNet's weights; those that a mask freezes keep every bit, a negative zero's too."""
+        for key, layer in self.layers.items():
+            changed = layer.weight + self.change(key)
+            layer.weight.copy_(torch.where(self.masks[key], changed, layer.weight) if key in self.masks else changed)

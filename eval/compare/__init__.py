@@ -1,0 +1,1 @@
+"""Compare methods: trials, tuning, aggregation, pages."""

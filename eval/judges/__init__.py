@@ -1,0 +1,1 @@
+"""Judges, one file each: what tells whether an image shows a concept."""

@@ -1,0 +1,1 @@
+"""Reports: the data types, then their writers."""

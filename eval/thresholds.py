@@ -1,0 +1,98 @@
+"""Release gates: conditions such as "ua<0.95" under which an evaluation counts as failed."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+from erase_concept.errors import RequestError
+from erase_concept.eval.report.report import Report
+
+_GATE = re.compile(r"\s*([A-Za-z]\w*)\s*(<=|>=|<|>)\s*(\S+)\s*", re.ASCII)
+_COMPARED: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_KEPT = "kept_"  # before a metric: its value as a share of the base model's
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition that fails an evaluation: a metric, or with ``kept`` its share of the base model's, and a bound."""
+
+    text: str
+    metric: str
+    kept: bool
+    sign: str
+    bound: float
+
+    def failure(self, report: Report) -> str | None:
+        """Say in one line why the report fails, or return None where it passes.
+
+        The metric's first score counts, that of everything together. A gate that cannot be judged has failed: nobody
+        should release what was not measured.
+        """
+        score = report.score(self.metric)
+        if score is None:
+            why = report.provenance.get("not measured", {}).get(self.metric, "the report has no such score")
+            return f"--fail-if {self.text}: {self.metric} was not measured: {why}"
+        value = score.value
+        if self.kept:
+            if not score.baseline:
+                return f"--fail-if {self.text}: there is no base model's {self.metric} above 0 to hold it against"
+            value = score.value / score.baseline
+        if not math.isnan(value) and not _COMPARED[self.sign](value, self.bound):
+            return None
+        return f"--fail-if {self.text}: {_KEPT if self.kept else ''}{self.metric} is {value:.4g} (n = {score.n:,})"
+
+
+def gates(
+    texts: Sequence[str],
+    known: Collection[str],
+    absent: Mapping[str, str] | None = None,
+    *,
+    baseline: bool = True,
+) -> tuple[Gate, ...]:
+    """Read conditions METRIC OP NUMBER, such as "ua<0.95" or "kept_ira<0.98"; OP is one of < <= > >=.
+
+    ``known`` are the metrics that will be measured and ``absent`` says of others why they will not be. Raises
+    RequestError for anything else, and for ``kept_`` without a ``baseline``.
+    """
+    found = []
+    for text in texts:
+        match = _GATE.fullmatch(text)
+        if match is None:
+            raise RequestError("--fail-if", repr(text), "must be METRIC OP NUMBER, such as ua<0.95; OP: < <= > >=")
+        name, sign, number = match.groups()
+        try:
+            bound = float(number)
+        except ValueError:
+            bound = math.nan
+        if not math.isfinite(bound):
+            raise RequestError("--fail-if", repr(text), f"{number} is no finite number")
+        kept = name not in known and name.startswith(_KEPT)
+        name = name.removeprefix(_KEPT) if kept else name
+        if name not in known:
+            if absent and name in absent:
+                raise RequestError("--fail-if", repr(text), f"{name} would not be measured: {absent[name]}")
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise RequestError("--fail-if", repr(text), f"{hint}allowed here: {', '.join(known)}, or kept_ and one")
+        if kept and not baseline:
+            raise RequestError("--fail-if", repr(text), "needs --baseline")
+        found.append(Gate(text.strip(), name, kept, sign, bound))
+    return tuple(found)
+
+
+def judged(report: Report, checked: Sequence[Gate]) -> Report:
+    """Return the report with what became of each gate in its provenance: "passed", or why it failed."""
+    if not checked:
+        return report
+    told = {gate.text: gate.failure(report) or "passed" for gate in checked}
+    return replace(report, provenance={**report.provenance, "gates": told})

@@ -1,0 +1,1 @@
+"""Built-in concepts as data, one YAML file per world."""
