@@ -4,16 +4,16 @@ from __future__ import annotations
 
 
 class RequestError(ValueError):
-    """The request itself is wrong. Says which argument, which value, and what is allowed, in one line."""
+    """The request itself is wrong. Says which setting, which value, and what is allowed, in one line."""
 
-    def __init__(self, argument: str, value: object, allowed: str) -> None:
+    def __init__(self, setting: str, value: object, allowed: str) -> None:
         """Keep the three parts, which are also all that goes from one process to another."""
-        self.argument, self.value, self.allowed = argument, value, allowed
-        super().__init__(argument, value, allowed)
+        self.setting, self.value, self.allowed = setting, value, allowed
+        super().__init__(setting, value, allowed)
 
     def __str__(self) -> str:
         """Join the three parts to one line."""
-        return " ".join(f"{self.argument} {self.value}: {self.allowed}".split())
+        return " ".join(f"{self.setting} {self.value}: {self.allowed}".split())
 
 
 class EraseError(RuntimeError):

@@ -110,8 +110,8 @@ def train(
 
     ``precompute`` is called for every step before any weight moves, so a loss can be drawn to what the base model
     predicts without a second model in memory. ``start`` is called once behind that, before the first step, and may
-    change the weights that the mask allows. Raises EraseError when the loss is not finite: the weights are then those of
-    the last good step, and the checkpoint is kept.
+    change the weights that the mask allows. Raises EraseError when the loss is not finite: the weights are then those
+    of the last good step, and the checkpoint is kept.
     """
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
