@@ -161,7 +161,7 @@ def test_a_file_of_labels_says_what_the_outputs_mean(tmp_path: Path) -> None:
     name = f"torchvision:squeezenet1_1={tmp_path / 'ten.safetensors'}"
     with pytest.raises(RequestError, match="the weights are not this model's: size mismatch for classifier") as refused:
         classifier(name)
-    assert (refused.value.argument, refused.value.value) == ("--classifier", name)
+    assert (refused.value.setting, refused.value.value) == ("--classifier", name)
     _labels(tmp_path / "ten.safetensors", [*IMAGENETTE])
     net = classifier(name)
     assert net.labels == tuple(IMAGENETTE)
@@ -365,7 +365,7 @@ def test_networks_that_do_not_classify(what: str, labels: str, words: str, tmp_p
 def test_unknown_names_list_the_known(name: str) -> None:
     with pytest.raises(RequestError, match=r"no such classifier; allowed: emojinette, .*, torchscript:FILE") as refused:
         classifier(name, argument="--classify-with")
-    assert refused.value.argument == "--classify-with"
+    assert refused.value.setting == "--classify-with"
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_absent_packages_are_named(name: str, package: str, extra: str, monkeypa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RequestError, match=rf'needs .*: pip install "erase-concept\[{extra}\]"') as refused:
         classifier(name, argument="--with")
-    assert (refused.value.argument, refused.value.value) == ("--with", name)
+    assert (refused.value.setting, refused.value.value) == ("--with", name)
 
 
 def test_near_names_are_offered(lite: Classifier) -> None:

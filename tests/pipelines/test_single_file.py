@@ -488,7 +488,7 @@ def test_refuses_a_source_with_another_unet_and_says_where(published: Path, tmp_
     ):
         with pytest.raises(RequestError, match=message) as refused:
             replace_unet(published, other, file, {})
-        assert refused.value.argument == "MODEL"
+        assert refused.value.setting == "MODEL"
     counted = load_file(published) | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)}
     save_file(counted, tmp_path / "int.safetensors")
     with pytest.raises(RequestError, match=r"out\.2\.bias is torch\.int8, no kind of float"):
