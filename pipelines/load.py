@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.read_single_file import (
     MODEL_CLASSES,
     SUFFIXES,
@@ -40,7 +40,6 @@ _PARTS_OF_XL = {"tokenizer_2": TOKENIZER_FILES, "text_encoder_2": ("config.json"
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
-BUILTIN: dict[str, Path] = {"emojinette": emojinette.MODEL}
 
 
 def load(
@@ -89,7 +88,8 @@ def configs(model: str | Path) -> dict[str, Any]:
 
 
 def _path(model: str | Path) -> Path:
-    path = BUILTIN.get(str(model), Path(model))
+    builtin = builtin_models().get(str(model))
+    path = builtin.folder if builtin else Path(model)
     return path / "pipeline" if (path / "run.json").is_file() else path
 
 
@@ -99,7 +99,7 @@ def _folder(path: Path, name: str) -> Path:
         return path
     if name.count("/") != 1 or name.startswith(("/", ".")) or path.parent.is_dir():
         allowed = f"a diffusers folder, a {' or '.join(SUFFIXES)} file, a run folder, a hub id (owner/name), or "
-        allowed += ", ".join(BUILTIN)
+        allowed += ", ".join(builtin_models())
         raise RequestError("MODEL", name, f"no such model; allowed: {allowed}")
     return _download(name)
 

@@ -569,10 +569,9 @@ def list_(
 
 
 def _list_models() -> dict[str, str]:
-    from erase_concept.pipelines import emojinette
-    from erase_concept.pipelines.load import BUILTIN
+    from erase_concept.pipelines.builtin import builtin_models
 
-    return {name: (emojinette.__doc__ or "").removeprefix("The built-in model: ") for name in BUILTIN}
+    return {name: model.about for name, model in builtin_models().items()}
 
 
 def _list_concepts() -> dict[str, str]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from erase_concept.pipelines.processes import main_process
+from erase_concept.pipelines.progress import bar, progress
+
+__all__ = ["bar", "print_json", "print_plan", "print_report", "print_table", "progress"]
 
 if TYPE_CHECKING:
     from erase_concept.recipe import Recipe
@@ -65,18 +65,3 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON, and what JSON does not know as text."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def bar() -> Progress:
-    """Return a progress bar for stderr, which is gone when its work is done; only the main process shows one."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not main_process())
-
-
-def progress(items: Iterable[Any], text: str, total: int) -> Iterator[Any]:
-    """Give the items on, with a progress bar that counts them."""
-    with bar() as shown:
-        task = shown.add_task(text, total=total)
-        for item in items:
-            shown.advance(task)
-            yield item

@@ -297,7 +297,7 @@ def _together(work: Sequence[Callable[[], None]]) -> None:
 
 def _compiled(one: _Salient, moments: tuple[Tensor, Tensor], numbers: Numbers, seed: int) -> list[Callable[[], None]]:
     """Return the compiled update of each piece."""
-    from erase_concept import compiled
+    from erase_concept.training import compiled
 
     narrow = moments[0].dtype == torch.bfloat16
     function: Any = compiled.update_narrow if narrow else compiled.update

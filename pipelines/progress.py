@@ -1,0 +1,28 @@
+"""Progress bars on stderr, which vanish when their work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from erase_concept.pipelines.processes import main_process
+
+_T = TypeVar("_T")
+
+
+def bar() -> Progress:
+    """Return a progress bar; of several processes only the main one shows it."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not main_process())
+
+
+def progress(items: Iterable[_T], text: str, total: int | None = None) -> Iterator[_T]:
+    """Yield the items while a bar under this text counts them; ``None`` means that their number is not known."""
+    with bar() as shown:
+        task = shown.add_task(text, total=total)
+        for item in items:
+            shown.advance(task)
+            yield item
