@@ -26,14 +26,15 @@ _NAMES = {
     "load": "pipelines.load",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
-    "write_report": "eval.report.report",
+    "write_report": "eval.report.write",
 }
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of a table that __getattr__ reads too
 
 if TYPE_CHECKING:
     from erase_concept.errors import EraseError, RequestError
     from erase_concept.eval.benchmark import benchmark
-    from erase_concept.eval.report.report import Report, write_report
+    from erase_concept.eval.report.report import Report
+    from erase_concept.eval.report.write import write_report
     from erase_concept.masks.mask import Mask
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import Diffusion

@@ -20,7 +20,8 @@ from erase_concept.eval import emojinette_benchmark
 from erase_concept.eval.images import Asked, Gathered, Plan, gather, is_images, sampling
 from erase_concept.eval.judges import nudity
 from erase_concept.eval.measuring import GROUPS, Case, Found, Ready, Settings, Wanted, option
-from erase_concept.eval.report.report import Pair, Report, write_report
+from erase_concept.eval.report.report import Pair, Report
+from erase_concept.eval.report.write import write_report
 from erase_concept.eval.thresholds import gates, judged
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept, parse

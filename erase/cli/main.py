@@ -106,7 +106,7 @@ def demo(
     _erase(recipe, out)
     report = _evaluate(str(out), None, None, out)
     if report is not None:
-        print_report(report.to_dict(), out, json_)
+        print_report(report, out, json_)
 
 
 @app.command()
@@ -379,7 +379,7 @@ def evaluate(
     if report is None:
         return
     shown = report if json_ else replace(report, scores=tuple(main_scores(report)))
-    print_report(shown.to_dict(), out, json_)
+    print_report(shown, out, json_)
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
             print(f"erase-concept: {who}: {note}", file=sys.stderr)
@@ -400,14 +400,15 @@ def report(
 ) -> None:
     """Write the report of one run again, or lay several side by side."""
     from erase_concept.cli.terminal import print_report
-    from erase_concept.eval.report.report import compare, read_report, write_report
+    from erase_concept.eval.report.report import read_report
+    from erase_concept.eval.report.write import write_report, write_side_by_side
 
     reports = [read_report(folder) for folder in folders]
     if len(reports) == 1:
         write_report(reports[0], out)
-        print_report(reports[0].to_dict(), out, json_)
+        print_report(reports[0], out, json_)
         return
-    compare({str(folder): r for folder, r in zip(folders, reports, strict=True)}, out)
+    write_side_by_side({str(folder): r for folder, r in zip(folders, reports, strict=True)}, out)
     if json_:
         typer.echo((out / "report.json").read_text(encoding="utf-8"))
         return

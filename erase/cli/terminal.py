@@ -17,6 +17,7 @@ from erase_concept.pipelines.progress import bar, progress
 __all__ = ["bar", "print_json", "print_plan", "print_report", "print_table", "progress"]
 
 if TYPE_CHECKING:
+    from erase_concept.eval.report.report import Report
     from erase_concept.recipe import Recipe
 
 
@@ -31,22 +32,22 @@ def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
         typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
 
 
-def print_report(report: dict[str, Any], out: Path, json_: bool) -> None:
-    """Print the scores of a report, given as it stands in report.json."""
+def print_report(report: Report, out: Path, json_: bool) -> None:
+    """Print the scores of a report, or all of it as it stands in report.json."""
     if json_:
-        print_json(report)
+        from erase_concept.eval.report.write import report_json
+
+        print_json(report_json(report))
         return
     rows = [
         [
-            score["metric"]
-            if score["metric"] != "ua" or score["target"] == report["concept"]
-            else f"ua, {score['target']}",
-            "" if score["baseline"] is None else f"{score['baseline']:.3f}",
-            f"{score['value']:.3f}",
-            f"{score['ci95'][0]:.3f} to {score['ci95'][1]:.3f}",
-            str(score["n"]),
+            score.metric if score.metric != "ua" or score.target == report.concept else f"ua, {score.target}",
+            "" if score.baseline is None else f"{score.baseline:.3f}",
+            f"{score.value:.3f}",
+            f"{score.ci95[0]:.3f} to {score.ci95[1]:.3f}",
+            str(score.n),
         ]
-        for score in report["scores"]
+        for score in report.scores
     ]
     print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
     typer.echo(f"Report: {out / 'report.html'}")

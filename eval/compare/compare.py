@@ -35,7 +35,7 @@ from erase_concept.eval.compare.tuning import (
 from erase_concept.eval.report.html import render, sample_sheet
 from erase_concept.eval.report.plots import panels
 from erase_concept.eval.report.report import Report
-from erase_concept.eval.report.report import compare as write_page
+from erase_concept.eval.report.write import write_side_by_side
 from erase_concept.eval.score import Interval, Score, difference_interval
 from erase_concept.files import atomic_write
 from erase_concept.prompts.concept import concept as find_concept
@@ -274,7 +274,7 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
             parts += ["## The default beside each other", told, beside_table(pooled, "default")]
         reports = {name: _report(model, name, one, groups, concepts, out) for name, one in pooled.items()}
         if reports:
-            write_page(reports, out)
+            write_side_by_side(reports, out)
         for concept in concepts:
             _write_sheet(concept, groups, out)
     if searches:

@@ -10,11 +10,12 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from erase_concept.eval.report.plots import HEIGHT, WIDTH, plotted, scattered, top
+from erase_concept.eval.report.report import Pair
 from erase_concept.eval.report.verdict import (
     GONE,
     LOST,
@@ -30,9 +31,6 @@ from erase_concept.eval.report.verdict import (
     title,
     value_text,
 )
-
-if TYPE_CHECKING:
-    from erase_concept.eval.report.report import Pair
 
 TEMPLATES = Path(__file__).parent / "templates"
 SMALL = 128  # pixels on the longer side: up to here an image is shown as it is, from here on as a thumbnail of ...

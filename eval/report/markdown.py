@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from erase_concept.eval.report.plots import Front
+from erase_concept.eval.report.report import Bar, Curve, Pair, Report
 from erase_concept.eval.report.verdict import (
     GONE,
     LOST,
@@ -22,10 +24,6 @@ from erase_concept.eval.report.verdict import (
     value_text,
 )
 from erase_concept.eval.score import Interval
-
-if TYPE_CHECKING:
-    from erase_concept.eval.report.plots import Front
-    from erase_concept.eval.report.report import Bar, Curve, Pair, Report
 
 _BAR = ("base", "erased", "of the base", "n")
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~"} | {"&": "&amp;", "<": "&lt;"})

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from erase_concept.eval.report.report import Chart, Curve, Report
 from erase_concept.eval.report.verdict import NOTHING, measure
 from erase_concept.eval.score import Interval
 
 if TYPE_CHECKING:
     from erase_concept.eval.compare.tuning import Curve as StrengthCurve
-    from erase_concept.eval.report.report import Chart, Curve, Report
 
 WIDTH, HEIGHT = 400.0, 250.0  # of a plot's inside, in its own units
 

@@ -1,14 +1,10 @@
-"""Reports: what was erased, what was kept and how it looks, as JSON, Markdown, HTML and one grid of images.
-
-docs/report-schema.md describes report.json.
-"""
+"""Reports: what was erased, what was retained and how it looks. docs/report-schema.md describes report.json."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +13,10 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.report.html import encoded, grid, render
-from erase_concept.eval.report.markdown import markdown, markdown_of_all
-from erase_concept.eval.report.plots import pareto
-from erase_concept.eval.report.verdict import headline, summary
 from erase_concept.eval.score import Interval, Score, ratio_interval
-from erase_concept.files import atomic_write
 
 SCHEMA = 2
 SHOWN = 8  # pairs of what was erased on a page, and twice as many of all else
-COMPARED = 300  # images at most on a page of many runs
 
 
 @dataclass(frozen=True)
@@ -130,15 +120,9 @@ class Report:
         """Return the score of that metric, the first where it has several, or None when it was not measured."""
         return next((score for score in self.scores if score.metric == metric), None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold: the number of the schema, the summary in words, and all fields."""
-        told = summary(self)
-        words = {"gone": told.gone, "lost": told.lost, "text": headline(self)}
-        return {"schema": SCHEMA, "summary": words, **TypeAdapter(Report).dump_python(self, mode="json")}
-
     @classmethod
     def from_dict(cls, content: Any) -> Report:
-        """Return the report that ``to_dict`` gave; raises ValueError, in one line, for anything else."""
+        """Return the report that ``report_json`` gave; raises ValueError, in one line, for anything else."""
         if not isinstance(content, dict) or not isinstance(schema := content.get("schema"), int):
             raise ValueError("is no report of an evaluation")
         if schema != SCHEMA:
@@ -153,19 +137,17 @@ class Report:
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md, report.html (images inside, no external resources) and grid.png.
+def drawn(pairs: Sequence[Pair], count: int = SHOWN) -> list[int]:
+    """Return the places of the pairs to show: ``count`` of what was erased, then twice as many of all else.
 
-    The last two show the same few pairs, those that ``drawn`` gives. Images that are gone leave a gap.
+    Drawn at random, but of as many pairs always the same. No picking.
     """
-    places = drawn(report.pairs)
-    pairs = [report.pairs[place] for place in places]
-    content = _json(_plain(report, folder))
-    page = render("report.html.j2", report=report, summary=summary(report), pairs=pairs)
-    _write(folder / "report.md", markdown(report, pairs))
-    _write(folder / "report.html", page)
-    _write(folder / "grid.png", encoded(grid(pairs), "PNG", optimize=False))
-    _write(folder / "report.json", content)  # last: it says that the others are there
+    generator = np.random.default_rng(0)
+    forget = np.array([pair.forget for pair in pairs], dtype=bool)
+    some = (
+        generator.permutation(np.flatnonzero(mask))[:most] for mask, most in ((forget, count), (~forget, 2 * count))
+    )
+    return [int(place) for places in some for place in sorted(places)]
 
 
 def read_report(folder: Path) -> Report:
@@ -191,102 +173,5 @@ def read_report(folder: Path) -> Report:
     )
 
 
-def compare(reports: Mapping[str, Report], folder: Path) -> None:
-    """Write report.json, report.md and report.html of several named runs side by side.
-
-    The page shows the images too of what all runs were asked. Raises RequestError when there is no run.
-    """
-    if not reports:
-        raise RequestError("RUN", "", "at least one run is needed")
-    names = list(dict.fromkeys(score.metric for report in reports.values() for score in report.scores))
-    rows, common = _common(list(reports.values()))
-    front = pareto(reports)
-    plot = None
-    if front is not None:
-        told = {p.name: {"forget": p.forget, "retain": p.retain, "best": p.best} for p in front.points}
-        plot = {"forget": front.forget, "retain": front.retain, "points": told}
-    shown = {name: tuple(row[place] for _, row in rows) for place, name in enumerate(reports)}
-    content = {
-        "schema": SCHEMA,
-        "runs": {name: _plain(replace(report, pairs=shown[name]), folder) for name, report in reports.items()},
-        "pareto": plot,
-    }
-    page = render("compare.html.j2", reports=reports, metrics=names, rows=rows, common=common, front=front)
-    _write(folder / "report.md", markdown_of_all(reports, names, front))
-    _write(folder / "report.html", page)
-    _write(folder / "report.json", _json(content))
-
-
-def _common(reports: Sequence[Report]) -> tuple[list[tuple[Pair, tuple[Pair, ...]]], int]:
-    """Return some of the questions that all runs were asked, and how many there are.
-
-    Of each the question itself, with the base model's image where the runs have one base, and each run's pair.
-    """
-    asked = [{(pair.prompt, pair.seed): pair for pair in reversed(report.pairs)} for report in reports]
-    keys = dict.fromkeys((pair.prompt, pair.seed) for pair in reports[0].pairs)
-    rows = [tuple(table[key] for table in asked) for key in keys if all(key in table for table in asked)]
-    one_base = all(report.base == reports[0].base for report in reports)
-    heads = [
-        replace(
-            row[0],
-            forget=any(pair.forget for pair in row),
-            flagged=any(pair.flagged for pair in row),
-            base=row[0].base if one_base else None,
-        )
-        for row in rows
-    ]
-    places = drawn(heads, min(SHOWN // 2, COMPARED // (3 * (len(reports) + 1))))
-    return [(heads[place], rows[place]) for place in places], len(rows)
-
-
-def drawn(pairs: Sequence[Pair], count: int = SHOWN) -> list[int]:
-    """Return the places of the pairs to show: ``count`` of what was erased, then twice as many of all else.
-
-    Drawn at random, but of as many pairs always the same. No picking.
-    """
-    generator = np.random.default_rng(0)
-    forget = np.array([pair.forget for pair in pairs], dtype=bool)
-    some = (
-        generator.permutation(np.flatnonzero(mask))[:most] for mask, most in ((forget, count), (~forget, 2 * count))
-    )
-    return [int(place) for places in some for place in sorted(places)]
-
-
-def _plain(report: Report, folder: Path) -> dict[str, Any]:
-    """Return the report as JSON holds it, its images' paths relative to the folder it is written to."""
-    plain = report.to_dict()
-    for pair in plain["pairs"]:
-        for side in ("erased", "base"):
-            if pair[side] is not None:
-                pair[side] = _away(folder, Path(pair[side]))
-    return plain
-
-
-def _away(folder: Path, file: Path) -> str:
-    try:
-        return Path(os.path.relpath(file, folder)).as_posix()
-    except ValueError:  # on Windows there is no way from one drive to another
-        return file.resolve().as_posix()
-
-
 def _back(folder: Path, file: Path) -> Path:
     return Path(os.path.normpath(folder / file))
-
-
-def _json(content: Any) -> bytes:
-    """Return JSON in UTF-8. What is no number in JSON is refused, but for an interval's end at infinity."""
-    text = json.dumps(_endless(content), indent=1, ensure_ascii=False, allow_nan=False)
-    return f"{text}\n".encode(errors="backslashreplace")  # half a surrogate pair, in a prompt, becomes \\ud800
-
-
-def _endless(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _endless(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_endless(value) for value in content]
-    return "Infinity" if content == math.inf else content
-
-
-def _write(file: Path, content: bytes) -> None:
-    with atomic_write(file) as partial:
-        partial.write_bytes(content)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from erase_concept.eval.report.report import Bar, Chart, Report
 from erase_concept.eval.score import Interval, Score
-
-if TYPE_CHECKING:
-    from erase_concept.eval.report.report import Bar, Chart, Report
 
 NOTHING = "\N{EN DASH}"  # in tables, where there is no value
 READABLE = 200  # characters of a prompt that are shown

@@ -19,6 +19,7 @@ from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
 from erase_concept.eval.metrics.accuracy import forget_mask
 from erase_concept.eval.report.report import read_report
+from erase_concept.eval.report.write import report_json
 from erase_concept.pipelines.sample import ImageSet
 from erase_concept.prompts.concept import Concept, combine, concepts
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES, names_of
@@ -184,7 +185,7 @@ def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None
             assert score.value == pytest.approx(sum(hits) / len(hits))
     assert {bar.label for chart in report.charts for bar in chart.bars if bar.forget} == {*keys}
     assert sum(pair.forget for pair in report.pairs) == len(rows) - len(kept)
-    assert report.to_dict()["summary"]["text"].startswith(f"“{whole.name}” were erased from emojinette. Is it gone?")
+    assert report_json(report)["summary"]["text"].startswith(f"“{whole.name}” were erased from emojinette. Is it gone?")
 
 
 @pytest.mark.usefixtures("shipped")

@@ -6,13 +6,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from erase_concept.eval.report.report import Report, compare, write_report
+from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.verdict import summary
+from erase_concept.eval.report.write import write_report, write_side_by_side
 
 
 def test_markdown_tables_hold_together(report: Report, tmp_path: Path) -> None:
     write_report(replace(report, model="a|b\nc"), tmp_path)
-    compare({"a\\|b": report}, tmp_path / "both")
+    write_side_by_side({"a\\|b": report}, tmp_path / "both")
     for folder in (tmp_path, tmp_path / "both"):
         text = (folder / "report.md").read_text(encoding="utf-8")
         for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from erase_concept.eval.report.html import grid, sample_sheet, veil
-from erase_concept.eval.report.report import Bar, Chart, Curve, Report, compare, drawn, write_report
+from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
 from erase_concept.eval.report.verdict import summary
+from erase_concept.eval.report.write import write_report, write_side_by_side
 
 PageOf = Callable[[Path], Any]
 
@@ -76,7 +77,7 @@ def test_flagged_pictures_are_veiled_everywhere(nude: Report, tmp_path: Path, pa
     assert np.abs(clear[0] - clear[1]).mean() > 20
     pair = replace(nude.pairs[0], base=files[0], erased=files[1], flagged=True)
     write_report(replace(nude, pairs=(pair,)), tmp_path / "one")
-    compare({"a": replace(nude, pairs=(pair,)), "b": replace(nude, pairs=(pair,))}, tmp_path / "both")
+    write_side_by_side({"a": replace(nude, pairs=(pair,)), "b": replace(nude, pairs=(pair,))}, tmp_path / "both")
     for folder, count in (("one", 2), ("both", 3)):
         page = page_of(tmp_path / folder)
         assert len(page.images()) == count
@@ -104,7 +105,7 @@ def test_five_thousand_images_fit_in_five_megabytes(nude: Report, tmp_path: Path
     write_report(replace(nude, pairs=pairs), tmp_path / "out")
     assert (tmp_path / "out" / "report.html").stat().st_size < 5e6
     assert "24 of 5,000 pairs" in page_of(tmp_path / "out").text
-    compare({str(run): replace(nude, pairs=pairs[:200]) for run in range(30)}, tmp_path / "runs")
+    write_side_by_side({str(run): replace(nude, pairs=pairs[:200]) for run in range(30)}, tmp_path / "runs")
     assert (tmp_path / "runs" / "report.html").stat().st_size < 5e6
 
 
@@ -136,7 +137,7 @@ def test_a_hostile_prompt_stays_text(report: Report, tmp_path: Path, page_of: Pa
         pairs=tuple(replace(pair, erased_as=hostile, base_as=hostile, flagged=True) for pair in report.pairs),
     )
     write_report(odd, tmp_path)
-    compare({hostile: odd, "other": odd}, tmp_path / "both")
+    write_side_by_side({hostile: odd, "other": odd}, tmp_path / "both")
     for folder in (tmp_path, tmp_path / "both"):
         page = page_of(folder)
         assert page.text.count(hostile) > 5  # shown as it is, unevaluated

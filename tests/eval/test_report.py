@@ -14,19 +14,9 @@ import numpy as np
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.report.report import (
-    SCHEMA,
-    Bar,
-    Chart,
-    Curve,
-    Pair,
-    Report,
-    compare,
-    drawn,
-    read_report,
-    write_report,
-)
+from erase_concept.eval.report.report import SCHEMA, Bar, Chart, Curve, Pair, Report, drawn, read_report
 from erase_concept.eval.report.verdict import headline, summary
+from erase_concept.eval.report.write import report_json, write_report, write_side_by_side
 from erase_concept.eval.score import Score
 
 Scored = Callable[..., Report]
@@ -38,7 +28,7 @@ def test_a_report_comes_back_as_it_was_written(report: Report, nude: Report, tmp
     for made in (report, nude):
         write_report(made, folder)
         assert read_report(folder) == made
-        assert Report.from_dict(made.to_dict()) == made
+        assert Report.from_dict(report_json(made)) == made
     assert sorted(file.name for file in folder.iterdir()) == ["grid.png", "report.html", "report.json", "report.md"]
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert content["schema"] == 2
@@ -107,7 +97,7 @@ def test_pairs_are_drawn_and_not_picked(report: Report, tmp_path: Path, page_of:
 
 def test_compare_sets_runs_side_by_side(report: Report, tmp_path: Path, scored: Scored, page_of: PageOf) -> None:
     weak, strong = scored(report, ua=10, ira=80), scored(report, ua=40, ira=60)
-    compare({"weak": weak, "strong": strong}, tmp_path / "both")
+    write_side_by_side({"weak": weak, "strong": strong}, tmp_path / "both")
     content = json.loads((tmp_path / "both" / "report.json").read_text(encoding="utf-8"))
     assert list(content["runs"]) == ["weak", "strong"]
     assert content["runs"]["strong"]["scores"][0]["value"] == 1.0
@@ -121,11 +111,11 @@ def test_compare_sets_runs_side_by_side(report: Report, tmp_path: Path, scored: 
     assert len(page_of(tmp_path / "both").images()) == 3 * 12
     assert len(content["runs"]["weak"]["pairs"]) == 12
     other = replace(strong, base={"unet": "another"}, pairs=strong.pairs[1:])
-    compare({"weak": weak, "other": other}, tmp_path / "apart")
+    write_side_by_side({"weak": weak, "other": other}, tmp_path / "apart")
     page = page_of(tmp_path / "apart")
     assert len(page.images()) == 2 * 12
     assert f"12 of the {len(strong.pairs) - 1} questions" in page.text
-    compare({"weak": weak, "none": replace(strong, pairs=())}, tmp_path / "none")
+    write_side_by_side({"weak": weak, "none": replace(strong, pairs=())}, tmp_path / "none")
     assert not page_of(tmp_path / "none").images()
 
 
@@ -157,7 +147,7 @@ def test_what_is_no_report_is_refused(content: str | None, reason: str, tmp_path
 
 
 def test_a_curve_that_does_not_fit_is_refused(nude: Report) -> None:
-    content = nude.to_dict()
+    content = report_json(nude)
     content["curves"][0]["erased"].append(0.5)
     with pytest.raises(ValueError, match="as many values as settings"):
         Report.from_dict(content)
@@ -165,7 +155,7 @@ def test_a_curve_that_does_not_fit_is_refused(nude: Report) -> None:
 
 def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="at least one run"):
-        compare({}, tmp_path)
+        write_side_by_side({}, tmp_path)
 
 
 def test_a_number_that_json_cannot_hold_leaves_no_file(report: Report, tmp_path: Path) -> None:

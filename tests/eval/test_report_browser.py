@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_concept.eval.report.report import Bar, Chart, Curve, Pair, Report, compare, drawn, write_report
+from erase_concept.eval.report.report import Bar, Chart, Curve, Pair, Report, drawn
+from erase_concept.eval.report.write import write_report, write_side_by_side
 from erase_concept.eval.score import Score, wilson
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -191,7 +192,7 @@ def both(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in range(8):
         scores = (replace(report.scores[0], value=0.1 * place), replace(report.scores[1], value=0.9 - 0.05 * place))
         runs[f"/a/very/long/path/to/runs/of_church_{place}"] = replace(report, scores=scores)
-    compare(runs, folder)
+    write_side_by_side(runs, folder)
     return folder / "report.html"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from erase_concept.eval.report.report import Bar, Chart, Report, write_report
+from erase_concept.eval.report.report import Bar, Chart, Report
 from erase_concept.eval.report.verdict import collateral, headline, measure, ranked, summary, value_text
+from erase_concept.eval.report.write import write_report
 from erase_concept.eval.score import Score, ratio_interval, wilson
 
 Scored = Callable[..., Report]
