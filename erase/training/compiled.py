@@ -1,4 +1,4 @@
-"""The masked optimizer's update for CPUs, compiled by numba: the same operations as in ``optim``, in one pass.
+"""The masked optimizer's update for CPUs, compiled by numba: the same operations as in ``optimizer``, in one pass.
 
 In torch, picking half of the weights out of a vector and putting them back takes several times as long as the update
 itself. Here a block of weights goes through all of it while it is in the processor's cache. Nothing is contracted or
@@ -7,7 +7,7 @@ reordered, so every operation rounds as torch's do.
 In both functions ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit. The
 salient ones among the weights from ``first``, a multiple of 8, to ``last`` are updated; ``place`` counts the salient
 weights before ``first``, and ``mean`` and ``square`` hold the moments of all salient weights in order. ``numbers`` are
-those of ``optim.Numbers``.
+those of ``optimizer.Numbers``.
 """
 
 from __future__ import annotations
