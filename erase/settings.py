@@ -41,6 +41,11 @@ def settings(cls: type[_T]) -> type[_T]:
     return pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", validate_default=True))  # type: ignore[call-overload, no-any-return]
 
 
+@settings
+class NoSettings:
+    """The settings of what has none."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a field says of itself: name, default, type and range in words, sentence, source of the default."""

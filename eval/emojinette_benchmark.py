@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,10 +15,20 @@ import numpy as np
 from erase_concept.errors import RequestError
 from erase_concept.eval.images import Asked, Gathered, Plan, check_same, folder_of, is_images, sampling
 from erase_concept.eval.measuring import option
-from erase_concept.eval.metrics.accuracy import LABELS, SIZE, Classified, classify, forget_mask, per_concept
+from erase_concept.eval.metrics.accuracy import (
+    LABELS,
+    SIZE,
+    Classified,
+    classify,
+    cross_domain_retain_accuracy,
+    forget_mask,
+    in_domain_retain_accuracy,
+    per_concept,
+    unlearning_accuracy,
+)
+from erase_concept.eval.metrics.fidelity import frechet, frechet_imagenet
 from erase_concept.eval.report.report import Bar, Chart, Pair, Report
 from erase_concept.eval.score import Score, wilson
-from erase_concept.eval.score import metrics as all_metrics
 from erase_concept.eval.thresholds import gates
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts import emojinette
@@ -32,7 +42,13 @@ if TYPE_CHECKING:
     from erase_concept.pipelines.sample import ImageSet
 
 GUIDANCE = 5.0
-METRICS = all_metrics()
+METRICS: dict[str, Callable[[Classified, Concept], Score | None]] = {
+    "ua": unlearning_accuracy,
+    "ira": in_domain_retain_accuracy,
+    "cra": cross_domain_retain_accuracy,
+    "frechet": frechet,
+    "frechet_imagenet": frechet_imagenet,
+}
 _KNOWN: dict[str, tuple[str, ...]] = {"object": emojinette.OBJECT_LABELS, "style": emojinette.STYLES}
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from erase_concept.eval.metrics.accuracy import Classified
-    from erase_concept.prompts.concept import Concept
 
 Interval = tuple[float, float]
 
@@ -42,37 +36,11 @@ class Score:
     baseline_ci95: Interval | None = None
 
     @property
-    def kept(self) -> tuple[float, Interval] | None:
+    def retention(self) -> tuple[float, Interval] | None:
         """The value as a share of the baseline, with its 95 % interval; None where that has no meaning."""
         if self.unit != "fraction" or not self.baseline or self.baseline_ci95 is None:
             return None
         return self.value / self.baseline, ratio_interval(self.value, self.ci95, self.baseline, self.baseline_ci95)
-
-
-Metric = Callable[["Classified", "Concept"], Score | None]
-METRICS: dict[str, Metric] = {}
-
-
-def metric(name: str) -> Callable[[Metric], Metric]:
-    """Register a function as the metric ``name``; the first line of its docstring describes it in listings.
-
-    A metric returns None where it does not apply, such as without a base model or a package that it needs.
-    """
-
-    def register(function: Metric) -> Metric:
-        if name in METRICS:
-            raise ValueError(f"there is already a metric {name!r}")
-        METRICS[name] = function
-        return function
-
-    return register
-
-
-def metrics() -> dict[str, Metric]:
-    """Return every metric by name, importing all files of this package so that each can register its own."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent / "metrics")]):
-        importlib.import_module(f"erase_concept.eval.metrics.{module.name}")
-    return METRICS
 
 
 def wilson(successes: int, n: int) -> Interval:

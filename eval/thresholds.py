@@ -19,16 +19,16 @@ _COMPARED: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_KEPT = "kept_"  # before a metric: its value as a share of the base model's
+_RETAINED = "retained_"  # before a metric: its value as a share of the base model's
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition that fails an evaluation: a metric, or with ``kept`` its share of the base model's, and a bound."""
+    """A condition that fails an evaluation: a bound of a metric or, with ``retained``, of its share of the baseline."""
 
     text: str
     metric: str
-    kept: bool
+    retained: bool
     sign: str
     bound: float
 
@@ -43,13 +43,15 @@ class Gate:
             why = report.provenance.get("not measured", {}).get(self.metric, "the report has no such score")
             return f"--fail-if {self.text}: {self.metric} was not measured: {why}"
         value = score.value
-        if self.kept:
+        if self.retained:
             if not score.baseline:
                 return f"--fail-if {self.text}: there is no base model's {self.metric} above 0 to hold it against"
             value = score.value / score.baseline
         if not math.isnan(value) and not _COMPARED[self.sign](value, self.bound):
             return None
-        return f"--fail-if {self.text}: {_KEPT if self.kept else ''}{self.metric} is {value:.4g} (n = {score.n:,})"
+        return (
+            f"--fail-if {self.text}: {_RETAINED if self.retained else ''}{self.metric} is {value:.4g} (n = {score.n:,})"
+        )
 
 
 def gates(
@@ -59,10 +61,10 @@ def gates(
     *,
     baseline: bool = True,
 ) -> tuple[Gate, ...]:
-    """Read conditions METRIC OP NUMBER, such as "ua<0.95" or "kept_ira<0.98"; OP is one of < <= > >=.
+    """Read conditions METRIC OP NUMBER, such as "ua<0.95" or "retained_ira<0.98"; OP is one of < <= > >=.
 
     ``known`` are the metrics that will be measured and ``absent`` says of others why they will not be. Raises
-    RequestError for anything else, and for ``kept_`` without a ``baseline``.
+    RequestError for anything else, and for ``retained_`` without a ``baseline``.
     """
     found = []
     for text in texts:
@@ -76,17 +78,17 @@ def gates(
             bound = math.nan
         if not math.isfinite(bound):
             raise RequestError("--fail-if", repr(text), f"{number} is no finite number")
-        kept = name not in known and name.startswith(_KEPT)
-        name = name.removeprefix(_KEPT) if kept else name
+        retained = name not in known and name.startswith(_RETAINED)
+        name = name.removeprefix(_RETAINED) if retained else name
         if name not in known:
             if absent and name in absent:
                 raise RequestError("--fail-if", repr(text), f"{name} would not be measured: {absent[name]}")
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RequestError("--fail-if", repr(text), f"{hint}allowed here: {', '.join(known)}, or kept_ and one")
-        if kept and not baseline:
+            raise RequestError("--fail-if", repr(text), f"{hint}allowed here: {', '.join(known)}, or retained_ and one")
+        if retained and not baseline:
             raise RequestError("--fail-if", repr(text), "needs --baseline")
-        found.append(Gate(text.strip(), name, kept, sign, bound))
+        found.append(Gate(text.strip(), name, retained, sign, bound))
     return tuple(found)
 
 

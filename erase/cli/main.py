@@ -336,7 +336,7 @@ def evaluate(
     guard: GuardOption = None,
     fail_if: Annotated[
         list[str] | None,
-        typer.Option("--fail-if", metavar="EXPR", help='Such as "ua<0.95" or "kept_ira<0.98": exit code 1 if so.'),
+        typer.Option("--fail-if", metavar="EXPR", help='Such as "ua<0.95" or "retained_ira<0.98": exit code 1 if so.'),
     ] = None,
     batch_size: BatchOption = 16,
     json_: JsonOption = False,

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from erase_concept.eval.score import Score, metric, wilson
+from erase_concept.eval.metrics import METRICS
+from erase_concept.eval.metrics.metric import Metric
+from erase_concept.eval.score import Score, wilson
 from erase_concept.prompts.concept import in_words
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 
@@ -240,7 +242,6 @@ def _of_each_kind(concept: Concept) -> list[Concept]:
     return list({part.kind: part for part in reversed(concept.combined)}.values())[::-1]
 
 
-@metric("ua")
 def unlearning_accuracy(seen: Classified, concept: Concept) -> Score:
     """UA: share of the erased concept's images in which the classifier does not find it.
 
@@ -253,7 +254,6 @@ def unlearning_accuracy(seen: Classified, concept: Concept) -> Score:
     return ua(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
-@metric("ira")
 def in_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
     """IRA: accuracy on the other concepts of the same kind (other objects when an object was erased).
 
@@ -267,7 +267,6 @@ def in_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score:
     return ira(seen.asked(kind), _one_each(seen.seen(kind)), concept.name, by=_NAME, what=kind)
 
 
-@metric("cra")
 def cross_domain_retain_accuracy(seen: Classified, concept: Concept) -> Score | None:
     """CRA: accuracy of the other kind (styles when an object was erased; objects, on all prompts, for a style).
 
@@ -298,3 +297,45 @@ def per_concept(seen: Classified) -> dict[LabelKind, dict[str, tuple[int, int]]]
 
 def _one_each(labels: Sequence[str]) -> list[tuple[str]]:
     return [(label,) for label in labels]
+
+
+METRICS.add(
+    Metric(
+        "ua",
+        "Unlearning accuracy (UA)",
+        "Share of the images that ask for the erased concept and do not show it.",
+        "forget",
+        "higher",
+    )
+)
+METRICS.add(
+    Metric(
+        "ira",
+        "In-domain retain accuracy (IRA)",
+        "Share of the images that ask for another concept of the erased one's kind and show it.",
+        "retain",
+        "higher",
+    )
+)
+METRICS.add(
+    Metric(
+        "cra",
+        "Cross-domain retain accuracy (CRA)",
+        "Share of the images that ask for a concept of the other kind (style or object) and show it.",
+        "retain",
+        "higher",
+    )
+)
+METRICS.add(Metric("top1", "Top-1 accuracy", "Share of all images that show what they ask for.", "retain", "higher"))
+METRICS.add(
+    Metric(
+        "top5",
+        "Top-5 accuracy",
+        "Share of all images of which one of the five most probable labels was asked for.",
+        "retain",
+        "higher",
+    )
+)
+METRICS.add(
+    Metric("accuracy", "Accuracy", "Share of the images that ask for one label and show it.", "retain", "higher")
+)

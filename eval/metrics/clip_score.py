@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.fidelity import read_image
+from erase_concept.eval.metrics.metric import Metric
 from erase_concept.eval.score import Score, bootstrap
 
 if TYPE_CHECKING:
@@ -138,3 +140,15 @@ def clip_score(values: NDArray[np.float32], prompts: Sequence[str], clip: Clip, 
 
 def _first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+METRICS.add(
+    Metric(
+        "clip_score",
+        "CLIP score",
+        "How well the retained images show their prompts, by CLIP.",
+        "retain",
+        "higher",
+        "100 cos",
+    )
+)

@@ -21,8 +21,10 @@ from PIL import Image
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.judges.classifiers import efficientnet_lite2
+from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.accuracy import SIZE, forget_mask
-from erase_concept.eval.score import Z95, Interval, Score, metric, wilson
+from erase_concept.eval.metrics.metric import Metric
+from erase_concept.eval.score import Z95, Interval, Score, wilson
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
@@ -317,7 +319,6 @@ def frechet_distance(
     return _distance(mean1, cov1, mean2, cov2)[0]
 
 
-@metric("frechet")
 def frechet(seen: Classified, concept: Concept, reference: Reference | None = None) -> Score:
     """Fréchet distance between retained images and held-out real ones, in the classifier's features.
 
@@ -346,7 +347,6 @@ def frechet(seen: Classified, concept: Concept, reference: Reference | None = No
     return Score("frechet", concept.name, value, len(features), interval, "squared feature distance", protocol)
 
 
-@metric("frechet_imagenet")
 def frechet_imagenet(seen: Classified, concept: Concept) -> Score | None:
     """Fréchet distance between the erased and the base model's retained images, in an ImageNet network's features.
 
@@ -503,3 +503,75 @@ def _distance(
     half = root @ vectors[:, real] / values[real] ** 0.25
     value = float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * between)
     return max(value, 0.0), half @ half.T  # rounding may put the distance of equals a little below 0
+
+
+METRICS.add(
+    Metric(
+        "fid",
+        "FID",
+        "Fréchet distance of two sets of images in the features of Inception.",
+        "retain",
+        "lower",
+        "squared feature distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "kid",
+        "KID",
+        "Kernel distance of two sets of images in the features of Inception.",
+        "retain",
+        "lower",
+        "squared kernel distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "frechet",
+        "Fréchet distance",
+        "Fréchet distance of the retained images in a named network's features.",
+        "retain",
+        "lower",
+        "squared feature distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "frechet_imagenet",
+        "Fréchet distance to the base model",
+        "Fréchet distance between the retained images of both models, in an ImageNet network's features.",
+        "retain",
+        "lower",
+        "squared feature distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "kernel",
+        "Kernel distance",
+        "Kernel distance of the retained images in a named network's features.",
+        "retain",
+        "lower",
+        "squared kernel distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "precision",
+        "Precision",
+        "Share of the retained images that lie among the reference's, in a named network's features.",
+        "retain",
+        "higher",
+        "fraction",
+    )
+)
+METRICS.add(
+    Metric(
+        "recall",
+        "Recall",
+        "Share of the reference's images that lie among the retained ones, in a named network's features.",
+        "retain",
+        "higher",
+        "fraction",
+    )
+)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.fidelity import image_features, read_image
+from erase_concept.eval.metrics.metric import Metric
 from erase_concept.eval.score import Score, bootstrap
 
 if TYPE_CHECKING:
@@ -141,3 +143,45 @@ def _mean(name: str, target: str, values: NDArray[np.float64], unit: str, about:
     interval = bootstrap(lambda places: float(values[places].mean()), len(values), np.random.default_rng(SEED))
     protocol = f"erased against base model's image of the same prompt and seed, mean of pairs; {about}; bootstrap"
     return Score(name, target, float(values.mean()), len(values), interval, unit, protocol)
+
+
+METRICS.add(
+    Metric(
+        "pixel_distance",
+        "Pixel distance to the base model's image",
+        "Mean difference of the pixels from the base model's image of the same seed.",
+        "retain",
+        "lower",
+        "grey levels",
+    )
+)
+METRICS.add(
+    Metric(
+        "feature_distance",
+        "Feature distance to the base model's image",
+        "Cosine distance from the base model's image of the same seed, in a named network's features.",
+        "retain",
+        "lower",
+        "cosine distance",
+    )
+)
+METRICS.add(
+    Metric(
+        "ssim",
+        "SSIM to the base model's image",
+        "Structural similarity to the base model's image of the same seed.",
+        "retain",
+        "higher",
+        "SSIM",
+    )
+)
+METRICS.add(
+    Metric(
+        "lpips",
+        "LPIPS to the base model's image",
+        "Perceptual distance from the base model's image of the same seed.",
+        "retain",
+        "lower",
+        "LPIPS",
+    )
+)

@@ -146,7 +146,7 @@ def _retained(report: Report) -> tuple[tuple[str, str, bool], float, Interval] |
     scores = {metric: score for metric in ("ira", "cra") if (score := report.score(metric)) is not None}
     names = " and ".join(name.upper() for name in scores)
     which = f"lower of {names}" if len(scores) > 1 else names
-    kept = [score.kept for score in scores.values() if score.kept is not None]
+    kept = [score.retention for score in scores.values() if score.retention is not None]
     if scores and len(kept) == len(scores):
         return (f"Kept of the base model's accuracy ({which})", "fraction", True), *min(kept)
     if scores:

@@ -36,7 +36,7 @@ class Bar:
     forget: bool = False
 
     @property
-    def kept(self) -> tuple[float, Interval | None] | None:
+    def retention(self) -> tuple[float, Interval | None] | None:
         """The value as a share of the base model's, with its 95 % interval; None without a base model's above 0."""
         if not self.baseline:
             return None

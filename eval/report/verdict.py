@@ -175,10 +175,10 @@ def _lost(report: Report) -> tuple[str, str, list[Tile]]:
         )
         for what, score in kept
     ]
-    if any(score.kept is None for _, score in kept):
+    if any(score.retention is None for _, score in kept):
         told = " and ".join(f"{percent(score.value)} of {what}" for what, score in kept)
         return "Cannot be told", f"{told} are recognised, with no base model's accuracy to hold that against.", tiles
-    shares = [(what, *score.kept) for what, score in kept if score.kept is not None]
+    shares = [(what, *score.retention) for what, score in kept if score.retention is not None]
     told = " and ".join(f"{percent(share)} on {what}" for what, share, _ in shares)
     text = f"Of the base model's accuracy, {told} is left."
     word, worst = (_word(LOST, 1 - min(ends)) for ends in ([s for _, s, _ in shares], [i[0] for _, _, i in shares]))
@@ -234,13 +234,20 @@ def bounds(words: Sequence[tuple[float, str]]) -> str:
 
 def collateral(report: Report) -> list[tuple[Chart, Bar]]:
     """Return what was to stay and is less than the base model's, the greatest loss first, of all charts."""
-    hit = [(bar.kept[0], chart, bar) for chart in report.charts for bar in chart.bars if bar.kept and not bar.forget]
+    hit = [
+        (bar.retention[0], chart, bar)
+        for chart in report.charts
+        for bar in chart.bars
+        if bar.retention and not bar.forget
+    ]
     return [(chart, bar) for kept, chart, bar in sorted(hit, key=lambda found: found[0]) if kept < 1]
 
 
 def ranked(chart: Chart) -> list[Bar]:
     """Return a chart's bars as they are shown: what was erased, as it stands there, then the greatest loss first."""
-    return sorted(chart.bars, key=lambda bar: (not bar.forget, 0.0 if bar.forget else bar.kept[0] if bar.kept else 1.0))
+    return sorted(
+        chart.bars, key=lambda bar: (not bar.forget, 0.0 if bar.forget else bar.retention[0] if bar.retention else 1.0)
+    )
 
 
 def leading(report: Report) -> list[Score]:
@@ -286,9 +293,9 @@ def interval_text(interval: Interval | None, unit: str) -> str:
 def kept_text(score: Score | Bar) -> str:
     """Return what is left of the base model's value, with its interval, or a dash."""
     known = measure(score.metric) if isinstance(score, Score) else None
-    if score.kept is None or (known is not None and known.forget):
+    if score.retention is None or (known is not None and known.forget):
         return NOTHING
-    share, interval = score.kept
+    share, interval = score.retention
     return percent(share) if interval is None else f"{percent(share)} ({interval_text(interval, 'fraction')})"
 
 

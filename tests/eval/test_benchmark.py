@@ -94,7 +94,7 @@ def test_a_guarded_model_is_measured_beside_itself(i2p: str, measured: Measured,
 
 
 def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measured: Measured) -> None:
-    gates = ["ua<0.5", "kept_ira<0.1", "top5<0"]
+    gates = ["ua<0.5", "retained_ira<0.1", "top5<0"]
     _, report = measured(
         shaken,
         out=tmp_path / "out",
@@ -144,12 +144,12 @@ def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measur
 
 def test_a_style_of_emojinette_by_its_own_classifier(shaken: str, measured: Measured, tmp_path: Path) -> None:
     asked = {"name": "style", "baseline": "emojinette", "settings": {"limit": 8, "steps": 6}}
-    _, report = measured(shaken, out=tmp_path / "out", concept="flat", fail_if=["kept_cra<0"], **asked)
+    _, report = measured(shaken, out=tmp_path / "out", concept="flat", fail_if=["retained_cra<0"], **asked)
     ua, ira, cra = (report.score(name) for name in ("ua", "ira", "cra"))
     # Each style has its share, and the objects of all prompts count.
     assert (ua.n, ira.n, cra.n) == (2, 6, 8)
     assert report.provenance["prompts"]["selection"] == "8 of 80 prompts, stratified by style"
-    assert report.provenance["gates"] == {"kept_cra<0": "passed"}
+    assert report.provenance["gates"] == {"retained_cra<0": "passed"}
     network = load_classifier(CLASSIFIER)
     for who, found in (("erased", [s.value for s in (ua, ira, cra)]), ("base", [s.baseline for s in (ua, ira, cra)])):
         images = read_images(tmp_path / "out" / "samples" / who)

@@ -31,8 +31,8 @@ def report(value: float = 0.9, baseline: float | None = 0.95) -> Report:
         (" ira < 0.91 ", False),
         ("ira>1e3", True),
         ("ira>-.5", False),
-        ("kept_ira<0.94", True),  # 0.9 / 0.95 is 0.947...
-        ("kept_ira<0.95", False),
+        ("retained_ira<0.94", True),  # 0.9 / 0.95 is 0.947...
+        ("retained_ira<0.95", False),
         ("ua<0.5", False),  # not in the report
     ],
 )
@@ -46,10 +46,10 @@ def test_a_gate_holds_the_first_score_to_its_bound(text: str, passes: bool) -> N
 def test_what_cannot_be_judged_has_failed() -> None:
     (gate,) = gates(["ira<0.5"], KNOWN)
     assert "is nan" in str(gate.failure(report(math.nan)))
-    (kept,) = gates(["kept_ira<0.5"], KNOWN)
+    (kept,) = gates(["retained_ira<0.5"], KNOWN)
     for nothing in (0.0, None):
         assert "no base model's ira" in str(kept.failure(report(baseline=nothing)))
-    assert gates(["kept_ira<0.5"], KNOWN)[0].failure(report(0.9, 0.9)) is None
+    assert gates(["retained_ira<0.5"], KNOWN)[0].failure(report(0.9, 0.9)) is None
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_cannot_be_judged_has_failed() -> None:
         ("ira<nan", "nan is no finite number"),
         ("ira>inf", "inf is no finite number"),
         ("top<0.9", "did you mean top1? allowed here: ua, ira, nudity_ratio, top1"),
-        ("kept_colour<0.9", "allowed here: ua"),
+        ("retained_colour<0.9", "allowed here: ua"),
         ("fid>30", "fid would not be measured: no weights"),
     ],
 )
@@ -78,4 +78,4 @@ def test_bad_conditions_get_one_line(text: str, problem: str) -> None:
 
 def test_a_share_of_the_base_model_needs_one() -> None:
     with pytest.raises(RequestError, match="needs --baseline"):
-        gates(["kept_ira<0.9"], KNOWN, baseline=False)
+        gates(["retained_ira<0.9"], KNOWN, baseline=False)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pytest
 
-from erase_concept.eval import score as module
-from erase_concept.eval.score import Score, bootstrap, difference_interval, metric, metrics, ratio_interval, wilson
+from erase_concept.eval.score import Score, bootstrap, difference_interval, ratio_interval, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (39, 40), (7, 10), (500, 1000)])
@@ -86,33 +84,19 @@ def test_bootstrap_repeats_with_its_seed_and_moves_to_its_centre() -> None:
     assert moved[1] - moved[0] == pytest.approx(first[1] - first[0])
 
 
-def test_kept_is_the_share_of_the_baseline() -> None:
+def test_retention_is_the_share_of_the_baseline() -> None:
     score = Score("ira", "church", 0.45, 100, wilson(45, 100), "fraction", "p", 0.9, wilson(90, 100))
-    assert score.kept is not None
-    assert score.kept[0] == pytest.approx(0.5)
-    assert score.kept[1][0] < 0.5 < score.kept[1][1]
+    assert score.retention is not None
+    assert score.retention[0] == pytest.approx(0.5)
+    assert score.retention[1][0] < 0.5 < score.retention[1][1]
 
 
 @pytest.mark.parametrize(
     ("unit", "baseline"), [("squared feature distance", 0.9), ("fraction", None), ("fraction", 0.0)]
 )
-def test_kept_is_none_where_it_means_nothing(unit: str, baseline: float | None) -> None:
+def test_retention_is_none_where_it_means_nothing(unit: str, baseline: float | None) -> None:
     interval = None if baseline is None else (0.0, 1.0)
-    assert Score("x", "church", 0.45, 100, (0.4, 0.5), unit, "p", baseline, interval).kept is None
-
-
-def test_a_metric_is_registered_once_and_described_by_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"ua", "ira", "cra", "frechet"} <= set(metrics())
-    assert all(re.match(r"\S.*\S", function.__doc__ or "") for function in metrics().values())
-    monkeypatch.setattr(module, "METRICS", dict(module.METRICS))
-
-    def mine(seen: object, concept: object) -> Score:
-        return Score("mine", "church", 1.0, 1, (0.0, 1.0), "fraction", "p")
-
-    assert metric("mine")(mine) is mine
-    assert metrics()["mine"] is mine
-    with pytest.raises(ValueError, match="already a metric 'mine'"):
-        metric("mine")(mine)
+    assert Score("x", "church", 0.45, 100, (0.4, 0.5), unit, "p", baseline, interval).retention is None
 
 
 def test_a_difference_has_newcombe_s_interval() -> None:

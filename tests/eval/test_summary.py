@@ -46,7 +46,7 @@ def test_the_summary_owns_up_to_few_images(report: Report, scored: Scored) -> No
     assert f"So few images (40) cannot rule out up to {100 * (1 - low):.1f} %" in text
     share, _ = ratio_interval(0.8, wilson(80, 100), 0.8, wilson(80, 100))
     assert share < 0.98
-    _, (lowest, _) = scored(report, ua=40, ira=80).scores[1].kept or (0, (0, 0))
+    _, (lowest, _) = scored(report, ua=40, ira=80).scores[1].retention or (0, (0, 0))
     assert f"cannot rule out that only {100 * lowest:.1f} % is." in text
 
 
@@ -96,4 +96,4 @@ def test_what_was_lost_comes_worst_first(report: Report, scored: Scored) -> None
         in summary(scored(both, ua=1, ira=1)).lost_text
     )
     measured = Bar("x", 0.6, wilson(30, 50), 0.8, wilson(40, 50))
-    assert measured.kept == (pytest.approx(0.75), ratio_interval(0.6, wilson(30, 50), 0.8, wilson(40, 50)))
+    assert measured.retention == (pytest.approx(0.75), ratio_interval(0.6, wilson(30, 50), 0.8, wilson(40, 50)))
