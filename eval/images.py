@@ -41,7 +41,7 @@ class Plan:
 
     def guarded(self, concept: Concept) -> dict[str, Any]:
         """Return the guard, if any, as an option of ``sample``; raises RequestError when there is no such one."""
-        from erase_concept.pipelines.guards.guard import find_guard
+        from erase_concept.pipelines.guards import find_guard
 
         return {} if self.guard is None else {"guard": find_guard(self.guard, concept)}
 

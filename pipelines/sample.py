@@ -27,7 +27,7 @@ from torch import Tensor
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.read_single_file import out_of_memory
-from erase_concept.pipelines.guards.guard import PLAIN, Guard
+from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
 from erase_concept.pipelines.load import silence_hub_logs
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
@@ -99,7 +99,7 @@ def sample_latents(
     height: int | None = None,
     width: int | None = None,
     scheduler: str | None = None,
-    guard: Guard = PLAIN,
+    guard: AppliedGuard | None = None,
     stop: int | None = None,
 ) -> Tensor:
     """Sample scaled latents [n, 4, h/f, w/f], one seed and guidance scale each, with a scheduler of ``SCHEDULERS``.
@@ -119,10 +119,13 @@ def sample_latents(
     taken = inspect.signature(solver.step).parameters
     # As diffusers' own pipelines call them: no noise where it is a choice, and where it is none, from the image's seed.
     drawn = {key: value for key, value in (("generator", generators), ("eta", 0.0)) if key in taken}
-    guided = guard.guide(model, guard.concepts, embeddings, empty, scale, len(solver.timesteps))
+    if guard is None:
+        predict = classifier_free(model, (), None, embeddings, empty, scale, len(solver.timesteps))
+    else:
+        predict = guard.guide(model, embeddings, empty, scale, len(solver.timesteps))
     for step, timestep in enumerate(solver.timesteps[:stop]):
         noisy = solver.scale_model_input(latents, timestep)
-        latents = solver.step(guided(noisy, timestep, step), timestep, latents, **drawn).prev_sample
+        latents = solver.step(predict(noisy, timestep, step), timestep, latents, **drawn).prev_sample
     return latents
 
 
@@ -134,7 +137,7 @@ def sample_images(
     guidance: float = GUIDANCE,
     batch_size: int = 16,
     scheduler: str | None = None,
-    guard: Guard = PLAIN,
+    guard: AppliedGuard | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (place in rows, uint8 image [h, w, 3]) for every row; batches mix prompts but not sizes.
@@ -154,7 +157,8 @@ def sample_images(
         height, width = rows[batch[0]].height, rows[batch[0]].width
         try:
             if new := list(dict.fromkeys(prompt for prompt in asked if prompt not in encoded)):
-                rows_of_new = guard.encode(model, guard.concepts, new).cpu().split(1)
+                embedded = model.encode_prompts(new) if guard is None else guard.encode(model, new)
+                rows_of_new = embedded.cpu().split(1)
                 encoded.update((prompt, row.clone()) for prompt, row in zip(new, rows_of_new, strict=True))
             latents = sample_latents(
                 model,
@@ -202,7 +206,7 @@ def sample(
     guidance: float = GUIDANCE,
     batch_size: int = 16,
     scheduler: str | None = None,
-    guard: Guard = PLAIN,
+    guard: AppliedGuard | None = None,
 ) -> Iterator[Path]:
     """Sample a prompt set into a folder, yielding each image's file as soon as it is written.
 
@@ -223,7 +227,7 @@ def sample(
         "sampler": scheduler or SAMPLER,
         "steps": steps,
         "guidance": guidance,
-        **({} if guard is PLAIN else {"guard": str(guard)}),
+        **({} if guard is None else {"guard": str(guard)}),
     }
     out.mkdir(parents=True, exist_ok=True)
     about = out / "sampling.json"

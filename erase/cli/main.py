@@ -255,7 +255,7 @@ def sample(
 ) -> None:
     """Sample images for a prompt set; run again, it makes only what is missing."""
     from erase_concept.cli.terminal import print_json, progress
-    from erase_concept.pipelines.guards.guard import PLAIN, find_guard
+    from erase_concept.pipelines.guards import find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
     from erase_concept.pipelines.sample import sample as sample_set
@@ -265,7 +265,7 @@ def sample(
     if (guard is None) != (concept is None):
         given = ("--guard", guard) if concept is None else ("--concept", concept)
         raise RequestError(*given, "--guard and --concept go together")
-    guarded = PLAIN if guard is None or concept is None else find_guard(guard, find_concept(concept))
+    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept))
     found = find_prompts(prompts)
     loaded = load(model, ema=ema)
     made = sample_set(
@@ -447,9 +447,9 @@ def compare(
     from erase_concept.eval.compare.compare import compare as run
     from erase_concept.eval.compare.trials import PRESETS
     from erase_concept.method import methods as known
-    from erase_concept.pipelines.guards.guard import GUARDS
+    from erase_concept.pipelines.guards import GUARDS
 
-    entries = [*PRESETS, *known(), *GUARDS] if methods == "all" else _split_entries(methods)
+    entries = [*PRESETS, *known(), *GUARDS.all()] if methods == "all" else _split_entries(methods)
     numbers = _numbers("--strengths", strengths)
     seed_numbers = [int(number) for number in _numbers("--seeds", seeds, whole=True)]
     with bar() as shown:
@@ -596,9 +596,9 @@ def _list_methods() -> dict[str, str]:
 
 
 def _list_guards() -> dict[str, str]:
-    from erase_concept.pipelines.guards.guard import GUARDS
+    from erase_concept.pipelines.guards import GUARDS
 
-    return {name: guard.summary for name, guard in GUARDS.items()}
+    return {name: f"{guard.summary} {guard.paper}".strip() for name, guard in GUARDS.all().items()}
 
 
 def _list_metrics() -> dict[str, str]:

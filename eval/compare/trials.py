@@ -90,9 +90,9 @@ def split_mask(mask: str | None) -> tuple[str | None, float]:
 
 def is_guard(entry: str) -> bool:
     """Tell whether an entry is a guard, which changes no weights."""
-    from erase_concept.pipelines.guards.guard import GUARDS
+    from erase_concept.pipelines.guards import GUARDS
 
-    return split_entry(entry)[0] in GUARDS
+    return split_entry(entry)[0] in GUARDS.all()
 
 
 def recipe_of(model: str, cell: Cell) -> Recipe:
@@ -100,12 +100,12 @@ def recipe_of(model: str, cell: Cell) -> Recipe:
 
     Of a guard's, which erases nothing, only the concept and the seed count.
     """
-    from erase_concept.pipelines.guards.guard import GUARDS
+    from erase_concept.pipelines.guards import GUARDS
     from erase_concept.recipe import recipe_for
     from erase_concept.run import check_scope
 
     name, given = split_entry(cell.entry)
-    if name in GUARDS:
+    if name in GUARDS.all():
         if given or cell.mask is not None or cell.strength != 1:
             raise RequestError("--methods", cell.entry, "a guard changes no weights: it has no settings and no mask")
         return recipe_for(model, cell.concept, seed=cell.seed)

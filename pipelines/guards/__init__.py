@@ -1,1 +1,23 @@
-"""Guards, one file each: ways to sample that keep a concept out while no weight changes."""
+"""Guards, one file each: ways to sample that keep a concept out of the images while no weight changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from erase_concept.pipelines.guards.guard import AppliedGuard, Guard
+from erase_concept.prompts.concept import Concept
+from erase_concept.registry import Registry
+from erase_concept.settings import check_settings
+
+GUARDS: Registry[Guard] = Registry("guards", "guard")
+
+
+def find_guard(name: str, concept: Concept, settings: Mapping[str, Any] = MappingProxyType({})) -> AppliedGuard:
+    """Return a guard against a concept, under all of its names.
+
+    Raises RequestError when there is no such guard, or a setting that it does not have or allow ("guard.KEY").
+    """
+    guard = GUARDS.find(name)
+    return AppliedGuard(guard, concept.names, check_settings(guard.settings, settings, "guard."))

@@ -226,7 +226,7 @@ BAD = {
     "benchmark": ({"name": "coca"}, "--benchmark coca: unknown benchmark; allowed: emojinette, i2p, imagenette"),
     "no file": ({"name": "absent.yaml"}, "--benchmark absent.yaml: No such file"),
     "fixed prompts": ({"name": "emojinette"}, "the benchmark emojinette has no such setting"),
-    "guard": ({"guard": "sld"}, "--guard sld: allowed: negative-prompt, sld-weak"),
+    "guard": ({"guard": "sld"}, "guard sld: did you mean sld-max? allowed: negative-prompt"),
     "no model": ({}, "MODEL absent: no such model"),
 }
 

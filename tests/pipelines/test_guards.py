@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor
 
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.guards.guard import GUARDS, PLAIN, Guard, Safety, find_guard, safe_latent_diffusion
+from erase_concept.pipelines.guards import GUARDS, find_guard
+from erase_concept.pipelines.guards.guard import AppliedGuard
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import read_images, sample, sample_images, sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet
+from erase_concept.settings import settings_of
 
 PROMPTS = ("a square on a line", "one square", "a circle")
 SCALES = (7.5, 3.0, 1.0)
@@ -44,8 +45,8 @@ def named(square: Concept) -> Concept:
     return replace(square, synonyms=("box",))
 
 
-def latents(model: Diffusion, guard: Guard, steps: int, prompts: Sequence[str] = PROMPTS) -> Tensor:
-    embeddings = guard.encode(model, guard.concepts, list(prompts))
+def latents(model: Diffusion, guard: AppliedGuard | None, steps: int, prompts: Sequence[str] = PROMPTS) -> Tensor:
+    embeddings = model.encode_prompts(prompts) if guard is None else guard.encode(model, prompts)
     seeds, scales = range(len(prompts)), SCALES[: len(prompts)]
     return sample_latents(model, embeddings, model.encode_uncond(), seeds, scales, steps=steps, guard=guard)
 
@@ -79,7 +80,7 @@ def transcribed(model: Diffusion, settings: tuple[float, ...], steps: int) -> Te
 def test_sld_equals_its_pseudo_code(exact: Diffusion, named: Concept, name: str) -> None:
     found = latents(exact, find_guard(name, named), 10)
     torch.testing.assert_close(found, transcribed(exact, SLD[name], 10), rtol=1e-6, atol=1e-6)
-    assert (found - latents(exact, PLAIN, 10)).abs().max() > 1e-4
+    assert (found - latents(exact, None, 10)).abs().max() > 1e-4
 
 
 def test_sld_counts_its_first_steps_in_the_papers_fifty(exact: Diffusion, named: Concept) -> None:
@@ -89,15 +90,14 @@ def test_sld_counts_its_first_steps_in_the_papers_fifty(exact: Diffusion, named:
     scale = torch.full((1, 1, 1, 1), 5.0).to(empty)
     plain = exact.cfg(x, t, embeddings, empty, scale)
     for steps, first in ((50, 7), (25, 4), (100, 14)):
-        predict = guard.guide(exact, guard.concepts, embeddings, empty, scale, steps)
+        predict = guard.guide(exact, embeddings, empty, scale, steps)
         moved = [float((predict(x, t, step) - plain).abs().max()) > 1e-10 for step in range(20)]
         assert moved == [step >= first for step in range(20)]
 
 
 def test_sld_with_scale_zero_is_plain_sampling_bit_for_bit(family: Diffusion, named: Concept) -> None:
-    nothing = partial(safe_latent_diffusion, Safety(0, 0, 1.0, 0.5, 0.7))
-    guard = Guard("sld-nothing", guide=nothing, concepts=("square",))
-    assert torch.equal(latents(family, guard, 5), latents(family, PLAIN, 5))
+    guard = find_guard("sld-max", named, {"scale": 0})
+    assert torch.equal(latents(family, guard, 5), latents(family, None, 5))
 
 
 def test_a_negative_prompt_is_that_of_diffusers(tiny: Diffusion, named: Concept) -> None:
@@ -163,7 +163,7 @@ def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
                 continue
             some += 1
             wanted[i + 1] = onto(masked) @ (np.eye(len(concept)) - concept) @ plain[i + 1]
-        found = guard.encode(family, guard.concepts, [prompt])[0]
+        found = guard.encode(family, [prompt])[0]
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
         assert np.array_equal(found[count + 1 :].numpy(), plain[count + 1 :].astype(np.float32))  # end, padding, whole
     assert some >= 3
@@ -171,10 +171,10 @@ def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
 
 def test_safree_leaves_a_prompt_without_words_alone(family: Diffusion, named: Concept) -> None:
     guard = find_guard("safree", named)
-    torch.testing.assert_close(guard.encode(family, guard.concepts, [""]), family.encode_prompts([""]))
+    torch.testing.assert_close(guard.encode(family, [""]), family.encode_prompts([""]))
 
 
-@pytest.mark.parametrize("name", GUARDS)
+@pytest.mark.parametrize("name", GUARDS.all())
 def test_batch_size_changes_no_image(exact: Diffusion, named: Concept, name: str) -> None:
     guard = find_guard(name, named)
     rows = [PromptRow(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
@@ -195,7 +195,7 @@ def test_images_of_another_guard_never_mix(tiny: Diffusion, named: Concept, tmp_
     assert read_images(tmp_path / "out").settings["guard"] == "sld-medium: square, box"
     assert list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=medium)) == []
     other = find_guard("sld-medium", replace(named, synonyms=()))
-    for guard in (PLAIN, other, find_guard("sld-max", named)):
+    for guard in (None, other, find_guard("sld-max", named)):
         with pytest.raises(RequestError, match="another model, prompt set or setting"):
             list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=guard))
     list(sample(tiny, prompts, plain, steps=2))
@@ -204,6 +204,49 @@ def test_images_of_another_guard_never_mix(tiny: Diffusion, named: Concept, tmp_
         list(sample(tiny, prompts, plain, steps=2, guard=medium))
 
 
-def test_an_unknown_guard_is_refused(named: Concept) -> None:
-    with pytest.raises(RequestError, match="--guard sld: allowed: negative-prompt, sld-weak, sld-medium"):
-        find_guard("sld", named)
+def test_given_settings_are_used_and_told(exact: Diffusion, named: Concept) -> None:
+    guard = find_guard("sld-weak", named, {"scale": "500", "warmup": 5, "momentum_beta": 0.2, "momentum_scale": 0.4})
+    torch.testing.assert_close(
+        latents(exact, guard, 10), transcribed(exact, (500, 5, 0.0, 0.4, 0.2), 10), rtol=1e-6, atol=1e-6
+    )
+    told = "sld-weak (scale=500.0, warmup=5, momentum_scale=0.4, momentum_beta=0.2): square, box"
+    assert str(guard) == told
+    assert str(find_guard("sld-weak", named, {"scale": 200})) == "sld-weak: square, box"
+
+
+def test_safree_turns_fewer_tokens_the_more_is_asked_of_them(family: Diffusion, named: Concept) -> None:
+    prompt = ["a thin red line on a square"]
+    plain = family.encode_prompts(prompt)
+    changed = [
+        int((find_guard("safree", named, {"alpha": alpha}).encode(family, prompt) != plain).any(-1).sum())
+        for alpha in (0.0, 0.01, 1.0, 1e6)
+    ]
+    assert changed == sorted(changed, reverse=True)
+    assert changed[0] > changed[-1] == 0
+
+
+def test_guards_that_do_not_exist_and_settings_out_of_range_are_refused(named: Concept) -> None:
+    with pytest.raises(
+        RequestError, match=r"^guard sld-hard: did you mean \S+\? allowed: negative-prompt, safree, sld"
+    ):
+        find_guard("sld-hard", named)
+    for values, line in (
+        ({"scale": -1}, r"^guard\.scale -1: "),
+        ({"momentum_beta": 2}, r"^guard\.momentum_beta 2: "),
+        ({"strength": 1}, r"^guard\.strength 1: no such setting; there are: scale, warmup, threshold, momentum_"),
+    ):
+        with pytest.raises(RequestError, match=line):
+            find_guard("sld-strong", named, values)
+    with pytest.raises(RequestError, match=r"^guard\.scale 1: no such setting; there are: none"):
+        find_guard("negative-prompt", named, {"scale": 1})
+
+
+def test_every_guard_says_what_its_settings_are() -> None:
+    for guard in GUARDS.all().values():
+        assert guard.summary.endswith(".")
+        for setting in settings_of(guard.settings).values():
+            assert setting.sentence
+            assert setting.source
+            assert setting.allowed
+    strong = settings_of(GUARDS.find("sld-strong").settings)
+    assert (strong["scale"].default, strong["scale"].allowed) == (2000.0, "number, at least 0")
