@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from erase_concept.errors import EraseError, RequestError
@@ -22,13 +22,14 @@ from erase_concept.pipelines.formats.read_single_file import (
     MODEL_CLASSES,
     SUFFIXES,
     TOKENIZER_FILES,
+    assign_weights,
     load_parts,
     out_of_memory,
     read,
     read_configs,
     read_json,
 )
-from erase_concept.pipelines.model import Diffusion, check_fit, dtype_names
+from erase_concept.pipelines.model import Diffusion, check_fit, dtype_names, published_name
 from erase_concept.pipelines.processes import processes
 
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
@@ -40,6 +41,7 @@ _PARTS_OF_XL = {"tokenizer_2": TOKENIZER_FILES, "text_encoder_2": ("config.json"
 _KINDS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _NO_CHECKER = {"safety_checker": None, "requires_safety_checker": False}
+_ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
 
 
 def load(
@@ -65,7 +67,7 @@ def load(
             parts = load_parts(path, ema=ema) if path.is_file() else _load_pipeline(path, str(model))
             for part in parts.values():
                 if isinstance(part, nn.Module):
-                    part.to(device or processes().device, dtype).eval().requires_grad_(False)
+                    _align_weights(part.to(device or processes().device, dtype).eval().requires_grad_(False))
     except RequestError:
         raise
     except (MemoryError, OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError) as problem:
@@ -109,10 +111,10 @@ def _load_pipeline(path: Path, name: str) -> dict[str, Any]:
     path = _folder(path, name)
     names = _part_names(path, name)
     xl = "text_encoder_2" in names
-    weights = {part: _check_weights(path / part, name) for part in names if part in MODEL_CLASSES}
-    variant, stored = weights["unet"]
+    modules = {part: _load_part(path / part, name) for part in names if part in MODEL_CLASSES}
+    stored = dtype_names(modules["unet"].state_dict().values())
     options = {"add_watermarker": False} if xl else _NO_CHECKER
-    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, variant=variant or None, **options)
+    pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, **modules, **options)
     parts: dict[str, Any] = {part: getattr(pipeline, part) for part in names}
     check_fit(parts)
     return parts | {
@@ -156,35 +158,60 @@ def _part_names(path: Path, name: str) -> list[str]:
     return list(parts)
 
 
-def _check_weights(folder: Path, name: str) -> tuple[str, str]:
-    """Return the variant and the dtype of a part's weights; refuse those that are not what its configuration asks for.
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a part's folder, under the names of its files; of several variants, those of the first.
 
-    The variant is the middle of ``diffusion_pytorch_model.fp16.safetensors``, or "" where a file is without one.
+    A variant is the middle of ``diffusion_pytorch_model.fp16.safetensors``; the one without a name comes first. Returns
+    nothing when there are no weights; raises RequestError when a file is damaged.
     """
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if match := _WEIGHTS.fullmatch(file.name):
             found.setdefault(match[1] or "", []).append(file)
-    if not found:
-        raise RequestError("MODEL", name, f"no weights in {folder.name}/")
-    variant = min(found)
-    files = [file for file in found[variant] if file.suffix == ".safetensors"] or found[variant]
-    stored = {key: value for file in files for key, value in read(file)[0].items()}
-    for old, new in _RENAMED.items():
-        stored = {key.replace(old, new) if "attentions" in key else key: value for key, value in stored.items()}
+    files = found[min(found)] if found else []
+    files = [file for file in files if file.suffix == ".safetensors"] or files
+    return {key: value for file in files for key, value in read(file)[0].items()}
+
+
+def _load_part(folder: Path, name: str) -> nn.Module:
+    """Return the UNet, the VAE or a text encoder of a folder, with the weights of its files, in their dtypes.
+
+    Nothing is left to the libraries here: one that knows a weight by another name makes up random ones in its place.
+    Raises RequestError naming the first weight that is missing, has another shape, or has no place.
+    """
     with torch.device("meta"):
         module: nn.Module = MODEL_CLASSES[folder.name](read_json(folder / "config.json"))
-    for key, value in module.state_dict().items():
-        # transformers 5 dropped the prefix "text_model." from the names; files of either kind load.
-        names = (key, f"text_model.{key}", key.removeprefix("text_model."))
-        have = next((list(stored[other].shape) for other in names if other in stored), None)
-        if have is None and key.endswith("position_ids"):
-            continue
-        if have != list(value.shape):
-            has = "is missing" if have is None else f"has shape {have}"
-            asked = f"its configuration asks for {list(value.shape)}"
-            raise RequestError("MODEL", name, f"{folder.name}: {key} {has}, {asked}")
-    return variant, dtype_names(stored.values())
+    places = {published_name(folder.name, key): (key, list(value.shape)) for key, value in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for key, value in read_weights(folder).items():
+        for old, new in _RENAMED.items():
+            key = key.replace(old, new) if "attentions" in key else key  # noqa: PLW2901
+        place = published_name(folder.name, key)
+        if place in tensors:
+            raise RequestError("MODEL", name, f"{folder.name}: {place} is in its files twice")
+        if not key.endswith("position_ids"):  # the numbers 0, 1, 2 ..., which older files hold
+            tensors[place] = value
+    if not tensors:
+        raise RequestError("MODEL", name, f"no weights in {folder.name}/")
+    for key, (_, asked) in places.items():
+        has = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
+        if key not in tensors or list(tensors[key].shape) != asked:
+            raise RequestError("MODEL", name, f"{folder.name}: {key} {has}, its configuration asks for {asked}")
+    if extra := sorted(tensors.keys() - places.keys()):
+        raise RequestError("MODEL", name, f"{folder.name}: {extra[0]} has no place in what its configuration describes")
+    assign_weights(module, {key: tensors[place] for place, (key, _) in places.items()})
+    return module
+
+
+def _align_weights(module: nn.Module) -> None:
+    """Copy the weights that lie in their file's memory, at any place in it, to where PyTorch puts its own tensors.
+
+    A sum over numbers that begin elsewhere may be taken in another order: the length of a file's header would change
+    the last bits of what the model gives.
+    """
+    for weight in module.parameters():
+        if weight.data_ptr() % _ALIGNMENT:
+            weight.data = weight.data.clone()
 
 
 @contextmanager

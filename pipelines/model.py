@@ -221,10 +221,24 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted(names))
 
 
+def published_name(part: str, name: str) -> str:
+    """Return the name under which published models store a weight of a part, such as "text_encoder_2".
+
+    transformers 5 names those of CLIP's text encoder without ``text_model.``, transformers 4 and all files with it.
+    """
+    if not part.startswith("text_encoder") or name.startswith(("text_model.", "text_projection.")):
+        return name
+    return f"text_model.{name}"
+
+
 def weights_hash(module: nn.Module) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of all weights, in the order of their names."""
+    """Return the SHA-256 over names, types, shapes and bytes of all weights, in the order of their names.
+
+    The names are the published ones, so that a model has the same hash with every version of the libraries.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    part = "text_encoder" if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection) else ""
+    for name, value in sorted((published_name(part, name), value) for name, value in module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

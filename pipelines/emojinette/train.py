@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase_concept.pipelines.emojinette import artwork
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts import emojinette as words
 from erase_concept.prompts.concept import fill
 
@@ -397,12 +399,10 @@ def main(argv: list[str] | None = None) -> None:
     classifier = train_classifier(train, vae, args.work, args.classifier_steps)
     unet, text_encoder = train_unet(train, vae, tokenizer, args.work, args.unet_steps, args.offset_steps)
 
-    pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, new_scheduler(), None, None, requires_safety_checker=False
-    ).to(torch.float16)
+    model = Diffusion(tokenizer, text_encoder, vae, unet, new_scheduler(), source="emojinette")
+    model.pipeline().to(torch.float16)
     partial = args.work / "model"
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
+    save_pipeline(model, partial)
     # transformers 5 saves tokenizer.json alone; older versions load these two.
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(args.work / "tokenizer" / name, partial / "tokenizer" / name)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.single_file import from_original, replace_unet, save_single_file
-from erase_concept.pipelines.load import silence_hub_logs
-from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.load import read_weights, silence_hub_logs
+from erase_concept.pipelines.model import Diffusion, published_name
 
 
 def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
     """Write the model as a diffusers folder in its present dtype, and load it back; ``card`` becomes its README.md.
+
+    The weights have the names of published models, whatever version of the libraries writes them.
 
     A folder of that name is replaced as a whole. Raises EraseError, and leaves that as it was, when a file cannot be
     written or when what loads is not what was written.
@@ -28,7 +30,7 @@ def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with silence_hub_logs():
-            model.pipeline().save_pretrained(partial)
+            _save_parts(model, partial)
         # transformers 5 saves tokenizer.json alone; older versions need these two.
         for part, tokenizer in (("tokenizer", model.tokenizer), ("tokenizer_2", model.tokenizer_2)):
             source = Path(str(getattr(tokenizer, "name_or_path", "")))
@@ -44,6 +46,8 @@ def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
             with silence_hub_logs():  # one part at a time, so that the model is never in memory twice
                 found = type(module).from_pretrained(partial / name, local_files_only=True).state_dict()
             check_same(module.state_dict(), found, folder / name)
+            if read_weights(partial / name).keys() != {published_name(name, key) for key in found}:
+                raise EraseError(f"{folder / name}: its weights were written under other names than published models'")
             del found  # where files in use cannot be renamed, a part that is read from its file would hold it
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
@@ -51,6 +55,19 @@ def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
         raise EraseError(f"{folder} could not be written: {problem}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_parts(model: Diffusion, folder: Path) -> None:
+    """Write all that diffusers' own ``save_pretrained`` writes, but for the names of the text encoders' weights."""
+    pipeline = model.pipeline()
+    for name, part in pipeline.components.items():
+        if name in model.text_encoders:
+            state = {published_name(name, key): value for key, value in part.state_dict().items()}
+            # transformers 5 would name them as the file did from which it loaded them.
+            part.save_pretrained(folder / name, state_dict=state, save_original_format=False)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+    pipeline.save_config(folder)
 
 
 def save_unet(unet: nn.Module, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
@@ -66,9 +83,9 @@ def save_unet(unet: nn.Module, file: Path, dtype: torch.dtype, metadata: dict[st
 
 def check_same(written: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path) -> None:
     """Compare tensors with those that were read back, bit for bit; raises EraseError naming the first that differs."""
-    for name, value in written.items():
-        other = found.get(name)
-        if other is None or not torch.equal(_bits(value.to("cpu", other.dtype)), _bits(other)):
+    for name in (*written, *found):
+        value, other = written.get(name), found.get(name)
+        if value is None or other is None or not torch.equal(_bits(value.to("cpu", other.dtype)), _bits(other)):
             raise EraseError(f"{where}: {name} was not written as it is; what was written is removed")
 
 

@@ -67,12 +67,7 @@ def load_parts(file: Path, *, ema: bool = True) -> dict[str, Any]:
         raise RequestError("MODEL", file, str(problem)) from None
     parts["stored"] = dtype_names(states["unet"].values())
     for part, module in modules.items():
-        module.load_state_dict(states[part], assign=True)
-        for name, buffer in list(module.named_buffers()):
-            owner, _, own = name.rpartition(".")
-            if buffer.is_meta:  # the numbers of the positions, the only ones that no file holds
-                places = torch.arange(buffer.shape[-1]).expand(buffer.shape)
-                module.get_submodule(owner).register_buffer(own, places, persistent=False)
+        assign_weights(module, states[part])
         parts[part] = module
         if part.startswith("text_encoder"):
             parts[part.replace("text_encoder", "tokenizer")] = _tokenizer(
@@ -83,6 +78,16 @@ def load_parts(file: Path, *, ema: bool = True) -> dict[str, Any]:
         for part in ("unet", "vae"):
             parts[part].register_to_config(sample_size=makes["sd2-v"][part]["sample_size"])
     return parts | {"force_zeros_for_empty_prompt": family == "sdxl"}
+
+
+def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module that was made on the meta device exactly these weights; raises RuntimeError when others are due."""
+    module.load_state_dict(tensors, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        owner, _, own = name.rpartition(".")
+        if buffer.is_meta:  # the numbers of the positions, the only ones that no file holds
+            places = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+            module.get_submodule(owner).register_buffer(own, places, persistent=False)
 
 
 @torch.no_grad()

@@ -86,6 +86,19 @@ def in_part(folder: Path) -> None:
     torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
 
 
+def of_text(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> Callable[[Path], object]:
+    """Return what changes the tensors of a folder's text encoder."""
+
+    def spoil(folder: Path) -> None:
+        file = folder / "text_encoder" / "model.safetensors"
+        save_file(change({key: value.clone() for key, value in load_file(file).items()}), file)
+
+    return spoil
+
+
+NORM = "text_model.final_layer_norm.weight"
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another UNet": (of_another_unet, "the UNet takes prompts 24 wide, the text encoder gives 16"),
     "inpainting": (for_inpainting, "it is an inpainting model (its UNet takes 9 channels)"),
@@ -96,6 +109,26 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "the scheduler's prediction type is sample; allowed: epsilon, v_prediction",
     ),
     "a part of a pickle": (in_part, "unet: conv_in.weight is missing"),
+    "a part of a text encoder": (
+        of_text(lambda tensors: {key: value for key, value in tensors.items() if key != NORM}),
+        f"text_encoder: {NORM} is missing",
+    ),
+    "a text encoder of other names": (
+        of_text(lambda tensors: {key.replace("text_model", "clip"): value for key, value in tensors.items()}),
+        "text_encoder: text_model.embeddings.token_embedding.weight is missing",
+    ),
+    "a text encoder of other shapes": (
+        of_text(lambda tensors: tensors | {NORM: torch.ones(8)}),
+        f"text_encoder: {NORM} has shape [8], its configuration asks for [16]",
+    ),
+    "more than a text encoder": (
+        of_text(lambda tensors: tensors | {"text_projection.weight": torch.ones(16, 16)}),
+        "text_encoder: text_projection.weight has no place in what its configuration describes",
+    ),
+    "a text encoder twice": (
+        of_text(lambda tensors: tensors | {NORM.removeprefix("text_model."): torch.ones(16)}),
+        f"text_encoder: {NORM} is in its files twice",
+    ),
     "an empty pickle": (
         lambda f: (f / "unet" / WEIGHTS).rename(f / "unet" / "diffusion_pytorch_model.bin").write_bytes(b""),
         "diffusion_pytorch_model.bin: is an empty file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
@@ -18,7 +20,7 @@ from erase_concept.eval.metrics.accuracy import classify
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.model import Diffusion, published_name, weights_hash
 from erase_concept.pipelines.sample import sample_images
 from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 from erase_concept.prompts.promptset import emojinette_prompts
@@ -41,6 +43,29 @@ def test_has_stable_diffusions_parts(model: Diffusion) -> None:
     }
     assert any(".attn2.to_k." in name for name, _ in model.unet.named_parameters())
     assert type(model.pipeline()).__name__ == "StableDiffusionPipeline"
+
+
+def test_text_encoder_has_the_published_names_and_its_trained_bits(model: Diffusion) -> None:
+    """Bit for bit: the values of all tensors, in the order of the file, have had this SHA-256 since the training."""
+    file = emojinette.MODEL / "text_encoder" / "model.safetensors"
+    digest = hashlib.sha256()
+    content = file.read_bytes()
+    digest.update(content[8 + int.from_bytes(content[:8], "little") :])
+    assert digest.hexdigest() == "1e75a7357786fc94be10ff6a4e2d66949d7d18bd7602b2fda3f1f136be537b23"
+    with safe_open(file, "pt") as stored:
+        assert all(name.startswith("text_model.") for name in stored.keys())
+        for name, value in model.text_encoder.state_dict().items():
+            assert torch.equal(value, stored.get_tensor(published_name("text_encoder", name)).float())
+
+
+def test_diffusers_alone_loads_every_weight(model: Diffusion) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(emojinette.MODEL, torch_dtype=torch.float32)
+    for part in ("unet", "vae", "text_encoder"):
+        assert weights_hash(getattr(pipeline, part)) == weights_hash(getattr(model, part))
+    assert torch.equal(
+        model.encode_prompts(["a church"]),
+        pipeline.encode_prompt("a church", "cpu", 1, do_classifier_free_guidance=False)[0],
+    )
 
 
 def test_vocabulary_loads_without_tokenizer_json(model: Diffusion, tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from erase_concept.card import card
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -85,6 +89,75 @@ def test_guidance_leads_from_the_empty_prompt(family: Diffusion, scale: float | 
         with_prompt = torch.cat([family.predict(x, t, given[i : i + 1]) for i, (x, t) in enumerate(rows)])
     torch.testing.assert_close(found, scale * with_prompt + (1 - scale) * without, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, again)
+
+
+def test_text_encoders_are_written_under_their_published_names(family: Diffusion, tmp_path: Path) -> None:
+    """As in every file on the hub, whatever transformers calls them: "layer 0's k_proj" stands for all layers'."""
+    save_pipeline(family, tmp_path / "model")
+    modules = [f"self_attn.{kind}_proj" for kind in "kqv"] + ["self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
+    modules += ["layer_norm1", "layer_norm2"]
+    layers = [f"encoder.layers.{layer}.{module}" for layer in range(2) for module in modules]
+    names = {f"text_model.{module}.{kind}" for module in (*layers, "final_layer_norm") for kind in ("weight", "bias")}
+    names |= {f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")}
+    assert load_file(tmp_path / "model" / "text_encoder" / "model.safetensors").keys() == names
+    if family.family == "sdxl":
+        found = load_file(tmp_path / "model" / "text_encoder_2" / "model.safetensors")
+        assert found.keys() == names | {"text_projection.weight"}
+
+
+def test_diffusers_alone_loads_every_weight_and_finds_every_file(family: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path / "model")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    for part in ("unet", "vae", *family.text_encoders):
+        assert weights_hash(getattr(pipeline, part)) == weights_hash(getattr(family, part))
+    pipeline.save_pretrained(tmp_path / "again")
+    files = {file.relative_to(tmp_path / "again") for file in (tmp_path / "again").rglob("*") if file.is_file()}
+    assert {file for file in files if not (tmp_path / "model" / file).is_file()} == set()
+    for file in files:
+        if file.name in ("model_index.json", "config.json", "scheduler_config.json"):
+            ours, theirs = (json.loads((tmp_path / which / file).read_text()) for which in ("model", "again"))
+            assert {key: value for key, value in theirs.items() if ours.get(key) != value}.keys() <= {"_name_or_path"}
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_either_spelling_of_the_text_encoders_names_loads(family: Diffusion, tmp_path: Path, prefix: str) -> None:
+    """Bare names are what transformers 5 writes, and what erase-concept once wrote."""
+    save_pipeline(family, tmp_path / "model")
+    for part in family.text_encoders:
+        file = tmp_path / "model" / part / "model.safetensors"
+        tensors = {key.removeprefix("text_model."): value.clone() for key, value in load_file(file).items()}
+        positions = {f"{prefix}embeddings.position_ids": torch.arange(16)[None]}  # in files of transformers 4.30
+        spelt = {key if key.startswith("text_proj") else prefix + key: value for key, value in tensors.items()}
+        save_file(spelt | positions, file)
+    back = load(tmp_path / "model")
+    assert all(weight.data_ptr() % 64 == 0 for weight in back.unet.parameters())  # wherever it is in its file
+    for part, encoder in family.text_encoders.items():
+        assert weights_hash(back.text_encoders[part]) == weights_hash(encoder)
+    assert torch.equal(back.encode_prompts(["a church"]), family.encode_prompts(["a church"]))
+
+
+def test_a_text_encoder_under_other_names_is_not_written(
+    tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = CLIPTextModel.save_pretrained
+
+    def bare(self: CLIPTextModel, folder: Path, **options: Any) -> None:
+        own(self, folder)
+        save_file(
+            {k.removeprefix("text_model."): v for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
+
+    monkeypatch.setattr(CLIPTextModel, "save_pretrained", bare)
+    with pytest.raises(EraseError):
+        save_pipeline(tiny, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hash_of_a_text_encoder_is_that_of_its_published_names(folder: Path, tiny: Diffusion) -> None:
+    digest = hashlib.sha256()
+    for name, value in sorted(load_file(folder / "text_encoder" / "model.safetensors").items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode() + value.numpy().tobytes())
+    assert weights_hash(tiny.text_encoder) == digest.hexdigest()
 
 
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
