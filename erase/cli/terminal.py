@@ -1,4 +1,4 @@
-"""What the command shows: tables, JSON and reports on stdout, progress on stderr."""
+"""What the command prints: tables, JSON and reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from erase_concept.pipelines.progress import bar, progress
-
-__all__ = ["bar", "print_json", "print_plan", "print_report", "print_table", "progress"]
 
 if TYPE_CHECKING:
     from erase_concept.eval.report.report import Report

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from erase_concept.cli.main import _split_entries
+from erase_concept.cli.compare import split_entries
 from erase_concept.errors import RequestError
 from erase_concept.eval.compare.compare import compare
 from erase_concept.eval.compare.trials import (
@@ -34,7 +34,7 @@ def test_entries_are_names_with_settings_in_brackets() -> None:
         "default",
         {"settings": {"steps": 3, "lr": 1e-4}, "mask": {"sparsity": 0.9}},
     )
-    assert _split_entries("default,esd-x[eta=2,steps=5], uce") == ["default", "esd-x[eta=2,steps=5]", "uce"]
+    assert split_entries("default,esd-x[eta=2,steps=5], uce") == ["default", "esd-x[eta=2,steps=5]", "uce"]
     for wrong in ("", "a b", "esd-x[eta]", "esd-x[eta=1", "[eta=1]"):
         with pytest.raises(RequestError, match=r"--methods .*must be (NAME or NAME\[)?KEY=VALUE"):
             split_entry(wrong)

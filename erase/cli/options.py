@@ -1,0 +1,222 @@
+"""Options that several commands share: each is declared once, and groups of them travel as one object."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from erase_concept.errors import RequestError
+
+if TYPE_CHECKING:
+    from erase_concept.recipe import Recipe
+
+# Panels of the help: what does not stand in one of these stands in "Options", which comes first.
+WEIGHTS = "Which weights may change"
+IMAGES = "Training images"
+SETTINGS = "Settings"
+SAMPLING = "Sampling"
+OUTPUT = "Output"
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Built-in name, diffusers folder, checkpoint file, run folder or hub id."),
+]
+ConceptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--concept",
+        "-c",
+        metavar="CONCEPT",
+        help="A known concept ('list concepts'), words, a YAML file, a file of prompts (.csv, .txt) or a folder of "
+        "images. Repeat it to erase several together.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=OUTPUT)]
+SeedOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of the whole run. (default: 0)", rich_help_panel=SETTINGS)
+]
+EmaOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="From a single file that holds both: the averaged or the live weights of the UNet. (default: averaged)",
+        rich_help_panel=SETTINGS,
+        show_default=False,
+    ),
+]
+GuardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Sample with a guard ('list guards'), which changes no weights.", rich_help_panel=SAMPLING
+    ),
+]
+BatchOption = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Images sampled together; never changes them.", rich_help_panel=SAMPLING),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLASS",
+        help="A scheduler of diffusers, such as DDIMScheduler. (default: DPM-Solver++ 2M)",
+        rich_help_panel=SAMPLING,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The options that make a recipe: a preset, the recipe file laid over it, and the command line over both."""
+
+    model: ModelArgument
+    concept: ConceptsOption = None
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", metavar="NAME", help="See 'list methods'. (default: the preset's)")
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="A setting of the method ('list methods NAME'), or mask.KEY or data.KEY. Repeat it for several.",
+        ),
+    ] = None
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            "--mask",
+            metavar="KIND|FILE",
+            help="salient, none, random, least-salient, or a mask file. (default: the method's)",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="full, cross-attention, self-attention or non-cross-attention; for Concept Ablation also "
+            "text-encoder. (default: the method's)",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Share of the weights that stay frozen. (default: 0.5)", rich_help_panel=WEIGHTS
+        ),
+    ] = None
+    forget_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Images of the concept.", rich_help_panel=IMAGES)
+    ] = None
+    retain_images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Images of what must stay, in a folder for each name.", rich_help_panel=IMAGES
+        ),
+    ] = None
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Settings to start from: default, or paper for SalUn's own.", rich_help_panel=SETTINGS
+        ),
+    ] = "default"
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A recipe in YAML, such as a run's recipe.yaml; other options overrule it.",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL", help="fast, balanced or low: less memory takes more time.", rich_help_panel=SETTINGS
+        ),
+    ] = "fast"
+    seed: SeedOption = None
+    ema: EmaOption = None
+
+    def read(self) -> Recipe:
+        """Return the checked recipe; raises RequestError for the first bad value."""
+        from erase_concept.recipe import merge, read_recipe, recipe_for
+
+        values: dict[str, Any] = {} if self.recipe is None else read_recipe(self.recipe)
+        values.pop("model", None)
+        concept = values.pop("concept", None)
+        given = assigned(self.set, "mask", "data", own="settings")
+        given["mask"] = {"kind": self.mask, "scope": self.scope, "sparsity": self.sparsity} | given["mask"]
+        given["data"] = {"forget_images": self.forget_images, "retain_images": self.retain_images} | given["data"]
+        for part in ("mask", "data"):
+            given[part] = {key: value for key, value in given[part].items() if value is not None}
+        given |= {"method": self.method, "seed": self.seed, "ema": self.ema}
+        # What was not given must not touch the file's own value, be it as wrong as it may.
+        values = merge(values, {key: value for key, value in given.items() if value not in (None, {})})
+        if not (wanted := self.concept or concept):
+            raise RequestError("concept", "(not given)", "needed, here or in the recipe")
+        recipe = recipe_for(self.model, wanted, preset_name=self.preset, memory=self.memory, **values)
+        recipe.config()
+        return recipe
+
+
+def assigned(texts: Iterable[str] | None, *parts: str, own: str = "") -> dict[str, dict[str, Any]]:
+    """Read the KEY=VALUE texts of ``--set`` and sort them by part: "mask.sparsity" is the part "mask".
+
+    A name without a part belongs to ``own``. Raises RequestError for another form and for a part that is not there.
+    """
+    from erase_concept.settings import read_assignments
+
+    found: dict[str, dict[str, Any]] = {part: {} for part in (*parts, *([own] if own else []))}
+    for name, value in read_assignments(texts or ()).items():
+        part, dot, rest = name.partition(".")
+        if not dot:
+            part, rest = own, name
+        if part not in found or (dot and part == own):
+            forms = [*(["a setting's name"] if own else []), *(f"{one}.NAME" for one in parts)]
+            raise RequestError("set", f"{name}={value}", f"KEY must be {' or '.join(forms)}")
+        found[part][rest] = value
+    return found
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options: the fields of a frozen dataclass become options of the command."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+            own = get_type_hints(kind, include_extras=True)
+            parameters += [_option(field.name, field.default, own[field.name]) for field in fields(kind)]
+        else:
+            parameters.append(_option(parameter.name, parameter.default, kind))
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    """Return one parameter as typer reads it; a dataclass says MISSING where a signature says empty."""
+    default = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def examples(*lines: str) -> str:
+    """Return the epilog of a command's help: example lines as they are typed."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{line}[/cyan]".replace("[eta", r"\[eta") for line in lines)])
