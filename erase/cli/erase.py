@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from erase_concept.cli.options import OUTPUT, JsonOption, OutOption, RecipeOptions, examples, grouped
+from erase_concept.cli.options import JsonOption, OutOption, RecipeOptions, examples, grouped
 from erase_concept.cli.terminal import print_json, print_plan
 from erase_concept.pipelines.progress import bar
 
@@ -28,7 +28,7 @@ def erase(
     out: OutOption,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only print the plan, its memory and its time.", rich_help_panel=OUTPUT),
+        typer.Option("--dry-run", help="Only print the plan, its memory and its time."),
     ] = False,
     json_: JsonOption = False,
 ) -> None:

@@ -57,7 +57,7 @@ def main() -> None:
     """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr."""
     try:
         with nullcontext() if main_process() else redirect_stdout(io.StringIO()):
-            code = app(standalone_mode=False)
+            code = app(prog_name="erase-concept", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except RequestError as problem:

@@ -21,7 +21,6 @@ WEIGHTS = "Which weights may change"
 IMAGES = "Training images"
 SETTINGS = "Settings"
 SAMPLING = "Sampling"
-OUTPUT = "Output"
 
 ModelArgument = Annotated[
     str,
@@ -38,10 +37,8 @@ ConceptsOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=OUTPUT)]
-SeedOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of the whole run. (default: 0)", rich_help_panel=SETTINGS)
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of the whole run. (default: 0)")]
 EmaOption = Annotated[
     bool | None,
     typer.Option(
@@ -89,6 +86,7 @@ class RecipeOptions:
             help="A setting of the method ('list methods NAME'), or mask.KEY or data.KEY. Repeat it for several.",
         ),
     ] = None
+    seed: SeedOption = None
     mask: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +140,6 @@ class RecipeOptions:
             metavar="LEVEL", help="fast, balanced or low: less memory takes more time.", rich_help_panel=SETTINGS
         ),
     ] = "fast"
-    seed: SeedOption = None
     ema: EmaOption = None
 
     def read(self) -> Recipe:
