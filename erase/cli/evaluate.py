@@ -209,10 +209,11 @@ def run(
     if result is not None and (Path(model) / "run.json").is_file():
         from erase_concept.card import write_card
         from erase_concept.eval.report.verdict import main_scores
+        from erase_concept.eval.report.write import report_json
         from erase_concept.run import read_run
 
         account = read_run(Path(model))
         if result.concept == account["concept"] and result.base is not None:
             first = replace(result, scores=tuple(main_scores(result)))
-            write_card(Path(model), account, first.to_dict()["scores"])
+            write_card(Path(model), account, report_json(first)["scores"])
     return result
