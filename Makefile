@@ -16,7 +16,7 @@ SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_e
 	../tests/erase/test_recipe.py ../tests/erase/test_run.py ../tests/cli/test_cli.py ../tests/eval/test_page.py \
 	../tests/eval/test_report.py ../tests/eval/test_emojinette_benchmark.py
 
-.PHONY: demo test lint wheel-test bench comparison train measure clean
+.PHONY: demo test lint wheel-test docs bench comparison train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,13 @@ lint: $(VENV)/installed  ## check style, docstrings and types
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs  ## build the documentation, and run its notebooks, into docs/build
+	$(FAST) $(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/build/html
 
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py

@@ -1,0 +1,92 @@
+"""The directives of the generated pages, which are never older than the code.
+
+- ``{command} erase``: what ``erase-concept erase --help`` says
+- ``{records} methods``: a table of the methods; the option ``:fields:`` names the columns
+- ``{settings} methods``: a section for each method with its settings
+- ``{public}``: the names of ``erase_concept.__all__``
+- ``{modules} erase_concept.eval``: every module of a package
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api_text import modules_text, plain_lines, public_text, settings_lines
+from command_text import command_text
+from docutils import nodes
+from docutils.parsers.rst import directives
+from record_text import settings_text, table_text
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+
+class Command(SphinxDirective):
+    """``{command} NAME``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the command's help."""
+        return self.parse_text_to_nodes(command_text(self.arguments[0]))
+
+
+class Records(SphinxDirective):
+    """``{records} KIND``."""
+
+    required_arguments = 1
+    option_spec = {"fields": directives.unchanged}  # noqa: RUF012 - docutils' way
+
+    def run(self) -> list[nodes.Node]:
+        """Return a table with a row for each plug-in."""
+        fields = self.options.get("fields", "summary").split()
+        return self.parse_text_to_nodes(table_text(self.arguments[0], fields))
+
+
+class Settings(SphinxDirective):
+    """``{settings} KIND``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section for each plug-in."""
+        return self.parse_text_to_nodes(settings_text(self.arguments[0]), allow_section_headings=True)
+
+
+class Public(SphinxDirective):
+    """``{public}``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the public names' documentation."""
+        return self.parse_text_to_nodes(public_text())
+
+
+class Modules(SphinxDirective):
+    """``{modules} PACKAGE``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section for each module."""
+        return self.parse_text_to_nodes(modules_text(self.arguments[0]), allow_section_headings=True)
+
+
+def _docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Make a docstring's lines reStructuredText, and list the fields of a class of settings."""
+    lines[:] = plain_lines(lines) + settings_lines(obj)
+
+
+def _signature(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, None] | None:
+    """Leave out the signature of a class of settings: its fields are listed below it."""
+    return ("", None) if settings_lines(obj) else None
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the directives and what reads docstrings."""
+    app.add_directive("command", Command)
+    app.add_directive("records", Records)
+    app.add_directive("settings", Settings)
+    app.add_directive("public", Public)
+    app.add_directive("modules", Modules)
+    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-signature", _signature)
+    return {"parallel_read_safe": True}

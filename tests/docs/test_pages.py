@@ -1,0 +1,105 @@
+"""Every command and every Python example in README.md and docs/ is run as printed, on the built-in model.
+
+The blocks of a page are run in order, each in a process of its own, in a folder that holds ``runs/church``: the
+built-in model with "church" erased, and its report. Two comments before a block say otherwise:
+
+    <!-- not run: REASON -->    the block is only shown
+    <!-- file: NAME -->         the block is a file that the page's later commands use
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page
+    for page in (ROOT / "docs").rglob("*.md")
+    if not {"build", "notebooks"} & set(page.relative_to(ROOT).parts)
+)
+BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
+RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-W", "ignore", "-c"]}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language and text, and what the comment before it says."""
+
+    language: str
+    text: str
+    mark: str
+    said: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [Block(language, text, mark, said.strip()) for mark, said, language, text in found]
+
+
+def runs(page: Path) -> bool:
+    return any(block.language in RUN and not block.mark for block in blocks(page))
+
+
+def run(block: Block, folder: Path) -> None:
+    plugins = folder / "plugins"  # where `pip install .` of a page's own package goes
+    environment = os.environ | {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH")))),
+        "PIP_TARGET": str(plugins),
+        "PIP_NO_DEPS": "1",
+        "PIP_QUIET": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(
+        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.fixture(scope="session")
+def church(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/church, made once however many processes run the tests."""
+    here = tmp_path_factory.getbasetemp()
+    shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    folder = shared / "pages"
+    with FileLock(shared / "pages.lock"):
+        if not (folder / "runs" / "church" / "report.json").is_file():
+            folder.mkdir(exist_ok=True)
+            run(Block("sh", "erase-concept demo --out runs/church", "", ""), folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if runs(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_page_runs_as_printed(page: Path, church: Path, tmp_path: Path) -> None:
+    shutil.copytree(church, tmp_path, dirs_exist_ok=True)
+    for block in blocks(page):
+        if block.mark == "file":
+            file = tmp_path / block.said
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+        elif block.language in RUN and not block.mark:
+            run(block, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_is_not_run_says_why(page: Path) -> None:
+    """A block that is neither run nor a file has a reason of at least two words."""
+    for block in blocks(page):
+        if block.mark == "not run":
+            assert len(block.said.split()) > 1, block
+    text = page.read_text(encoding="utf-8")
+    comments = len(re.findall(r"<!-- (?:not run|file): ", text))
+    assert comments == sum(bool(block.mark) for block in blocks(page)), "a comment without its block right below it"

@@ -1,0 +1,56 @@
+"""The pages are all there, say what the code says, and the README stays short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from api_text import FLOORS, module_names, plain_lines
+from command_text import command_text, commands
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def test_every_command_has_its_page() -> None:
+    pages = {file.stem: file.read_text(encoding="utf-8") for file in (DOCS / "commands").glob("*.md")}
+    pages.pop("index")
+    assert set(pages) == set(commands())
+    for name, text in pages.items():
+        assert f"```{{command}} {name}\n" in text
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_a_command_page_names_every_option(name: str) -> None:
+    text = command_text(name)
+    for parameter in commands()[name].params:
+        if not getattr(parameter, "hidden", False):
+            assert all(option in text for option in parameter.opts if option.startswith("-")), parameter.opts
+
+
+def test_docstrings_are_shown_as_they_are() -> None:
+    lines = ["Fit *a* |b|_1 to ``c*d``:", "- first, in", "  two lines", "- second", "", "    as | it * is", "", "End."]
+    assert plain_lines(lines) == [
+        r"Fit \*a\* \|b\|\_1 to ``c*d``:",
+        "",
+        "- first, in two lines",
+        "- second",
+        "",
+        "::",
+        "",
+        "    as | it * is",
+        "",
+        "End.",
+        "",
+    ]
+
+
+def test_the_api_reference_has_every_module() -> None:
+    found = {name for floor in ("", *(f".{name}" for name in FLOORS)) for name in module_names(f"erase_concept{floor}")}
+    for top, package in {"erase": (), "pipelines": ("pipelines",), "eval": ("eval",), "prompts": ("prompts",)}.items():
+        for file in (ROOT / top).rglob("*.py"):
+            if not file.stem.startswith("__"):
+                parts = file.relative_to(ROOT / top).with_suffix("").parts
+                assert ".".join(("erase_concept", *package, *parts)) in found
+    for floor in FLOORS:
+        assert f"{{modules}} erase_concept.{floor}\n" in (DOCS / "api" / f"{floor}.md").read_text(encoding="utf-8")
