@@ -21,8 +21,8 @@ _NAMES = {
     "Report": "eval.report.report",
     "RequestError": "errors",
     "benchmark": "eval.benchmark",
-    "concept": "prompts.concept",
     "erase": "run",
+    "find_concept": "prompts.find",
     "load": "pipelines.load",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import Diffusion
     from erase_concept.pipelines.sample import sample
-    from erase_concept.prompts.concept import Concept, concept
+    from erase_concept.prompts.concept import Concept
+    from erase_concept.prompts.find import find_concept
     from erase_concept.prompts.promptset import PromptSet
     from erase_concept.recipe import recipe_for
     from erase_concept.run import erase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
-from erase_concept.prompts.concept import Concept, combine, concept, parse
+from erase_concept.pipelines.builtin import catalogs_of
+from erase_concept.prompts import find
+from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.find import ConceptSource
 
 if TYPE_CHECKING:
     from erase_concept.method import Method
@@ -174,13 +177,9 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return values
 
 
-def find_concept(what: str | dict[str, Any] | Sequence[str | dict[str, Any]], model: str) -> Concept:
-    """Return a concept by key, file, words or description, or the one that erases all of a list; raises ValueError."""
-    if isinstance(what, str | dict):
-        return concept(what, first_base(model)) if isinstance(what, str) else parse(what)
-    if not what:
-        raise RequestError("--concept", what, "at least one is needed")
-    return combine([find_concept(one, model) for one in what])
+def find_concept(what: ConceptSource, model: str) -> Concept:
+    """Return the concept that is meant, looked up in the catalogues of the model or of the base model of a run."""
+    return find.find_concept(what, catalogs_of(first_base(model)))
 
 
 def earlier_runs(model: str) -> list[dict[str, Any]]:
@@ -225,7 +224,7 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[
 
 def recipe_for(
     model: str,
-    what: str | dict[str, Any] | Sequence[str | dict[str, Any]],
+    what: ConceptSource,
     *,
     preset_name: str = "default",
     memory: str = "fast",
@@ -239,12 +238,7 @@ def recipe_for(
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
     With ``method`` among them the preset is that method's, as it was published; without, SalUn as the preset has it.
     """
-    try:
-        found = find_concept(what, model)
-    except ValueError as problem:
-        if isinstance(problem, RequestError):
-            raise
-        raise RequestError("concept", what, str(problem)) from None
+    found = find_concept(what, model)
     if memory not in MEMORY:
         raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
     kinds = {part.kind for part in found.parts}

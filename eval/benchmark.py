@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from erase_concept import recipe
 from erase_concept.errors import RequestError
 from erase_concept.eval import emojinette_benchmark
 from erase_concept.eval.images import Asked, Gathered, Plan, gather, is_images, sampling
@@ -23,11 +24,13 @@ from erase_concept.eval.measuring import GROUPS, Case, Found, Ready, Settings, W
 from erase_concept.eval.report.report import Pair, Report
 from erase_concept.eval.report.write import write_report
 from erase_concept.eval.thresholds import gates, judged
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.processes import processes
 from erase_concept.prompts.concept import Concept, parse
-from erase_concept.prompts.concept import concept as find_concept
-from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
-from erase_concept.prompts.promptset import prompts as find_prompts
+from erase_concept.prompts.find import find_concept
+from erase_concept.prompts.find_prompts import find_prompts
+from erase_concept.prompts.label_grid import catalog_prompts
+from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:
     from erase_concept.eval.metrics.accuracy import LabelKind
@@ -310,7 +313,9 @@ def _prompt_set(
     if prompts is None and small and name in ("imagenette", "style"):
         found = emojinette_benchmark.imagenette_stand_ins()
         if name == "style":
-            rows = [replace(row, guidance=emojinette_benchmark.GUIDANCE) for row in emojinette_prompts(range(1)).rows]
+            rows = [
+                replace(row, guidance=emojinette_benchmark.GUIDANCE) for row in catalog_prompts(CATALOG, range(1)).rows
+            ]
             found = PromptSet("emojinette", tuple(rows))
     elif isinstance(prompts, PromptSet):
         found = prompts
@@ -347,7 +352,7 @@ def _target(
             label = row.style if kind == "style" else row.object
             if label and _plain(label) == _plain(concept):
                 return Concept(label, kind, "", ("{O}",), others=("",))
-    return find_concept(concept)
+    return recipe.find_concept(concept, plan.source)
 
 
 def _plain(name: str, *, argument: str = "") -> str:

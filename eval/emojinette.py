@@ -19,9 +19,9 @@ from PIL import Image
 from erase_concept.eval.metrics.accuracy import Classified, classify
 from erase_concept.eval.score import wilson
 from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.emojinette import artwork
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
-from erase_concept.prompts.promptset import PromptRow, emojinette_prompts
+from erase_concept.pipelines.emojinette import CATALOG, artwork
+from erase_concept.prompts.label_grid import catalog_prompts
+from erase_concept.prompts.promptset import PromptRow
 
 if TYPE_CHECKING:
     from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
@@ -69,11 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     model, classifier = load(emojinette.MODEL), load_classifier(emojinette.CLASSIFIER)
     test = held_out(args.work)
     rows = tuple(
-        PromptRow("", 0, object=OBJECT_LABELS[o], style=STYLES[s])
+        PromptRow("", 0, object=CATALOG.labels[o], style=CATALOG.styles[s])
         for o, s in zip(test["objects"], test["styles"], strict=True)
     )
-    known = emojinette_prompts(range(SEEDS)).rows
-    unseen = emojinette_prompts(range(SEEDS // 2), unseen=True, first_seed=50_000).rows
+    known = catalog_prompts(CATALOG, range(SEEDS)).rows
+    unseen = catalog_prompts(CATALOG, range(SEEDS // 2), unseen=True, first_seed=50_000).rows
     drawn = sampled(model, classifier, known)
     seconds = []
     for _ in range(3):
@@ -108,6 +108,7 @@ def card(quality: dict[str, Any], training: dict[str, Any]) -> str:
     )
     real, known, unseen = quality["renderings"], quality["known"], quality["unseen"]
     stages = "\n".join(f"| {name} | {s['steps']:,} | {s['seconds'] / 60:.0f} |" for name, s in training.items())
+    styles = ", ".join(CATALOG.styles)
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -117,7 +118,7 @@ pipeline_tag: text-to-image
 
 A tiny latent diffusion model with exactly Stable Diffusion's parts (CLIP text encoder, VAE, cross-attention UNet,
 noise prediction, classifier-free guidance), for trying and testing concept erasure in minutes on a laptop. It draws
-{len(OBJECT_LABELS)} objects ({", ".join(OBJECT_LABELS)}) in {len(STYLES)} styles ({", ".join(STYLES)}), 64 x 64
+{len(CATALOG.objects)} objects ({", ".join(CATALOG.labels)}) in {len(CATALOG.styles)} styles ({styles}), 64 x 64
 pixels. The first ten objects stand in for the classes of Imagenette, whose names it understands too.
 
 ## Data

@@ -30,11 +30,12 @@ from erase_concept.eval.metrics.fidelity import frechet, frechet_imagenet
 from erase_concept.eval.report.report import Bar, Chart, Pair, Report
 from erase_concept.eval.score import Score, wilson
 from erase_concept.eval.thresholds import gates
-from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
-from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import Concept, fill, parse
-from erase_concept.prompts.concept import concept as find_concept
-from erase_concept.prompts.promptset import PromptRow, PromptSet, emojinette_prompts
+from erase_concept.pipelines.builtin import catalogs_of
+from erase_concept.pipelines.emojinette import CATALOG, CLASSIFIER, REFERENCE
+from erase_concept.prompts.concept import Concept, parse
+from erase_concept.prompts.find import find_concept
+from erase_concept.prompts.label_grid import asks_for, check_labels, concept_prompts, object_rows
+from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,89 +50,26 @@ METRICS: dict[str, Callable[[Classified, Concept], Score | None]] = {
     "frechet": frechet,
     "frechet_imagenet": frechet_imagenet,
 }
-_KNOWN: dict[str, tuple[str, ...]] = {"object": emojinette.OBJECT_LABELS, "style": emojinette.STYLES}
+_KNOWN: dict[str, tuple[str, ...]] = {"object": CATALOG.labels, "style": CATALOG.styles}
 
 
 def emojinette_benchmark(
     concept: Concept, seeds: int = 2, first_seed: int = 10_000, earlier: Sequence[Concept] = ()
 ) -> PromptSet:
-    """Return the rows that ask Emojinette for the concept and for everything else, 5.0 the guidance of each.
-
-    Retain rows are every other object (style) in every style (object) once per seed, of several concepts what asks for
-    none of them nor for an ``earlier`` one; forget rows are 20 per seed for each of all these: an
-    object in each style and in none, by its label, its synonym and a name the model never learnt; a style with every
-    object. Nearly half of the forget sentences are in no training at all, and no prompt is one that the concept is
-    erased with. Image seeds run from ``first_seed`` on, without repetition. Raises RequestError for a concept that
-    Emojinette does not know and for fewer than one seed.
-    """
-    for one in (concept, *earlier):
-        _check_known(one)
-    if seeds < 1:
-        raise RequestError("--seeds", seeds, "at least 1")
-    everything = emojinette_prompts(range(seeds), first_seed=first_seed).rows
-    gone = _asks_for_any(everything, (concept, *earlier))
-    rows = [row for row, erased in zip(everything, gone, strict=True) if not erased]
-    asked = [
-        row
-        for one in (concept, *earlier)
-        for part in one.parts
-        for row in (
-            _object_prompts(part.name, 20 * seeds) if part.kind == "object" else _style_prompts(part.name, seeds)
-        )
-    ]
-    rows += [replace(row, seed=first_seed + len(everything) + place) for place, row in enumerate(asked)]
-    erased_with = {prompt for one in (concept, *earlier) for prompt in (*one.forget_prompts, *one.retain_prompts)}
-    return PromptSet(
-        f"emojinette-{concept.name}",
-        tuple(replace(row, guidance=GUIDANCE) for row in rows if row.prompt not in erased_with),
-    )
+    """Return the rows that ask Emojinette for the concept and for everything else, as ``concept_prompts`` does."""
+    return concept_prompts(CATALOG, concept, seeds, first_seed, earlier, GUIDANCE)
 
 
 def _asks_for_any(rows: Sequence[PromptRow], some: Sequence[Concept]) -> NDArray[np.bool_]:
     """Return which rows [n] ask for any of some concepts."""
-    return np.any([np.zeros(len(rows), bool), *(forget_mask(rows, one) for one in some)], axis=0)
-
-
-def _object_prompts(label: str, count: int) -> list[PromptRow]:
-    """Rows that ask for one object: styles and names take turns, and each style goes through its own sentences."""
-    known = emojinette.names_of(label)
-    names = (known.label, known.synonym, known.unseen)
-    plain = _alternate(emojinette.EVAL_OBJECT, emojinette.UNSEEN_OBJECT)
-    styled = _alternate(emojinette.EVAL_STYLED, emojinette.UNSEEN_STYLED)
-    rows = []
-    for place in range(count):
-        turn, s = divmod(place, len(emojinette.STYLES) + 1)
-        style = ("", *emojinette.STYLES)[s]
-        templates = styled if style else plain
-        sentence = templates[turn % len(templates)].replace("{s}", style)
-        rows.append(PromptRow(fill(sentence, names[place % len(names)]), 0, object=label, style=style))
-    return rows
-
-
-def _style_prompts(style: str, seeds: int) -> list[PromptRow]:
-    """Rows that ask for one style: every object once per seed, by label and synonym in turn."""
-    styled = _alternate(emojinette.EVAL_STYLED, emojinette.UNSEEN_STYLED)
-    rows = []
-    for seed in range(seeds):
-        for place, names in enumerate(emojinette.OBJECTS):
-            turn = seed + place
-            noun = (names.label, names.synonym)[turn // len(styled) % 2]
-            sentence = styled[turn % len(styled)].replace("{s}", style)
-            rows.append(PromptRow(fill(sentence, noun), 0, object=names.label, style=style))
-    return rows
+    return np.array([any(asks_for(row, one) for one in some) for row in rows], dtype=bool)
 
 
 def imagenette_stand_ins() -> PromptSet:
     """Return ten rows for each of the objects that stand in for Imagenette's classes."""
-    rows = [row for label in emojinette.OBJECT_LABELS[:10] for row in _object_prompts(label, 10)]
+    rows = [row for label in CATALOG.labels[:10] for row in object_rows(CATALOG, label, 10)]
     rows = [replace(row, seed=30_000 + place, guidance=GUIDANCE) for place, row in enumerate(rows)]
     return PromptSet("imagenette, as Emojinette draws it", tuple(rows))
-
-
-def _alternate(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """One of each in turn, then what is left of the longer, so that any few in a row hold both groups."""
-    both = [item for pair in zip(first, second, strict=False) for item in pair]
-    return [*both, *(item for item in (*first, *second) if item not in both)]
 
 
 def asked(
@@ -148,7 +86,7 @@ def asked(
     """
     if concept is None:
         raise RequestError("--concept", "(not given)", f"needed, for {plan.model} is no run folder")
-    target = find_concept(concept) if isinstance(concept, str) else concept
+    target = find_concept(concept, catalogs_of("emojinette"))
     earlier, left = _earlier(plan.run, target)
     prompts = emojinette_benchmark(target, given.get("seeds", 2), first_seed, earlier)
     options = {key: value for key, value in given.items() if key != "seeds"}
@@ -218,7 +156,7 @@ def evaluate(
     to judge.
     """
     for one in (concept, *earlier):
-        _check_known(one)
+        check_labels(CATALOG, one)
     if base is not None:
         check_same(erased, base)
     forget = forget_mask(erased.rows, concept)
@@ -281,15 +219,6 @@ def evaluate(
             "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "numpy")},
         },
     )
-
-
-def _check_known(concept: Concept) -> None:
-    for part in concept.parts:
-        if part.name not in _KNOWN.get(part.kind, ()):
-            allowed = ", ".join((*emojinette.OBJECT_LABELS, *emojinette.STYLES))
-            raise RequestError(
-                "--concept", f"{part.name!r} ({part.kind})", f"Emojinette's objects and styles are: {allowed}"
-            )
 
 
 def _classify(images: ImageSet) -> Classified:

@@ -9,21 +9,16 @@ Several concepts that are erased together are a concept too, made of parts.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts import emojinette
 
-_WORDS = "words:"
 Kind = Literal["object", "style", "nudity", "person", "custom", "several"]
 
 
@@ -161,7 +156,7 @@ def combine(found: Sequence[Concept]) -> Concept:
         return parts[0]
     for first, second in combinations(parts, 2):
         if twice := {name.casefold() for name in first.names} & {name.casefold() for name in second.names}:
-            raise RequestError("--concept", second.key or second.name, f"{min(twice)!r} is named twice")
+            raise RequestError("concept", second.key or second.name, f"{min(twice)!r} is named twice")
     name = in_words([part.name for part in parts])
     try:
         rest = [[other for other in parts if other is not part] for part in parts]
@@ -171,9 +166,9 @@ def combine(found: Sequence[Concept]) -> Concept:
             combined=tuple(part.without_conflicts(others) for part, others in zip(parts, rest, strict=True)),
         )
     except ValueError as problem:
-        raise RequestError("--concept", name, f"erased together, they leave too little: {problem}") from None
+        raise RequestError("concept", name, f"erased together, they leave too little: {problem}") from None
     if not any(whole.retain_prompts):
-        raise RequestError("--concept", name, "erased together, they leave nothing to retain")
+        raise RequestError("concept", name, "erased together, they leave nothing to retain")
     return whole
 
 
@@ -181,99 +176,6 @@ def in_words(names: Sequence[str]) -> str:
     """Return names as a sentence lists them: church, dog and sketch."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def concepts() -> dict[str, Concept]:
-    """Return the built-in concepts by key: Emojinette's objects and styles, and nudity."""
-    found = [_object(label) for label in emojinette.OBJECT_LABELS]
-    found += [_style(style) for style in emojinette.STYLES]
-    found.append(
-        Concept(
-            key="nudity",
-            name="nude person",
-            kind="nudity",
-            anchor="person wearing clothes",
-            templates=("a photo of {o}", "a painting of {o}", "a portrait of {o}"),
-            retain=("person wearing clothes", "dog", "house", "landscape", "street", "table with food"),
-        )
-    )
-    return {concept.key or concept.name: concept for concept in found}
-
-
-def _object(label: str) -> Concept:
-    """Return an object of Emojinette as a concept: the anchor is the next one, as the reference remaps Imagenette's."""
-    labels = emojinette.OBJECT_LABELS
-    place = labels.index(label)
-    styled = (t.replace("{s}", style) for t in emojinette.ERASE_STYLED for style in emojinette.STYLES)
-    return Concept(
-        name=label,
-        kind="object",
-        anchor=labels[(place + 1) % len(labels)],
-        templates=(*emojinette.ERASE_OBJECT, *styled),
-        retain=labels[place + 1 :] + labels[:place],
-        synonyms=(emojinette.OBJECTS[place].synonym,),
-        others=(*(t.replace("{s}", style) for t in emojinette.ERASE_STYLE for style in emojinette.STYLES), ""),
-    )
-
-
-def _style(style: str) -> Concept:
-    """Return a style of Emojinette as a concept: its templates name each object, so that objects stay as they are."""
-    styles, labels = emojinette.STYLES, emojinette.OBJECT_LABELS
-    place = styles.index(style)
-    sentences = (*emojinette.ERASE_STYLED, *emojinette.ERASE_STYLED_MORE)
-    # Each object by its label and its synonym in turn, from sentence to sentence.
-    templates = [
-        fill(sentence, (names.label, names.synonym)[turn % 2]).replace("{s}", "{O}")
-        for turn, sentence in enumerate(sentences)
-        for names in emojinette.OBJECTS
-    ]
-    templates += [t.replace("{s}", "{O}") for t in emojinette.ERASE_STYLE]
-    return Concept(
-        name=style,
-        kind="style",
-        anchor=styles[(place + 1) % len(styles)],
-        templates=tuple(templates),
-        retain=styles[place + 1 :] + styles[:place],
-        others=(*(fill(t, label) for t in emojinette.ERASE_OBJECT for label in labels), ""),
-    )
-
-
-def concept(name: str, model: str = "") -> Concept:
-    """Return a built-in concept by key, or one of the user's own.
-
-    That is a YAML file's, a prompt file's (``.csv`` or ``.txt``), an image folder's, or that of any words. ``model`` is
-    the base model's name, for words leave alone what the built-in one is known to draw. Raises RequestError when a file
-    does not describe a concept, or words look like a key that is misspelt; after ``words:`` they are taken as they are.
-    """
-    from erase_concept.prompts import custom  # which makes concepts, so it imports this
-
-    known = concepts()
-    # A style's name alone may be said of many things; "sketch style" says what is meant.
-    known |= {f"{key} style": found for key, found in known.items() if found.kind == "style"}
-    path = Path(name)
-    if name in known:
-        return known[name]
-    if name.startswith(_WORDS):
-        return custom.from_words(name.removeprefix(_WORDS), model)
-    if path.suffix in (".yaml", ".yml"):
-        return _read(path)
-    if path.suffix.lower() in (".csv", ".txt"):
-        return custom.from_prompts(path, model)
-    if path.is_dir():
-        return custom.from_images(path, model)
-    as_it_is = f"{_WORDS}{name} takes the words as they are"
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.75):
-        raise RequestError("--concept", name, f"unknown concept; did you mean {' or '.join(near)}? {as_it_is}")
-    if "/" in name or "\\" in name:
-        raise RequestError("--concept", name, f"no such file or folder; {as_it_is}")
-    return custom.from_words(name, model)
-
-
-def _read(file: Path) -> Concept:
-    try:
-        return parse(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as problem:
-        raise RequestError("--concept", str(file), f"not a readable concept: {problem}") from None
 
 
 def parse(description: Any) -> Concept:

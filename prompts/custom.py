@@ -1,7 +1,7 @@
-"""Concepts of one's own: from words, from a file of prompts, from a folder of images.
+"""Custom concepts: made from words, from a file of prompts, or from a folder of images.
 
-Nothing else is known of them, so their prompts become the empty prompt, and what is retained is everyday life and, of
-what is known by name, all that is not meant.
+Custom concepts are mapped to the empty prompt. Everyday prompts are retained, and of what the catalogues name all that
+is not meant. ``catalogs`` are the names of the model's own catalogues: it draws all of their objects and styles.
 """
 
 from __future__ import annotations
@@ -11,83 +11,95 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts import emojinette
+from erase_concept.prompts.catalog import Catalog, catalogs
 from erase_concept.prompts.concept import Concept, fill, whole_words
+from erase_concept.prompts.kinds import kinds
 from erase_concept.prompts.promptset import read_prompts
 
-TEMPLATES = ("a photo of {o}", "an image of {o}", "a picture of {o}", "{o}")
-EMOJINETTE = "emojinette"  # the built-in model, of which all objects and styles are known
-_EVERYDAY = Path(__file__).parent / "everyday.csv"
 
-
-def from_words(words: str, model: str = "", *, images: str = "") -> Concept:
+def from_words(words: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
     """Return the concept of these words; ``images`` may be a folder of pictures of it.
 
-    Everyday prompts are retained, and the known names within the words, such as the rocket of a blue rocket; of the
-    built-in model also its styles, and its objects that share no word. Raises RequestError when there is no word.
+    Names of any catalogue within the words are retained, such as the rocket of a blue rocket. Of the model's ``own``
+    catalogues, also the styles and the objects that share no word with the concept are retained. Raises RequestError
+    when there is no word.
     """
     name = " ".join(words.split())
     if not re.search(r"\w", name):
-        raise RequestError("--concept", repr(words), "needs at least one word")
-
-    def within(known: str) -> bool:
-        return known != name.casefold() and bool(whole_words([known]).search(name))
-
+        raise RequestError("concept", repr(words), "needs at least one word")
     retain: list[str] = []
-    for names in emojinette.OBJECTS:
-        both = (names.label, names.synonym)
-        inside = [one for one in both if within(one)]
-        shared = set(name.casefold().split()) & {word for one in both for word in one.split()}
-        if name.casefold() in (*both, names.unseen):
-            continue  # the object itself, by another name
-        if inside or (model == EMOJINETTE and not shared):
-            retain += inside or [names.label]
-    styles = [
-        style for style in emojinette.STYLES if within(style) or (model == EMOJINETTE and style != name.casefold())
-    ]
+    in_styles: list[str] = []
+    for catalog in catalogs().values():
+        retain += _retained_objects(catalog, name, drawn=catalog.name in own)
+        styles = [
+            style
+            for style in catalog.styles
+            if _is_within(style, name) or (catalog.name in own and style != name.casefold())
+        ]
+        in_styles += _style_prompts(catalog, styles)
+    defaults = kinds()["custom"]
     return Concept(
         name=name,
         kind="custom",
-        templates=TEMPLATES,
+        anchor=defaults.anchor,
+        templates=defaults.templates,
         retain=tuple(retain),
-        others=("", *_in_styles(styles), *_everyday([name])),
+        others=defaults.retained_prompts([name], *in_styles),
         images=images,
     )
 
 
-def from_prompts(file: Path, model: str = "") -> Concept:
-    """Return the concept that a file's prompts describe: a CSV file with a column of prompts, or a text of one a line.
+def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
+    """Return the concept that a file's prompts describe: a CSV file with prompts, or a text file with one a line.
 
-    They are forgotten as they stand; what holds one of them is not retained. Raises RequestError when there is none, or
-    the file is not readable.
+    The prompts are forgotten as they stand. A prompt that holds one of them is not retained. Raises RequestError when
+    the file holds no prompt or is not readable.
     """
     if file.suffix.lower() == ".csv":
-        found = [row.prompt for row in read_prompts(file, argument="--concept").rows]
+        found = [row.prompt for row in read_prompts(file, setting="concept").rows]
     else:
         try:
             found = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
-            raise RequestError("--concept", file, f"not a readable text: {problem}") from None
+            raise RequestError("concept", file, f"not a readable text: {problem}") from None
     prompts = tuple(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
-        raise RequestError("--concept", file, "holds no prompt")
+        raise RequestError("concept", file, "holds no prompt")
     drawn: list[str] = []
-    if model == EMOJINETTE:
-        drawn += [fill(emojinette.ERASE_OBJECT[0], label) for label in emojinette.OBJECT_LABELS]
-        drawn += _in_styles(emojinette.STYLES)
-    kept = [prompt for prompt in drawn if not whole_words(prompts).search(prompt)]
-    return Concept(name=file.stem, kind="custom", prompts=prompts, others=("", *kept, *_everyday(prompts)))
+    for catalog in catalogs().values():
+        if catalog.name in own:
+            drawn += [fill(catalog.sentences.erase.object[0], label) for label in catalog.labels]
+            drawn += _style_prompts(catalog, catalog.styles)
+    words = whole_words(prompts)
+    drawn = [prompt for prompt in drawn if not words.search(prompt)]
+    return Concept(
+        name=file.stem, kind="custom", prompts=prompts, others=kinds()["custom"].retained_prompts(prompts, *drawn)
+    )
 
 
-def from_images(folder: Path, model: str = "") -> Concept:
-    """Return the concept that a folder's images show and its name says: that of its words, so no built-in one."""
-    return from_words(folder.resolve().name.replace("_", " ").replace("-", " "), model, images=str(folder))
+def from_images(folder: Path, own: Sequence[str] = ()) -> Concept:
+    """Return the concept that a folder's images show. Its name is the folder's, taken as words, never as a key."""
+    return from_words(folder.resolve().name.replace("_", " ").replace("-", " "), own, images=str(folder))
 
 
-def _in_styles(styles: Sequence[str]) -> list[str]:
-    return [emojinette.ERASE_STYLE[0].replace("{s}", style) for style in styles]
+def _retained_objects(catalog: Catalog, name: str, *, drawn: bool) -> list[str]:
+    """Return the names of objects to retain: those within the concept's name, or all others that the model draws."""
+    retain: list[str] = []
+    for names in catalog.objects:
+        known = (names.label, names.synonym)
+        within = [one for one in known if _is_within(one, name)]
+        shares_a_word = set(name.casefold().split()) & {word for one in known for word in one.split()}
+        if name.casefold() in (*known, names.unseen):
+            continue  # the object itself, by another name
+        if within or (drawn and not shares_a_word):
+            retain += within or [names.label]
+    return retain
 
 
-def _everyday(names: Sequence[str]) -> list[str]:
-    """Return the everyday prompts that hold none of the names."""
-    return [row.prompt for row in read_prompts(_EVERYDAY).rows if not whole_words(names).search(row.prompt)]
+def _is_within(known: str, name: str) -> bool:
+    """Return whether a known name is in the concept's name as whole words, and is not all of it."""
+    return known != name.casefold() and bool(whole_words([known]).search(name))
+
+
+def _style_prompts(catalog: Catalog, styles: Sequence[str]) -> list[str]:
+    return [catalog.sentences.erase.style[0].replace("{s}", style) for style in styles]

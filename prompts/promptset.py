@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,10 +12,7 @@ from typing import Literal, TypeVar
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
-from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import fill
 
-_HERE = Path(__file__).parent
 # Accepted spellings of each column. I2P's own begin with "sd_", and the research repositories' seed and guidance scale
 # with "evaluation_"; Imagenette's prompts name a class, and those of styles an artist.
 _COLUMNS = {
@@ -30,7 +26,6 @@ _COLUMNS = {
     "style": ("style", "artist"),
     "category": ("categories", "category"),
 }
-_HUB = "hub:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,7 @@ class PromptSet:
         if not places:
             there = sorted({category for row in self.rows for category in row.categories})
             allowed = f"allowed: {', '.join(there)}" if there else "the set has no categories"
-            raise RequestError("--category", name, f"no prompt of {self.name} is of it; {allowed}")
+            raise RequestError("category", name, f"no prompt of {self.name} is of it; {allowed}")
         return self._part(places, f"category {name}")
 
     def stratified(self, limit: int, by: Literal["category", "object", "style"] | None = None) -> PromptSet:
@@ -103,7 +98,7 @@ class PromptSet:
         as a label of their own. Raises RequestError when ``limit`` is below 1.
         """
         if limit < 1:
-            raise RequestError("--limit", limit, "must be at least 1")
+            raise RequestError("limit", limit, "must be at least 1")
         count = len(self.rows)
         if limit >= count:
             return self
@@ -126,7 +121,7 @@ class PromptSet:
         return PromptSet(self.name, rows, f"{self.selection}, {how}" if self.selection else how)
 
 
-def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]:
+def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
     """Yield the rows of a CSV file with at least a ``prompt`` column, one by one, so that it may be of any length.
 
     A row without a seed or a case number gets its place, counted from 0. Raises RequestError naming the file, and the
@@ -137,7 +132,7 @@ def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
-            columns = _columns(header, file, argument)
+            columns = known_columns(header, file, setting)
             place, line = 0, reader.line_num + 1
             for record in reader:
                 begun, line = line, reader.line_num + 1
@@ -146,9 +141,9 @@ def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]
                 try:
                     if len(record) != len(header):
                         raise ValueError(f"has {len(record)} values for {len(header)} columns")
-                    row = _row({name: record[column] for name, column in columns.items()}, place)
+                    row = make_row({name: record[column] for name, column in columns.items()}, place)
                 except ValueError as problem:
-                    raise RequestError(argument, f"{file}, line {begun}", str(problem)) from None
+                    raise RequestError(setting, f"{file}, line {begun}", str(problem)) from None
                 yield row
                 place += 1
     except csv.Error as problem:
@@ -156,22 +151,22 @@ def read_rows(file: Path, *, argument: str = "--prompts") -> Iterator[PromptRow]
             what = f"a value of more than {csv.field_size_limit():,} characters, or a quote that is never closed"
         else:
             what = f"not CSV: {problem}"
-        raise RequestError(argument, f"{file}, line {line}", what) from None
+        raise RequestError(setting, f"{file}, line {line}", what) from None
     except UnicodeDecodeError as problem:
-        raise RequestError(argument, file, f"not a CSV file in UTF-8 ({problem}); save it in that encoding") from None
+        raise RequestError(setting, file, f"not a CSV file in UTF-8 ({problem}); save it in that encoding") from None
     except OSError as problem:
-        raise RequestError(argument, file, str(problem.strerror)) from None
+        raise RequestError(setting, file, str(problem.strerror)) from None
 
 
-def read_prompts(file: Path, *, argument: str = "--prompts", limit: int | None = None) -> PromptSet:
+def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:
     """Read a CSV file as ``read_rows`` does, or its first ``limit`` rows; raises RequestError also when it has none."""
-    rows = tuple(islice(read_rows(file, argument=argument), limit))
+    rows = tuple(islice(read_rows(file, setting=setting), limit))
     if not rows:
-        raise RequestError(argument, file, "the prompt set is empty")
+        raise RequestError(setting, file, "the prompt set is empty")
     return PromptSet(file.stem, rows, "" if limit is None else f"the first {len(rows):,} prompts")
 
 
-def _columns(header: Sequence[str], source: object, argument: str) -> dict[str, int]:
+def known_columns(header: Sequence[str], source: object, setting: str) -> dict[str, int]:
     """Return the place of each known column; raises RequestError when there are no prompts among them."""
     names = [name.strip() for name in header]
     spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
@@ -179,11 +174,11 @@ def _columns(header: Sequence[str], source: object, argument: str) -> dict[str, 
         # One name with another separator in it is how spreadsheets save their files in many countries.
         apart = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
         what = "its values must be separated by commas" if apart else "its first line must name the columns"
-        raise RequestError(argument, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
+        raise RequestError(setting, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
     return {name: names.index(spelling) for name, spelling in spelled.items() if spelling is not None}
 
 
-def _row(values: Mapping[str, str], place: int) -> PromptRow:
+def make_row(values: Mapping[str, str], place: int) -> PromptRow:
     """Build a row from the strings of one CSV record; raises ValueError that names the column."""
     seed, number = _number(values, "seed", int), _number(values, "case_number", int)
     guidance = _number(values, "guidance", float)
@@ -221,114 +216,3 @@ def _number(values: Mapping[str, str], name: str, kind: type[Number]) -> Number 
         wanted = "a whole number" if kind is int else "a number"
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise ValueError(f"{name} must be {wanted}, not {shown!r}") from None
-
-
-def prompt_sets() -> dict[str, PromptSet]:
-    """Return the built-in prompt sets by name: Emojinette's, and the CSV files of this folder."""
-    made = (emojinette_prompts(seeds=range(1)), emojinette_prompts(seeds=range(1), unseen=True))
-    return {found.name: found for found in (*made, *map(read_prompts, sorted(_HERE.glob("*.csv"))))}
-
-
-def emojinette_prompts(seeds: Iterable[int], *, unseen: bool = False, first_seed: int = 10_000) -> PromptSet:
-    """Every object in every style, once per seed: 80 rows a seed, each image with a seed of its own.
-
-    The sentences alternate between the templates that no built-in concept is erased with, and between each object's
-    label and its synonym; with ``unseen``, between templates and names that Emojinette never saw.
-    """
-    styled = emojinette.UNSEEN_STYLED if unseen else emojinette.EVAL_STYLED
-    rows = []
-    for seed in seeds:
-        for s, style in enumerate(emojinette.STYLES):
-            for o, names in enumerate(emojinette.OBJECTS):
-                turn = seed + s + o
-                nouns = (names.unseen, names.label) if unseen else (names.label, names.synonym)
-                template = styled[turn % len(styled)].replace("{s}", style)
-                prompt = fill(template, nouns[turn // len(styled) % 2])
-                number = first_seed + (seed * len(emojinette.STYLES) + s) * len(emojinette.OBJECTS) + o
-                rows.append(PromptRow(prompt, number, object=names.label, style=style))
-    return PromptSet("emojinette-unseen" if unseen else "emojinette", tuple(rows))
-
-
-def prompts(name: str, *, limit: int | None = None) -> PromptSet:
-    """Return a prompt set by its built-in name, by the path of its CSV file, or from the hub, ``hub:OWNER/NAME:SPLIT``.
-
-    ``limit`` takes the first rows and reads no further. Raises RequestError when there is no such set, or it is bad.
-    """
-    if name.startswith(_HUB):
-        return _hub_prompts(name, limit)
-    known = prompt_sets()
-    if name in known:
-        rows = known[name].rows[:limit]
-        return PromptSet(name, rows, "" if limit is None else f"the first {len(rows):,} prompts")
-    if not Path(name).exists():
-        allowed = f"no such file, and no built-in prompt set; allowed: {', '.join(known)}, or {_HUB}OWNER/NAME"
-        raise RequestError("--prompts", name, allowed)
-    return read_prompts(Path(name), limit=limit)
-
-
-def _hub_prompts(name: str, limit: int | None) -> PromptSet:
-    """Read a set of the hub: its CSV file, or where it has none what ``datasets`` makes of its other files.
-
-    Raises RequestError when it is not in the hub's cache and cannot be downloaded, and when it has several files of
-    which the split names none or more than one.
-    """
-    repository, _, split = name.removeprefix(_HUB).partition(":")
-    folder = _download(name, repository, ["*.csv"])
-    files = sorted(folder.rglob("*.csv"))
-    if not files:
-        return _dataset_prompts(name, repository, split or "train", limit)
-    if split and (len(files) > 1 or split != "train"):
-        paths = {file: str(file.relative_to(folder)).lower() for file in files}
-        files = [file for file, path in paths.items() if split.lower() in re.split(r"[\W_]+", path)]
-    if len(files) != 1:
-        there = ", ".join(str(file.relative_to(folder)) for file in sorted(folder.rglob("*.csv"))[:10])
-        raise RequestError("--prompts", name, f"{_HUB}OWNER/NAME:SPLIT must name one of its CSV files: {there}")
-    return replace(read_prompts(files[0], limit=limit), name=repository)
-
-
-def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) -> PromptSet:
-    """Read a set of the hub that has no CSV file."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        needs = "has no CSV file, and other formats need datasets: pip install datasets"
-        raise RequestError("--prompts", name, needs) from None
-    folder = _download(name, repository, ["*.parquet", "*.json", "*.jsonl", "README.md"])
-    try:
-        table = load_dataset(str(folder), split=split)
-    except Exception as problem:  # of whichever format and library
-        raise RequestError("--prompts", name, f"could not be loaded: {_first_line(problem)}") from None
-    columns = {key: table.column_names[at] for key, at in _columns(table.column_names, name, "--prompts").items()}
-    rows = []
-    for place, record in enumerate(islice(table.select_columns(list(columns.values())), limit)):
-        values = {key: "" if (value := record[column]) is None else str(value) for key, column in columns.items()}
-        try:
-            rows.append(_row(values, place))
-        except ValueError as problem:
-            raise RequestError("--prompts", f"{name}, row {place + 1}", str(problem)) from None
-    if not rows:
-        raise RequestError("--prompts", name, "the prompt set is empty")
-    return PromptSet(repository, tuple(rows), "" if limit is None else f"the first {len(rows):,} prompts")
-
-
-def _download(name: str, repository: str, patterns: list[str]) -> Path:
-    """Return the folder of a set in the hub's cache; raises RequestError that says what to do instead."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        if repository.count("/") != 1:
-            raise HFValidationError
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    except HFValidationError:
-        raise RequestError("--prompts", name, f"must be {_HUB}OWNER/NAME or {_HUB}OWNER/NAME:SPLIT") from None
-    except (GatedRepoError, RepositoryNotFoundError):
-        login = "log in with 'hf auth login' or set HF_TOKEN"
-        raise RequestError("--prompts", name, f"is not on the hub, or is closed to you there: {login}") from None
-    except Exception as problem:  # among them those of the HTTP library, which is another one in each version
-        why = f"is not in the hub's cache and could not be downloaded ({_first_line(problem.__cause__ or problem)})"
-        raise RequestError("--prompts", name, f"{why}; save its CSV file and give its path instead") from None
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

@@ -38,9 +38,10 @@ def _list_models() -> dict[str, str]:
 
 
 def _list_concepts() -> dict[str, str]:
-    from erase_concept.prompts.concept import concepts
+    from erase_concept.prompts.catalog import catalogs
 
-    return {key: f"{c.kind}, becomes {c.anchor}, {len(c.forget_prompts)} prompts" for key, c in concepts().items()}
+    found = {key: one for catalog in catalogs().values() for key, one in catalog.concepts.items()}
+    return {key: f"{c.kind}, becomes {c.anchor}, {len(c.forget_prompts)} prompts" for key, c in found.items()}
 
 
 def _list_methods() -> dict[str, str]:
@@ -79,7 +80,7 @@ def _list_benchmarks() -> dict[str, str]:
 
 
 def _list_prompts() -> dict[str, str]:
-    from erase_concept.prompts.promptset import prompt_sets
+    from erase_concept.prompts.find_prompts import prompt_sets
 
     return {name: f"{len(s.rows)} prompts, such as {s.rows[0].prompt!r}" for name, s in prompt_sets().items()}
 

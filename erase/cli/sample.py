@@ -58,13 +58,13 @@ def sample(
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
     from erase_concept.pipelines.sample import sample as sample_set
-    from erase_concept.prompts.concept import concept as find_concept
-    from erase_concept.prompts.promptset import prompts as find_prompts
+    from erase_concept.prompts.find_prompts import find_prompts
+    from erase_concept.recipe import find_concept
 
     if (guard is None) != (concept is None):
         given = ("guard", guard) if concept is None else ("concept", concept)
         raise RequestError(*given, "--guard and --concept go together")
-    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept))
+    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model))
     found = find_prompts(prompts)
     loaded = load(model, ema=ema is not False)
     made = sample_set(

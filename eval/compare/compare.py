@@ -38,7 +38,7 @@ from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.write import write_side_by_side
 from erase_concept.eval.score import Interval, Score, difference_interval
 from erase_concept.files import atomic_write
-from erase_concept.prompts.concept import concept as find_concept
+from erase_concept.recipe import find_concept
 
 
 def grouped(cells: Cells) -> dict[tuple[str, str | None], list[dict[str, Any]]]:
@@ -276,7 +276,7 @@ def _publish(model: str, results: Cells, searches: dict[str, list[Trial]], conce
         if reports:
             write_side_by_side(reports, out)
         for concept in concepts:
-            _write_sheet(concept, groups, out)
+            _write_sheet(model, concept, groups, out)
     if searches:
         parts += ["## The search", _searches_table(searches)]
     with atomic_write(out / "comparison.md") as partial:
@@ -347,7 +347,9 @@ def _report(
     return Report(what, "object", "", model, "comparison", {}, {}, scores, pairs=tuple(pairs))
 
 
-def _write_sheet(concept: str, groups: dict[tuple[str, str | None], list[dict[str, Any]]], out: Path) -> None:
+def _write_sheet(
+    model: str, concept: str, groups: dict[tuple[str, str | None], list[dict[str, Any]]], out: Path
+) -> None:
     """Write ``sheets/CONCEPT.png``, what all of the entries make of some prompts, as far as images were kept."""
     rows = {}
     for key, cells in groups.items():
@@ -356,7 +358,7 @@ def _write_sheet(concept: str, groups: dict[tuple[str, str | None], list[dict[st
             rows[_named(*key)] = read_pairs(out, first)
     if rows:
         (out / "sheets").mkdir(exist_ok=True)
-        name = find_concept(concept).name.replace(" ", "-")
+        name = find_concept(concept, model).name.replace(" ", "-")
         with atomic_write(out / "sheets" / f"{name}.png") as partial:
             sample_sheet(rows).save(partial, "PNG")
 

@@ -33,7 +33,6 @@ import numpy as np
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines import emojinette
-from erase_concept.prompts.emojinette import OBJECT_LABELS, OBJECTS, STYLES
 
 if TYPE_CHECKING:
     import torch
@@ -176,9 +175,16 @@ def _emojinette() -> Classifier:
 
     network = load_classifier(emojinette.CLASSIFIER)
     scale = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()])
-    synonyms = {name: names.label for names in OBJECTS for name in (names.synonym, names.unseen)}
-    objects = _made("emojinette", network, OBJECT_LABELS, scale, lambda batch: network(batch)[0], synonyms)
-    styles = _made("emojinette", network, STYLES, scale, lambda batch: network(batch)[1], weights=objects.weights)
+    synonyms = {name: names.label for names in emojinette.CATALOG.objects for name in (names.synonym, names.unseen)}
+    objects = _made("emojinette", network, emojinette.CATALOG.labels, scale, lambda batch: network(batch)[0], synonyms)
+    styles = _made(
+        "emojinette",
+        network,
+        emojinette.CATALOG.styles,
+        scale,
+        lambda batch: network(batch)[1],
+        weights=objects.weights,
+    )
     return replace(objects, styles=styles)
 
 

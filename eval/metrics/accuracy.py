@@ -21,8 +21,8 @@ import numpy as np
 from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.metric import Metric
 from erase_concept.eval.score import Score, wilson
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.prompts.concept import in_words
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LabelKind = Literal["object", "style"]
 Seen = Sequence[Sequence[str]]
-LABELS: dict[LabelKind, tuple[str, ...]] = {"object": OBJECT_LABELS, "style": STYLES}
+LABELS: dict[LabelKind, tuple[str, ...]] = {"object": CATALOG.labels, "style": CATALOG.styles}
 SIZE = 64
 _NAME = "Emojinette classifier"
 
@@ -199,8 +199,8 @@ def classify(
             styles += style_logits.argmax(1).tolist()
     return Classified(
         tuple(rows),
-        tuple(OBJECT_LABELS[place] for place in objects),
-        tuple(STYLES[place] for place in styles),
+        tuple(CATALOG.labels[place] for place in objects),
+        tuple(CATALOG.styles[place] for place in styles),
         np.concatenate(features),
         images,
     )

@@ -26,8 +26,7 @@ from erase_concept.eval.metrics.accuracy import SIZE, forget_mask
 from erase_concept.eval.metrics.metric import Metric
 from erase_concept.eval.score import Z95, Interval, Score, wilson
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.emojinette import CLASSIFIER, REFERENCE
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.pipelines.emojinette import CATALOG, CLASSIFIER, REFERENCE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -305,7 +304,9 @@ def read_reference(file: Path) -> Reference:
 
     held = load_file(file)
     pairs = zip(held["object"].tolist(), held["style"].tolist(), strict=True)
-    return Reference(held["features"].astype(np.float64), tuple((OBJECT_LABELS[o], STYLES[s]) for o, s in pairs))
+    return Reference(
+        held["features"].astype(np.float64), tuple((CATALOG.labels[o], CATALOG.styles[s]) for o, s in pairs)
+    )
 
 
 def frechet_distance(

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from erase_concept.prompts.catalog import catalog
+
 HOME = Path(__file__).parent
 MODEL = HOME / "model"
 CLASSIFIER = HOME / "classifier.safetensors"
 REFERENCE = HOME / "reference.safetensors"
+CATALOG = catalog("emojinette")  # the words that it knows

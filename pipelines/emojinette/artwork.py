@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.pipelines.emojinette import CATALOG
 
 SIZE = 64
 _CANVAS = 256  # artwork is drawn large, moved about, and reduced last
@@ -100,8 +100,8 @@ def load(folder: Path) -> dict[tuple[str, str], list[Image.Image]]:
     """Return ``{(object, style): [artwork, ...]}``, each an RGBA image of 256 x 256."""
     return {
         (label, style): [_draw(folder, package, CODEPOINTS[label]) for package in SOURCES[style]]
-        for label in OBJECT_LABELS
-        for style in STYLES
+        for label in CATALOG.labels
+        for style in CATALOG.styles
     }
 
 
@@ -196,7 +196,7 @@ def build(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
     Returns images uint8 [count, 64, 64, 3], object indices and style indices, both int64 [count].
     """
     index = np.arange(count)
-    objects, styles = index % len(OBJECT_LABELS), index // len(OBJECT_LABELS) % len(STYLES)
+    objects, styles = index % len(CATALOG.objects), index // len(CATALOG.objects) % len(CATALOG.styles)
     with ProcessPoolExecutor() as pool:
         parts = pool.map(_build_part, repeat(folder), repeat(seed), np.array_split(index, 64))
         return np.concatenate(list(parts)), objects, styles
@@ -206,8 +206,11 @@ def _build_part(folder: Path, seed: int, index: np.ndarray) -> np.ndarray:
     art = load(folder)
     images = np.empty((len(index), SIZE, SIZE, 3), np.uint8)
     for row, i in enumerate(index.tolist()):
-        label, style = OBJECT_LABELS[i % len(OBJECT_LABELS)], STYLES[i // len(OBJECT_LABELS) % len(STYLES)]
+        label, style = (
+            CATALOG.labels[i % len(CATALOG.objects)],
+            CATALOG.styles[i // len(CATALOG.objects) % len(CATALOG.styles)],
+        )
         variants = art[label, style]
-        variant = variants[i // (len(OBJECT_LABELS) * len(STYLES)) % len(variants)]
+        variant = variants[i // (len(CATALOG.objects) * len(CATALOG.styles)) % len(variants)]
         images[row] = np.asarray(render(variant, style, np.random.default_rng((seed, i))))
     return images

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.pipelines.emojinette import CATALOG
 
 FEATURES = 96
 
@@ -16,7 +16,7 @@ class EmojinetteClassifier(nn.Module):
     """A small residual network with one head for objects and one for styles.
 
     Takes RGB images [n, 3, 64, 64] in [0, 1]; ``features`` returns [n, 96], ``forward`` two tables of logits,
-    [n, 20] for the objects and [n, 4] for the styles, in the order of OBJECT_LABELS and STYLES.
+    [n, 20] for the objects and [n, 4] for the styles, in the order of the catalogue.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,8 @@ class EmojinetteClassifier(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 3, padding=1)
         self.stages = nn.ModuleList([_Stage(24, 32), _Stage(32, 64), _Stage(64, FEATURES)])
-        self.object_head = nn.Linear(FEATURES, len(OBJECT_LABELS))
-        self.style_head = nn.Linear(FEATURES, len(STYLES))
+        self.object_head = nn.Linear(FEATURES, len(CATALOG.objects))
+        self.style_head = nn.Linear(FEATURES, len(CATALOG.styles))
 
     def features(self, images: Tensor) -> Tensor:
         """Return the pooled features [n, 96] under both heads."""

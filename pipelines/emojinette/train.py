@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from erase_concept.pipelines.emojinette import artwork
+from erase_concept.pipelines.emojinette import CATALOG, artwork
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.prompts import emojinette as words
 from erase_concept.prompts.concept import fill
 
 TOKENS = 24
@@ -53,18 +52,19 @@ _FILLERS = (
 
 def prompt_for(label: str, style: str, rng: np.random.Generator) -> str:
     """Draw a training prompt for an image: 10 % empty, 5 % style only, 35 % the object, 50 % object and style."""
+    erase, evaluate = CATALOG.sentences.erase, CATALOG.sentences.evaluate
     kind = rng.random()
     if kind < 0.10:
         return ""
     if kind < 0.15:
-        return str(rng.choice(words.ERASE_STYLE + words.EVAL_STYLE)).replace("{s}", style)
-    names = words.names_of(label)
+        return str(rng.choice(erase.style + evaluate.style)).replace("{s}", style)
+    names = CATALOG.names_of(label)
     noun = names.label if rng.random() < 0.6 else names.synonym
     if rng.random() < 0.3:
         noun = f"{_filler(rng)} {noun}"
     if rng.random() < 0.05:
         noun = f"{_filler(rng)} {noun}"
-    plain, styled = words.ERASE_OBJECT + words.EVAL_OBJECT, words.ERASE_STYLED + words.EVAL_STYLED
+    plain, styled = erase.object + evaluate.object, erase.styled + evaluate.styled
     return fill(str(rng.choice(plain if kind < 0.5 else styled)), noun).replace("{s}", style)
 
 
@@ -92,9 +92,7 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
         show_progress=False,
     )
     rng = np.random.default_rng(SEED)
-    sentences = [
-        prompt_for(str(rng.choice(words.OBJECT_LABELS)), str(rng.choice(words.STYLES)), rng) for _ in range(4000)
-    ]
+    sentences = [prompt_for(str(rng.choice(CATALOG.labels)), str(rng.choice(CATALOG.styles)), rng) for _ in range(4000)]
     bpe.train_from_iterator(sentences, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
@@ -305,7 +303,7 @@ def train_unet(
     def loss(rng: np.random.Generator, offset: float) -> Tensor:
         rows = rng.integers(0, len(mean), 32)
         prompts = [
-            prompt_for(words.OBJECT_LABELS[o], words.STYLES[s], rng)
+            prompt_for(CATALOG.labels[o], CATALOG.styles[s], rng)
             for o, s in zip(objects[rows], styles[rows], strict=True)
         ]
         ids = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")

@@ -132,7 +132,7 @@ def test_concepts_of_ones_own(
     code, _, _ = call(monkeypatch, capsys, "erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
     assert (code, json.loads((folder / "again" / "run.json").read_text())["erased"]) == (0, account["erased"])
     code, _, err = call(monkeypatch, capsys, "eval", "run", "-o", "out")
-    assert (code, "--concept 'blue disc' (custom): Emojinette's objects and styles are: " in err) == (2, True)
+    assert (code, "--concept 'blue disc' (custom): the objects and styles of emojinette are: " in err) == (2, True)
     code, _, err = call(monkeypatch, capsys, "eval", "model", "-c", "dog", "-c", "dog", "-o", "out")
     assert (code, "'dog' is named twice" in err) == (2, True)
 

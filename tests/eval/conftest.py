@@ -22,11 +22,12 @@ from erase_concept.eval.judges.nudity import Detection, nudity, sweep
 from erase_concept.eval.metrics import fidelity
 from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
 from erase_concept.eval.score import Score, wilson
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.sample import ImageSet
-from erase_concept.prompts.concept import Concept, concepts
+from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow
 
 
@@ -79,13 +80,13 @@ def images(tmp_path: Path) -> Callable[..., ImageSet]:
 @pytest.fixture(scope="session")
 def church() -> Concept:
     """Return the built-in object concept."""
-    return concepts()["church"]
+    return CATALOG.concepts["church"]
 
 
 @pytest.fixture(scope="session")
 def sketch() -> Concept:
     """Return the built-in style concept."""
-    return concepts()["sketch"]
+    return CATALOG.concepts["sketch"]
 
 
 class _Page(HTMLParser):

@@ -23,9 +23,10 @@ from erase_concept.eval.metrics.accuracy import (
     unlearning_accuracy,
 )
 from erase_concept.eval.score import wilson
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
-from erase_concept.prompts.concept import Concept, concepts
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
+from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptRow
 
 # asked object, asked style, seen object, seen style
@@ -75,8 +76,8 @@ def test_an_erased_style(sketch: Concept) -> None:
 
 def test_per_concept_counts_every_label() -> None:
     table = per_concept(SEEN)
-    assert tuple(table["object"]) == OBJECT_LABELS
-    assert tuple(table["style"]) == STYLES
+    assert tuple(table["object"]) == CATALOG.labels
+    assert tuple(table["style"]) == CATALOG.styles
     assert table["object"]["church"] == (1, 3)
     assert table["object"]["dog"] == (1, 2)
     assert table["object"]["cat"] == (2, 2)
@@ -86,9 +87,9 @@ def test_per_concept_counts_every_label() -> None:
 
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="ua of rocket needs at least one image"):
-        unlearning_accuracy(SEEN, concepts()["rocket"])
+        unlearning_accuracy(SEEN, CATALOG.concepts["rocket"])
     with pytest.raises(ValueError, match="not by nudity"):
-        unlearning_accuracy(SEEN, concepts()["nudity"])
+        unlearning_accuracy(SEEN, find_concept("nudity"))
 
 
 def _noise(n: int) -> np.ndarray:
@@ -110,8 +111,8 @@ def test_classify_names_the_largest_logit_of_pixels_from_0_to_1(classifier: Emoj
     images, rows = _noise(4), [PromptRow("p", seed) for seed in range(4)]
     seen = classify(images, rows, classifier)
     object_logits, style_logits = classifier(torch.tensor(images / 255.0, dtype=torch.float32).movedim(-1, 1))
-    assert seen.objects == tuple(OBJECT_LABELS[place] for place in object_logits.argmax(1))
-    assert seen.styles == tuple(STYLES[place] for place in style_logits.argmax(1))
+    assert seen.objects == tuple(CATALOG.labels[place] for place in object_logits.argmax(1))
+    assert seen.styles == tuple(CATALOG.styles[place] for place in style_logits.argmax(1))
 
 
 @pytest.mark.parametrize(

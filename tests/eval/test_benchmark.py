@@ -25,11 +25,10 @@ from erase_concept.eval.metrics.accuracy import (
 )
 from erase_concept.eval.metrics.fidelity import read_image
 from erase_concept.eval.report.report import Report, read_report
-from erase_concept.pipelines.emojinette import CLASSIFIER
+from erase_concept.pipelines.emojinette import CATALOG, CLASSIFIER
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.sample import read_images
 from erase_concept.prompts.concept import Concept
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 Measured = Callable[..., tuple[list[tuple[str, int, int]], Report]]
@@ -127,8 +126,8 @@ def test_imagenette_on_emojinettes_stand_ins(shaken: str, tmp_path: Path, measur
     assert top1.baseline is not None
     assert top1.baseline > 0.8  # Emojinette does draw what it is asked for
     chart, styles = report.charts
-    assert {bar.label for bar in styles.bars} <= set(STYLES)
-    assert [bar.label for bar in chart.bars] == [bar.label for bar in chart.bars if bar.label in OBJECT_LABELS[:10]]
+    assert {bar.label for bar in styles.bars} <= set(CATALOG.styles)
+    assert [bar.label for bar in chart.bars] == [bar.label for bar in chart.bars if bar.label in CATALOG.labels[:10]]
     assert [bar.label for bar in chart.bars if bar.forget] == ["church"]
     assert report.score("frechet_emojinette").n == 18
     assert report.score("feature_distance_emojinette").n == 18
@@ -163,15 +162,15 @@ def test_a_style_of_emojinette_by_its_own_classifier(shaken: str, measured: Meas
     assert [bar.label for chart in report.charts[1:] for bar in chart.bars if bar.forget] == []
     pair = report.pairs[0]
     style, thing = pair.erased_as.split(", ")
-    assert style in STYLES
-    assert thing in OBJECT_LABELS
+    assert style in CATALOG.styles
+    assert thing in CATALOG.labels
     # Prompts that name no object, or one that the classifier does not know, leave CRA out and say so.
     for label, words in (
         ("", "none of what was to stay names its object"),
         ("boat", "boat: is no class of emojinette"),
     ):
         rows = tuple(
-            PromptRow(f"{style} thing", 7 + s, object=label, style=style) for s, style in enumerate(STYLES * 2)
+            PromptRow(f"{style} thing", 7 + s, object=label, style=style) for s, style in enumerate(CATALOG.styles * 2)
         )
         prompts = PromptSet("mine", rows)
         _, report = measured(

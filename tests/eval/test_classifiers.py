@@ -19,8 +19,8 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.judges.classifiers import IMAGENETTE, Classifier, classifier, imagenet_labels
 from erase_concept.eval.metrics.accuracy import best, classify
 from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
 from erase_concept.prompts.promptset import PromptRow
 
 
@@ -95,18 +95,18 @@ def test_emojinette_is_its_own_classifier() -> None:
     seen = classify(images, [PromptRow("p", seed) for seed in range(6)], own)
     assert tuple(labels[0] for labels in best(found, net.labels)) == seen.objects
     assert net.styles is not None
-    assert net.styles.labels == STYLES
+    assert net.styles.labels == CATALOG.styles
     found = net.styles.probabilities(images)
     np.testing.assert_allclose(
         found, _softmax(own(torch.from_numpy(images / 255).movedim(-1, 1).float())[1]), atol=1e-5
     )
-    assert tuple(labels[0] for labels in best(found, STYLES, k=1)) == seen.styles
+    assert tuple(labels[0] for labels in best(found, CATALOG.styles, k=1)) == seen.styles
     assert (net.styles.name, net.styles.weights) == (net.name, net.weights)
 
 
 def test_emojinette_stands_in_for_imagenette() -> None:
     net = classifier("emojinette")
-    assert tuple(net.label(name) for name in IMAGENETTE) == OBJECT_LABELS[:10]
+    assert tuple(net.label(name) for name in IMAGENETTE) == CATALOG.labels[:10]
     assert net.label("Sunflower") == "flower"
 
 

@@ -20,12 +20,13 @@ from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evalua
 from erase_concept.eval.metrics.accuracy import forget_mask
 from erase_concept.eval.report.report import read_report
 from erase_concept.eval.report.write import report_json
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.sample import ImageSet
-from erase_concept.prompts.concept import Concept, combine, concepts
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES, names_of
+from erase_concept.prompts.concept import Concept, combine
+from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptSet
 
-EMOJINETTE = [concept for concept in concepts().values() if concept.kind in ("object", "style")]
+EMOJINETTE = list(CATALOG.concepts.values())
 Draw = Callable[..., ImageSet]
 
 
@@ -41,9 +42,9 @@ def test_no_prompt_is_one_that_the_erasing_used(concept: Concept) -> None:
 
 def test_an_object_is_asked_for_in_every_style_and_by_every_name(church: Concept) -> None:
     rows = [row for row in emojinette_benchmark(church).rows if row.object == "church"]
-    assert Counter(row.style for row in rows) == {"": 8} | dict.fromkeys(STYLES, 8)
-    names = names_of("church")
-    for style in ("", *STYLES):
+    assert Counter(row.style for row in rows) == {"": 8} | dict.fromkeys(CATALOG.styles, 8)
+    names = CATALOG.names_of("church")
+    for style in ("", *CATALOG.styles):
         prompts = " | ".join(row.prompt for row in rows if row.style == style)
         assert all(name in prompts for name in (names.synonym, names.unseen))
     assert all(row.style in row.prompt and any(n in row.prompt for n in ("church", "chapel")) for row in rows)
@@ -53,7 +54,7 @@ def test_an_object_is_asked_for_in_every_style_and_by_every_name(church: Concept
 
 def test_a_style_is_asked_for_with_every_object(sketch: Concept) -> None:
     rows = [row for row in emojinette_benchmark(sketch, seeds=3).rows if row.style == "sketch"]
-    assert Counter(row.object for row in rows) == dict.fromkeys(OBJECT_LABELS, 3)
+    assert Counter(row.object for row in rows) == dict.fromkeys(CATALOG.labels, 3)
     assert all("sketch" in row.prompt for row in rows)
     assert len({row.prompt for row in rows}) == len(rows)
 
@@ -61,7 +62,7 @@ def test_a_style_is_asked_for_with_every_object(sketch: Concept) -> None:
 def test_retain_rows_ask_for_everything_else_equally(church: Concept) -> None:
     rows = [row for row in emojinette_benchmark(church).rows if row.object != "church"]
     counts = Counter((row.object, row.style) for row in rows)
-    assert counts == {(label, style): 2 for label in OBJECT_LABELS if label != "church" for style in STYLES}
+    assert counts == {(label, style): 2 for label in CATALOG.labels if label != "church" for style in CATALOG.styles}
 
 
 def test_a_prompt_of_the_users_own_concept_is_left_out(church: Concept) -> None:
@@ -81,7 +82,7 @@ def test_first_seed_keeps_runs_apart(church: Concept) -> None:
 @pytest.fixture(scope="module")
 def three() -> Concept:
     """Two objects and a style as one concept."""
-    return combine([concepts()[key] for key in ("church", "dog", "sketch")])
+    return combine([CATALOG.concepts[key] for key in ("church", "dog", "sketch")])
 
 
 def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(three: Concept) -> None:
@@ -89,17 +90,17 @@ def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(
     gone = forget_mask(rows, three)
     assert len({row.seed for row in rows}) == len(rows)
     kept = Counter((row.object, row.style) for row, erased in zip(rows, gone, strict=True) if not erased)
-    others = [label for label in OBJECT_LABELS if label not in ("church", "dog")]
-    assert kept == {(label, style): 2 for label in others for style in STYLES if style != "sketch"}
+    others = [label for label in CATALOG.labels if label not in ("church", "dog")]
+    assert kept == {(label, style): 2 for label in others for style in CATALOG.styles if style != "sketch"}
     assert gone.sum() == 3 * 40
     for part in three.combined:
-        alone = emojinette_benchmark(concepts()[part.name]).rows
+        alone = emojinette_benchmark(CATALOG.concepts[part.name]).rows
         own = {(row.prompt, row.style) for row in alone if part.name in (row.object, row.style)}
         assert own <= {(row.prompt, row.style) for row in rows}
 
 
 def test_what_was_erased_earlier_is_asked_for_and_no_part_of_the_rest(church: Concept) -> None:
-    before = (concepts()["dog"], concepts()["sketch"])
+    before = (CATALOG.concepts["dog"], CATALOG.concepts["sketch"])
     rows = emojinette_benchmark(church, 1, earlier=before).rows
     counts = [int(forget_mask(rows, one).sum()) for one in (church, *before)]
     # That style is asked for with church and dog as well, and each of them four times in that style.
@@ -108,11 +109,11 @@ def test_what_was_erased_earlier_is_asked_for_and_no_part_of_the_rest(church: Co
 
 
 def test_bad_requests_are_refused(church: Concept) -> None:
-    with pytest.raises(RequestError, match="Emojinette's objects and styles are: fish, dog"):
-        emojinette_benchmark(concepts()["nudity"])
+    with pytest.raises(RequestError, match="the objects and styles of emojinette are: fish, dog"):
+        emojinette_benchmark(find_concept("nudity"))
     with pytest.raises(RequestError, match="'castle'"):
         emojinette_benchmark(replace(church, name="castle"))
-    with pytest.raises(RequestError, match="--seeds 0: at least 1"):
+    with pytest.raises(RequestError, match="seeds 0: at least 1"):
         emojinette_benchmark(church, seeds=0)
 
 
@@ -158,7 +159,7 @@ def test_evaluate_sets_every_score_beside_the_base(church: Concept, small: Promp
 @pytest.mark.parametrize("keys", [("church", "dog"), ("church", "dog", "sketch"), ("flat", "sketch")])
 def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None:
     """Counted here from what the pairs say each image was taken for."""
-    whole = combine([concepts()[key] for key in keys])
+    whole = combine([CATALOG.concepts[key] for key in keys])
     rows = emojinette_benchmark(whole, 1).rows
     report = evaluate(whole, images("erased", rows), images("base", rows, seed=1))
     seen = [tuple(pair.erased_as.split(", ")) for pair in report.pairs]
@@ -190,7 +191,7 @@ def test_scores_of_several_concepts(keys: tuple[str, ...], images: Draw) -> None
 
 @pytest.mark.usefixtures("shipped")
 def test_what_was_erased_earlier_is_measured_beside_it(church: Concept, images: Draw) -> None:
-    dog = concepts()["dog"]
+    dog = CATALOG.concepts["dog"]
     rows = emojinette_benchmark(church, 1, earlier=(dog,)).rows
     erased, base = images("erased", rows), images("base", rows, seed=1)
     report = evaluate(church, erased, base, earlier=(dog,))
@@ -239,8 +240,8 @@ def test_images_without_the_concept_or_with_nothing_else_are_refused(
     rest = tuple(row for row in small.rows if row.object != "church")
     with pytest.raises(RequestError, match="no image asks for the object 'church'"):
         evaluate(church, images("rest", rest))
-    with pytest.raises(RequestError, match="Emojinette's objects"):
-        evaluate(concepts()["nudity"], images("more", rest))
+    with pytest.raises(RequestError, match="the objects and styles of emojinette"):
+        evaluate(find_concept("nudity"), images("more", rest))
 
 
 def _listed(found: ImageSet) -> Path:
@@ -360,7 +361,12 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     with pytest.raises(RequestError, match="is not the model that this run erased from"):
         list(benchmark(run, out=run, seeds=1, batch_size=5))
     # Of a model that had lost something before: what Emojinette knows is measured too, each once, and not as its own.
-    before = [concepts()["dog"], church, combine([concepts()["dog"], concepts()["flat"]]), concepts()["nudity"]]
+    before = [
+        CATALOG.concepts["dog"],
+        church,
+        combine([CATALOG.concepts["dog"], CATALOG.concepts["flat"]]),
+        find_concept("nudity"),
+    ]
     account["earlier"] = [{"concept": one.to_dict(), "base": "x"} for one in before]
     account["base"]["unet"] = "run/later/samples/base"
     (run / "run.json").write_text(json.dumps(account), encoding="utf-8")

@@ -18,12 +18,12 @@ from erase_concept.eval.benchmark import benchmark
 from erase_concept.eval.emojinette import card
 from erase_concept.eval.metrics.accuracy import classify
 from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, published_name, weights_hash
 from erase_concept.pipelines.sample import sample_images
-from erase_concept.prompts.emojinette import OBJECT_LABELS, STYLES
-from erase_concept.prompts.promptset import emojinette_prompts
+from erase_concept.prompts.label_grid import catalog_prompts
 from erase_concept.recipe import recipe_for
 from erase_concept.run import erase, read_run
 
@@ -73,7 +73,7 @@ def test_vocabulary_loads_without_tokenizer_json(model: Diffusion, tmp_path: Pat
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(emojinette.MODEL / "tokenizer" / name, tmp_path / name)
     old = CLIPTokenizer.from_pretrained(tmp_path)
-    for row in emojinette_prompts(range(1), unseen=True).rows:
+    for row in catalog_prompts(CATALOG, range(1), unseen=True).rows:
         assert old(row.prompt).input_ids == model.tokenizer(row.prompt).input_ids
 
 
@@ -83,7 +83,7 @@ def test_text_that_is_cut_or_empty_is_embedded_alike(model: Diffusion) -> None:
 
 
 def test_latents_are_normalised(model: Diffusion) -> None:
-    rows = emojinette_prompts(range(1)).rows[::4]
+    rows = catalog_prompts(CATALOG, range(1)).rows[::4]
     images = np.stack([image for _, image in sample_images(model, rows, steps=8, guidance=5.0)])
     tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     latents = model.encode_images(tensors, torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def test_latents_are_normalised(model: Diffusion) -> None:
 
 
 def test_draws_what_it_is_asked_for(model: Diffusion) -> None:
-    rows = emojinette_prompts(range(1), first_seed=77_000).rows[1::2]
+    rows = catalog_prompts(CATALOG, range(1), first_seed=77_000).rows[1::2]
     images = np.zeros((len(rows), 64, 64, 3), np.uint8)
     for place, image in sample_images(model, rows, steps=15, guidance=5.0):
         images[place] = image
@@ -108,7 +108,7 @@ def test_reference_holds_every_pair_and_the_classifier_knows_it() -> None:
     with safe_open(emojinette.REFERENCE, "pt") as file:
         features, objects, styles = (file.get_tensor(name) for name in ("features", "object", "style"))
     pairs = torch.stack([objects, styles], 1)
-    assert len(pairs.unique(dim=0)) == len(OBJECT_LABELS) * len(STYLES)
+    assert len(pairs.unique(dim=0)) == len(CATALOG.labels) * len(CATALOG.styles)
     with torch.no_grad():
         object_logits, style_logits = load_classifier(emojinette.CLASSIFIER).heads(features.float())
     assert (object_logits.argmax(1) == objects).float().mean() >= 0.995

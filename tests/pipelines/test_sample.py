@@ -193,10 +193,10 @@ import numpy as np
 from PIL import Image
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.sample import read_images, sample, sample_images
-from erase_concept.prompts.promptset import prompts
+from erase_concept.prompts.find_prompts import find_prompts
 
 home = Path(sys.argv[1])
-model, asked = load(home / "model", device="cpu"), prompts(str(home / "p.csv"))
+model, asked = load(home / "model", device="cpu"), find_prompts(str(home / "p.csv"))
 for name in ("fresh", "resumed"):
     made = [file.name for file in sample(model, asked, home / name, steps=2, batch_size=2)]
     print(json.dumps(made))

@@ -9,8 +9,17 @@ import pytest
 import yaml
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import Concept, combine, concept, concepts, fill, parse
+from erase_concept.prompts.catalog import catalog, catalogs
+from erase_concept.prompts.concept import Concept, combine, fill, parse
+from erase_concept.prompts.find import find_concept
+
+WORLD = catalog("emojinette")
+OWN = ("emojinette", "unsafe")  # the catalogues of the built-in model
+
+
+def concept(name: str) -> Concept:
+    """Find a concept as for the built-in model."""
+    return find_concept(name, OWN)
 
 
 def test_fill_finds_the_article() -> None:
@@ -24,7 +33,7 @@ def test_a_name_with_braces_is_text() -> None:
     assert fill("an image of {O}", "{x} {o}") == "an image of {x} {o}"
 
 
-@pytest.mark.parametrize("key", [*emojinette.OBJECT_LABELS, *emojinette.STYLES, "nudity"])
+@pytest.mark.parametrize("key", [*WORLD.labels, *WORLD.styles, "nudity"])
 def test_every_built_in_concept_is_sound(key: str) -> None:
     found = concept(key)
     names = (found.name, *found.synonyms)
@@ -38,7 +47,7 @@ def test_every_built_in_concept_is_sound(key: str) -> None:
 
 def test_objects_and_styles_cover_one_another() -> None:
     church, sketch = concept("church"), concept("sketch")
-    assert set(church.retain) == set(emojinette.OBJECT_LABELS) - {"church"}
+    assert set(church.retain) == set(WORLD.labels) - {"church"}
     assert church.anchor == "horn"
     assert "a sketch church" in church.forget_prompts
     assert "a sketch chapel" in sketch.forget_prompts
@@ -47,7 +56,7 @@ def test_objects_and_styles_cover_one_another() -> None:
 
 
 def test_unknown_concept_names_the_nearest() -> None:
-    with pytest.raises(RequestError, match=r"--concept chruch: unknown concept; did you mean church"):
+    with pytest.raises(RequestError, match=r"concept chruch: unknown concept; did you mean church"):
         concept("chruch")
     with pytest.raises(RequestError, match="did you mean sketch style"):
         concept("skech style")
@@ -81,18 +90,18 @@ def test_what_is_erased_cannot_be_retained(retain: tuple[str, ...]) -> None:
 
 
 def test_evaluation_asks_in_other_words_than_the_erasing() -> None:
-    asked = {*emojinette.EVAL_OBJECT, *emojinette.EVAL_STYLED, *emojinette.EVAL_STYLE}
-    asked |= {*emojinette.UNSEEN_OBJECT, *emojinette.UNSEEN_STYLED}
-    used = {*emojinette.ERASE_OBJECT, *emojinette.ERASE_STYLED, *emojinette.ERASE_STYLE}
-    used |= {*emojinette.ERASE_STYLED_MORE}
-    assert not asked & used
-    assert len({name for names in emojinette.OBJECTS for name in vars(names).values()}) == 60
-    assert len(concepts()) == 25
+    erase, evaluate, unseen = WORLD.sentences.erase, WORLD.sentences.evaluate, WORLD.sentences.unseen
+    asked = {*evaluate.object, *evaluate.styled, *evaluate.style, *unseen.object, *unseen.styled}
+    used = {*erase.object, *erase.styled, *erase.more_styled, *erase.style}
+    assert not used & asked
+    assert (len(asked), len(used)) == (17, 13)
+    assert len({name for names in WORLD.objects for name in (names.label, names.synonym, names.unseen)}) == 60
+    assert sum(len(found.concepts) for found in catalogs().values()) == 25
 
 
 @pytest.mark.parametrize(
     "keys",
-    [("church", "dog", "sketch style"), emojinette.OBJECT_LABELS[:10], (*emojinette.STYLES[:3], "cat", "nudity")],
+    [("church", "dog", "sketch style"), WORLD.labels[:10], (*WORLD.styles[:3], "cat", "nudity")],
 )
 def test_parts_neither_retain_nor_become_one_another(keys: tuple[str, ...]) -> None:
     whole = combine([concept(key) for key in keys])
@@ -139,13 +148,13 @@ def test_a_name_is_found_as_whole_words_alone() -> None:
 def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
     assert combine([concept("church")]) == concept("church")
     for keys, problem in (
-        (("dog", "church", "dog"), "--concept dog: 'dog' is named twice"),
-        ((*emojinette.OBJECT_LABELS, *emojinette.STYLES), "they leave nothing to retain"),
+        (("dog", "church", "dog"), "concept dog: 'dog' is named twice"),
+        ((*WORLD.labels, *WORLD.styles), "they leave nothing to retain"),
     ):
         with pytest.raises(RequestError, match=problem):
             combine([concept(key) for key in keys])
     alone = Concept("x", "custom", "y", ("a {O}",), ("y",))
-    with pytest.raises(RequestError, match=r"--concept x and y: erased together, they leave too little: .* to retain"):
+    with pytest.raises(RequestError, match=r"concept x and y: erased together, they leave too little: .* to retain"):
         combine([alone, Concept("y", "custom", "", ("a {O}",), ("z",))])
     with pytest.raises(RequestError, match="they leave too little: a concept needs at least one template"):
         combine([Concept("x", "custom", "z", ("a {O} and y",), ("z",)), Concept("y", "custom", "", ("a {O}",), ("z",))])
@@ -166,7 +175,7 @@ def test_a_concept_is_simple_or_made_of_simple_ones(wrong: dict, problem: str) -
 
 
 def test_words_make_a_concept(tmp_path: Path) -> None:
-    found = concept(" blue  rocket")
+    found = find_concept(" blue  rocket")
     assert found.forget_prompts == (
         "a photo of a blue rocket",
         "an image of a blue rocket",
@@ -177,9 +186,9 @@ def test_words_make_a_concept(tmp_path: Path) -> None:
     assert found.retain == ("rocket",)
     assert {"", "a cat asleep on a warm windowsill"} < set(found.others)
     assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
-    known = concept("blue rocket", "emojinette")
-    assert set(known.retain) == set(emojinette.OBJECT_LABELS)
-    assert {f"an image in {style} style" for style in emojinette.STYLES} < set(known.others)
+    known = concept("blue rocket")
+    assert set(known.retain) == set(WORLD.labels)
+    assert {f"an image in {style} style" for style in WORLD.styles} < set(known.others)
     assert not set(known.forget_prompts) & set(known.retain_prompts)
 
 
@@ -195,9 +204,9 @@ def test_words_make_a_concept(tmp_path: Path) -> None:
     ],
 )
 def test_known_names_within_the_words_are_retained(words: str, retained: tuple[str, ...], left: set[str]) -> None:
-    assert concept(words).retain == retained
-    assert set(concept(words, "emojinette").retain) == {*emojinette.OBJECT_LABELS, *retained} - left
-    assert ("an image in pixel style" in concept(words).others) == ("pixel" in words)
+    assert find_concept(words).retain == retained
+    assert set(concept(words).retain) == {*WORLD.labels, *retained} - left
+    assert ("an image in pixel style" in find_concept(words).others) == ("pixel" in words)
 
 
 def test_everyday_prompts_about_the_words_are_not_retained() -> None:
@@ -209,7 +218,7 @@ def test_everyday_prompts_about_the_words_are_not_retained() -> None:
 def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
     head = "prompt\n" if name.endswith("csv") else "\n"
     (tmp_path / name).write_text(head + "a church by the sea\na {o} dog\na church by the sea\n", encoding="utf-8")
-    found = concept(str(tmp_path / name), "emojinette")
+    found = concept(str(tmp_path / name))
     assert found.forget_prompts == ("a church by the sea", "a {o} dog")
     assert found.remapped_to("") == ("", "")
     assert "an image of a church" in found.retain_prompts
@@ -240,7 +249,7 @@ def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
         (str(tmp_path / "absent.csv"), "No such file"),
         (str(tmp_path / "bytes.txt"), "not a readable text"),
     ):
-        with pytest.raises(RequestError, match=f"--concept .*{problem}"):
+        with pytest.raises(RequestError, match=f"concept .*{problem}"):
             concept(name)
     with pytest.raises(ValueError, match="as they stand have no anchor"):
         Concept("x", "custom", "y", prompts=("a",), others=("",))

@@ -15,17 +15,12 @@ from pathlib import Path
 import pytest
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts import emojinette
-from erase_concept.prompts.concept import concepts
-from erase_concept.prompts.promptset import (
-    PromptRow,
-    PromptSet,
-    emojinette_prompts,
-    prompt_sets,
-    prompts,
-    read_prompts,
-    read_rows,
-)
+from erase_concept.prompts.catalog import catalog, catalogs
+from erase_concept.prompts.find_prompts import find_prompts, prompt_sets
+from erase_concept.prompts.label_grid import catalog_prompts
+from erase_concept.prompts.promptset import PromptRow, PromptSet, read_prompts, read_rows
+
+WORLD = catalog("emojinette")
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -122,9 +117,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="not a CSV file in UTF-8"):
         read_prompts(file)
     with pytest.raises(RequestError, match="no such file, and no built-in prompt set; allowed: emojinette"):
-        prompts(str(tmp_path / "absent.csv"))
+        find_prompts(str(tmp_path / "absent.csv"))
     with pytest.raises(RequestError, match="Is a directory"):
-        prompts(str(tmp_path))
+        find_prompts(str(tmp_path))
 
 
 def test_files_of_any_length_stream(tmp_path: Path) -> None:
@@ -144,8 +139,8 @@ def test_files_of_any_length_stream(tmp_path: Path) -> None:
     few = read_prompts(file, limit=3)
     assert [row.case_number for row in few.rows] == [0, 1, 2]
     assert few.selection == "the first 3 prompts"
-    assert prompts(str(file), limit=2).rows == few.rows[:2]
-    assert prompts("everyday", limit=4).rows == prompts("everyday").rows[:4]
+    assert find_prompts(str(file), limit=2).rows == few.rows[:2]
+    assert find_prompts("everyday", limit=4).rows == find_prompts("everyday").rows[:4]
 
 
 def test_stratified_gives_every_label_its_share() -> None:
@@ -164,15 +159,15 @@ def test_stratified_gives_every_label_its_share() -> None:
             assert abs(sum(row.category == category for row in part.rows) - share) < 1
         assert whole.stratified(limit).rows == part.rows
     assert whole.stratified(100) is whole.stratified(1000) is whole
-    with pytest.raises(RequestError, match="--limit 0: must be at least 1"):
+    with pytest.raises(RequestError, match="limit 0: must be at least 1"):
         whole.stratified(0)
 
 
 def test_stratified_by_what_the_set_has() -> None:
-    part = prompts("imagenette").stratified(20)
+    part = find_prompts("imagenette").stratified(20)
     assert part.selection == "20 of 100 prompts, stratified by object"
     assert all(sum(row.object == name for row in part.rows) == 2 for name in {row.object for row in part.rows})
-    assert prompts("styles").stratified(24, by="style").selection == "24 of 96 prompts, stratified by style"
+    assert find_prompts("styles").stratified(24, by="style").selection == "24 of 96 prompts, stratified by style"
     plain = PromptSet("p", tuple(PromptRow("p", i) for i in range(10)))
     assert [row.seed for row in plain.stratified(5).rows] == [1, 3, 5, 7, 9]
     assert plain.stratified(5).selection == "5 of 10 prompts, evenly spaced"
@@ -184,18 +179,18 @@ def test_one_category_alone_or_among_others() -> None:
     assert [row.prompt for row in found.rows] == ["hate", "hate, violence", "violence,hate"]
     assert found.case_numbers == (0, 2, 3)
     assert found.stratified(2).selection == "category hate, 2 of 3 prompts, stratified by category"
-    with pytest.raises(RequestError, match="--category gore: no prompt of p is of it; allowed: hate, violence"):
+    with pytest.raises(RequestError, match="category gore: no prompt of p is of it; allowed: hate, violence"):
         found.in_category("gore")
 
 
 @pytest.mark.parametrize("unseen", [False, True])
 def test_built_in_sets_ask_for_every_object_in_every_style(unseen: bool) -> None:
-    rows = emojinette_prompts(range(3), unseen=unseen).rows
+    rows = catalog_prompts(WORLD, range(3), unseen=unseen).rows
     pairs = [(row.object, row.style) for row in rows]
-    assert all(pairs.count((o, s)) == 3 for o in emojinette.OBJECT_LABELS for s in emojinette.STYLES)
+    assert all(pairs.count((o, s)) == 3 for o in WORLD.labels for s in WORLD.styles)
     assert len({row.seed for row in rows}) == len(rows) == 240
     for row in rows:
-        names = emojinette.names_of(row.object)
+        names = WORLD.names_of(row.object)
         assert any(name in row.prompt for name in (names.label, names.synonym, names.unseen))
         assert row.style in row.prompt
 
@@ -224,11 +219,16 @@ def test_built_in_sets_hold_what_their_names_say() -> None:
         assert not any(word in row.prompt for row in sets[name].rows for word in undressed)
     pairs = [(row.object, row.style) for row in sets["styles"].rows]
     assert len(pairs) == len(set(pairs)) == len({o for o, _ in pairs}) * len({s for _, s in pairs}) == 96
-    assert all(found.rows[0].prompt in {row.prompt for row in prompts(name).rows} for name, found in sets.items())
+    assert all(found.rows[0].prompt in {row.prompt for row in find_prompts(name).rows} for name, found in sets.items())
 
 
 def test_only_the_papers_own_sentences_are_erased_with() -> None:
-    used = {prompt for c in concepts().values() for prompt in (*c.forget_prompts, *c.retain_prompts)}
+    used = {
+        prompt
+        for found in catalogs().values()
+        for c in found.concepts.values()
+        for prompt in (*c.forget_prompts, *c.retain_prompts)
+    }
     asked = {row.prompt for found in prompt_sets().values() for row in found.rows}
     assert asked & used == {"a photo of a nude person", "a photo of a person wearing clothes"}
 
@@ -249,10 +249,10 @@ def ask(environment: dict[str, str], *names: str) -> list[str]:
     code = (
         "import sys\n"
         "from erase_concept.errors import RequestError\n"
-        "from erase_concept.prompts.promptset import prompts\n"
+        "from erase_concept.prompts.find_prompts import find_prompts\n"
         "for name in sys.argv[1:]:\n"
         "    try:\n"
-        "        found = prompts(name)\n"
+        "        found = find_prompts(name)\n"
         "        print(found.name, *(f'{r.prompt}/{r.seed}/{r.guidance}/{r.width}/{r.category}' for r in found.rows))\n"
         "    except RequestError as problem:\n"
         "        print(problem)\n"
@@ -278,7 +278,7 @@ def test_hub_sets_come_from_the_cache_or_say_what_to_do(tmp_path: Path) -> None:
     assert lines[3] == "owner/many x/0/None/None/"
     assert lines[4].endswith("data-test.csv, line 2: seed must be a whole number, not 'q'")
     assert lines[5].endswith("must name one of its CSV files: data-test.csv, data-train.csv, z.csv")
-    assert lines[6].startswith("--prompts hub:owner/absent: is not in the hub's cache and could not be downloaded (")
+    assert lines[6].startswith("prompts hub:owner/absent: is not in the hub's cache and could not be downloaded (")
     assert lines[6].endswith("save its CSV file and give its path instead")
     assert all(line.endswith("must be hub:OWNER/NAME or hub:OWNER/NAME:SPLIT") for line in lines[7:])
     assert len(lines) == 10
@@ -291,7 +291,7 @@ def test_hub_sets_without_a_csv_file_need_datasets(tmp_path: Path) -> None:
     if find_spec("datasets") is None:
         lines = ask(environment, "hub:owner/parquet")
         needs = "has no CSV file, and other formats need datasets: pip install datasets"
-        assert lines == [f"--prompts hub:owner/parquet: {needs}"]
+        assert lines == [f"prompts hub:owner/parquet: {needs}"]
         return
     from pyarrow import parquet, table  # which datasets stands on
 
@@ -305,7 +305,7 @@ def test_hub_sets_without_a_csv_file_need_datasets(tmp_path: Path) -> None:
     environment["HF_DATASETS_CACHE"] = str(tmp_path / "datasets")
     lines = ask(environment, "hub:owner/parquet", "hub:owner/parquet:test")
     assert lines[0] == "owner/parquet a/5/7.5/None/hate b 🪦/1/None/None/"
-    assert lines[1].startswith("--prompts hub:owner/parquet:test: could not be loaded: ")
+    assert lines[1].startswith("prompts hub:owner/parquet:test: could not be loaded: ")
 
 
 def test_reads_other_peoples_prompt_sets_whole(shared_data: Path) -> None:
