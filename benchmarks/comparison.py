@@ -18,7 +18,7 @@ from typing import Any
 
 from erase_concept.eval.compare.compare import compare
 from erase_concept.eval.compare.trials import PRESETS
-from erase_concept.method import methods
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.guards import GUARDS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -26,7 +26,7 @@ HELD_OUT = ("church", "dog", "parachute", "guitar", "truck", "flat", "3d")
 MORE = ("fish", "radio", "horn", "gas pump", "golf", "flower", "car", "bicycle", "umbrella", "cake", "rocket")
 TABLES: dict[str, dict[str, Any]] = {
     "methods": {
-        "entries": [*methods(), *GUARDS.all(), *PRESETS],
+        "entries": [*METHODS.all(), *GUARDS.all(), *PRESETS],
         "concepts": HELD_OUT,
         "seeds": (0, 1),
         "tune_on": ("house", "sketch"),

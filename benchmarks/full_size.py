@@ -28,7 +28,7 @@ from torch.nn.functional import mse_loss
 from erase_concept import pipelines
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
-from erase_concept.methods.salun import SalUnConfig, salun
+from erase_concept.methods.salun import SalUnSettings, salun
 from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.recipe import MEMORY
@@ -166,7 +166,7 @@ def ours(args: argparse.Namespace) -> Iterator[float]:
     }
     mask = Mask(bits, {name: tuple(p.shape) for name, p in whole.unet.named_parameters()})
     before = 0.0
-    for record in salun(whole, data, mask, SalUnConfig(**settings), seed=0):
+    for record in salun(whole, data, mask, SalUnSettings(**settings), seed=0):
         if isinstance(record, Record):
             yield record.seconds - before
             before = record.seconds

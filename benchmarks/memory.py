@@ -17,7 +17,7 @@ import sys
 from full_size import configs, measured, row
 
 from erase_concept.dry_run import GIB, predict_step
-from erase_concept.methods.salun import SalUnConfig
+from erase_concept.methods.salun import SalUnSettings
 from erase_concept.recipe import MEMORY
 
 BARS = {"fast": None, "balanced": 8.0, "low": 6.0}
@@ -26,7 +26,7 @@ WITHIN = 0.15
 
 def predicted(family: str, memory: str, *, size: int | None = None, batch: int = 1) -> float:
     """Return the GiB that a step of a preset is predicted to take, without the process's own."""
-    settings = SalUnConfig(batch_size=batch, **MEMORY[memory].get("settings", {}))
+    settings = SalUnSettings(batch_size=batch, **MEMORY[memory].get("settings", {}))
     return predict_step(configs(family), settings, 0.5, size=size).peak / GIB
 
 

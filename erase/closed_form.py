@@ -31,7 +31,7 @@ from erase_concept.pipelines.model import Diffusion
 
 
 @dataclass(frozen=True)
-class ClosedForm:
+class ClosedFormSettings:
     """Settings that every closed form has; the defaults are those of UCE's first code."""
 
     erase_scale: float = 1.0  # s of the tokens to erase
@@ -85,15 +85,20 @@ def concept_tokens(
 
 
 def edit(
-    model: Diffusion, data: ForgetRetain, mask: Mask | None, config: ClosedForm, tokens: Tensor, wanted: Tensor
+    model: Diffusion,
+    data: ForgetRetain,
+    mask: Mask | None,
+    settings: ClosedFormSettings,
+    tokens: Tensor,
+    wanted: Tensor,
 ) -> tuple[float, dict[str, float]]:
     """Erase tokens [n, width] and preserve all tokens of the retained prompts; return what ``minimise`` does."""
     kept = data.retain[:, : model.tokenizer.model_max_length].flatten(0, 1)
     demands = {
-        "erase": Demand(tokens, wanted, config.erase_scale),
-        "preserve": Demand(kept, kept, config.preserve_scale),
+        "erase": Demand(tokens, wanted, settings.erase_scale),
+        "preserve": Demand(kept, kept, settings.preserve_scale),
     }
-    return minimise(model.unet, demands, config.ridge, mask)
+    return minimise(model.unet, demands, settings.ridge, mask)
 
 
 @torch.no_grad()

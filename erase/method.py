@@ -1,78 +1,80 @@
-"""The table of erasure methods. A method is a function in a file of its own under ``methods/``, and one decorator."""
+"""What a method is: one function in a file of its own under ``methods/``, with a decorator that carries its record."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
+from erase_concept.registry import Registry
+from erase_concept.seed import stage_seed
 from erase_concept.training.loop import Record, TargetProgress
 
 
 class Run(Protocol):
-    """What a method is: it changes the model's weights in place and yields a record for each step."""
+    """A method's function: it changes the model's weights in place and yields a record for each step."""
 
     def __call__(
-        self, model: Any, data: Any, mask: Any, config: Any, *, seed: int, checkpoint: Any = None
+        self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None
     ) -> Iterator[Record | TargetProgress]:
         """Run the method."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, its frozen config dataclass and the function.
+    """A method's record.
 
-    ``latents`` are the parts of the data that it needs beside the embedded prompts, which every method has: "forget",
-    "anchor" and "retain". ``mask`` and ``scope`` are the paper's own choice of weights, for when none is asked for.
+    ``summary`` says in one line what it does. ``trains`` names the weights that it changes by itself, ``paper`` where
+    it was published. ``mask`` and ``scope`` are the paper's own choice of weights, for when none is asked for.
+    ``latents`` are the parts of the data that it learns from: "forget", "anchor" and "retain". Every method has the
+    embedded prompts beside them.
     ``tuned_setting`` is the setting that makes it erase more or less: the one that a comparison tunes.
     ``text_encoder`` tells whether it can train the token embeddings of the concept's own words instead of the UNet.
     """
 
     name: str
-    config: Any
+    settings: Any  # its class of settings
     run: Run
-    latents: tuple[str, ...]
-    mask: str
-    scope: str
-    tuned_setting: str
-    text_encoder: bool
+    summary: str
+    title: str
+    paper: str
+    trains: str = "all of the UNet"
+    latents: tuple[str, ...] = ("forget", "retain")
+    mask: str = "none"
+    scope: str = "full"
+    tuned_setting: str = "lr"
+    text_encoder: bool = False
 
     @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
+    def needs(self) -> str:
+        """What it learns from: "images" (made by the model, or given), or "prompts" alone."""
+        return "images" if self.latents else "prompts"
 
 
-_METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("methods", "method")
 _F = TypeVar("_F", bound=Callable[..., Iterator[Record | TargetProgress]])
 
 
-def method(
-    name: str,
-    config: Any,
-    *,
-    latents: tuple[str, ...] = ("forget", "retain"),
-    mask: str = "none",
-    scope: str = "full",
-    tuned_setting: str = "lr",
-    text_encoder: bool = False,
-) -> Callable[[_F], _F]:
-    """Register the decorated function as an erasure method; ``Method`` says what the arguments are."""
-    if tuned_setting not in config.__dataclass_fields__:
-        raise ValueError(f"{name} has no setting {tuned_setting!r}")
+def method(name: str, settings: Any, **about: Any) -> Callable[[_F], _F]:
+    """Register the decorated function as a method; ``about`` are the other fields of ``Method``.
+
+    Raises ValueError when the settings lack the tuned one, TypeError for a field that a record does not have.
+    """
 
     def register(function: _F) -> _F:
-        _METHODS[name] = Method(name, config, function, latents, mask, scope, tuned_setting, text_encoder)
+        record = Method(name, settings, function, **about)
+        if record.tuned_setting not in {field.name for field in fields(settings)}:
+            raise ValueError(f"{name} has no setting {record.tuned_setting!r}")
+        METHODS.add(record)
         return function
 
     return register
 
 
-def methods() -> dict[str, Method]:
-    """Return all methods by name, importing every file of ``erase_concept.methods``."""
-    package = importlib.import_module("erase_concept.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"erase_concept.methods.{module.name}")
-    return dict(sorted(_METHODS.items()))
+def method_seed(seed: int) -> int:
+    """Return the seed of a run's training, derived from the run's.
+
+    It is the same for every method, so that compared methods draw the same rows, noise and time steps. The words that
+    it is derived by must never change: every erased model would have other weights.
+    """
+    return stage_seed(seed, "method", "salun")

@@ -14,15 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.builtin import catalogs_of
+from erase_concept.presets import preset
 from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
+from erase_concept.settings import merge
 
 if TYPE_CHECKING:
     from erase_concept.method import Method
-
-PRESETS = Path(__file__).parent / "presets" / "presets.yaml"
-
 
 # What a run's memory presets set.
 MEMORY: dict[str, dict[str, Any]] = {
@@ -83,12 +82,9 @@ class Recipe(_Part):
 
     def erasure(self) -> Method:
         """Return the recipe's method; raises RequestError when there is no such one."""
-        from erase_concept.method import methods
+        from erase_concept.methods import METHODS
 
-        known = methods()
-        if self.method not in known:
-            raise RequestError("--method", self.method, f"unknown method; allowed: {', '.join(known)}")
-        return known[self.method]
+        return METHODS.find(self.method)
 
     @property
     def latents(self) -> dict[str, int]:
@@ -98,7 +94,7 @@ class Recipe(_Part):
 
     def config(self) -> Any:
         """Return the method's config with the settings in it; raises RequestError for a setting it does not have."""
-        config = self.erasure().config
+        config = self.erasure().settings
         fields = config.__dataclass_fields__
         for name, value in self.settings.items():
             if name not in fields:
@@ -201,27 +197,6 @@ def first_base(model: str) -> str:
     return runs[0]["base"] if runs else model
 
 
-def preset(name: str, model: str, kind: str, method: str | None = None) -> dict[str, Any]:
-    """Return a preset's values for a model and a kind of concept.
-
-    ``default`` is what was found best for a built-in model, and the paper's settings for any other; ``paper`` is the
-    paper's for all. With a method's name the values are those of the method as it was published: for a built-in model
-    at its own strength there and at a budget that all methods share. Raises RequestError for another name.
-    """
-    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
-    if name == "default":
-        name = model if model in presets else "paper"
-    if name not in presets:
-        raise RequestError("--preset", name, f"unknown preset; allowed: default, {', '.join(presets)}")
-    values: dict[str, Any] = presets[name]
-    own = values.get(kind) or values["any"]
-    if method is None:
-        return own
-    if "methods" in values:
-        return merge(values["methods"]["any"], values["methods"].get(method, {}))
-    return own if method == "salun" else {"mask": values["any"].get("mask", {})}
-
-
 def recipe_for(
     model: str,
     what: ConceptSource,
@@ -236,7 +211,7 @@ def recipe_for(
     ``what`` is a concept's key, the path of a file or folder that describes one, words, or a description as in a YAML
     file; or a list of these, which are erased together.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
-    With ``method`` among them the preset is that method's, as it was published; without, SalUn as the preset has it.
+    With ``method`` among them the preset is that method's, as it was published; without, the preset names the method.
     """
     found = find_concept(what, model)
     if memory not in MEMORY:
@@ -247,15 +222,6 @@ def recipe_for(
     recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
     # What a preset says for all methods, a method takes where it has such a setting.
     given = values.get("settings", {})
-    known = recipe.erasure().config.__dataclass_fields__
+    known = recipe.erasure().settings.__dataclass_fields__
     settings = {key: value for key, value in recipe.settings.items() if key in known or key in given}
     return recipe.model_copy(update={"settings": settings})
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay ``over`` on ``base``, mapping by mapping; a concept is replaced as a whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "concept"
-        merged[key] = merge(merged[key], value) if nested else value
-    return merged

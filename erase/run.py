@@ -33,7 +33,8 @@ from erase_concept.files import atomic_write
 from erase_concept.masks import mask as masks
 from erase_concept.masks.mask import Mask, Part
 from erase_concept.masks.saliency import accumulate, forgetting_loss
-from erase_concept.method import methods
+from erase_concept.method import method_seed
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -99,7 +100,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
         times["mask"] = time.perf_counter() - began - times["data"]
 
         yield "erase"
-        seed = stage_seed(recipe.seed, "method", recipe.method)
+        seed = method_seed(recipe.seed)
         checkpoint = out / "checkpoints" / "last.safetensors"
         _keep_log(out / "log.jsonl", checkpoint)
         with (out / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -188,7 +189,7 @@ def check(recipe: Recipe) -> Mask | None:
 def check_scope(recipe: Recipe) -> None:
     """Raise RequestError when the recipe's method cannot be confined to its scope."""
     if recipe.mask.scope == masks.TEXT_ENCODER:
-        able = [name for name, one in methods().items() if one.text_encoder]
+        able = [name for name, one in METHODS.all().items() if one.text_encoder]
         if recipe.method not in able:
             raise RequestError("--scope", recipe.mask.scope, f"goes with {' and '.join(able)}; allowed: {_SCOPES}")
         if recipe.mask.kind != "none":

@@ -115,6 +115,15 @@ def read_value(text: str) -> Any:
         return text
 
 
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay ``over`` on ``base``, mapping by mapping; a concept is replaced as a whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "concept"
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
 def _allowed(info: FieldInfo) -> str:
     """Return a field's type and range in words, such as "number from 0 to 1" or "adam, adamw"."""
     kinds = [kind for kind in (get_args(info.annotation) or (info.annotation,)) if kind is not type(None)]

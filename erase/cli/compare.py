@@ -65,10 +65,10 @@ def compare(
     """Erase with many methods, masks and strengths, and compare forgetting, retention, time and memory."""
     from erase_concept.eval.compare.compare import compare as run
     from erase_concept.eval.compare.trials import PRESETS
-    from erase_concept.method import methods as known
+    from erase_concept.methods import METHODS
     from erase_concept.pipelines.guards import GUARDS
 
-    entries = [*PRESETS, *known(), *GUARDS.all()] if methods == "all" else split_entries(methods)
+    entries = [*PRESETS, *METHODS.all(), *GUARDS.all()] if methods == "all" else split_entries(methods)
     seed_numbers = [int(number) for number in _numbers("seeds", seeds, whole=True)]
     strength_numbers = _numbers("strengths", strengths)
     with bar() as shown:

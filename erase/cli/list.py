@@ -45,14 +45,14 @@ def _list_concepts() -> dict[str, str]:
 
 
 def _list_methods() -> dict[str, str]:
-    from erase_concept.method import methods
+    from erase_concept.methods import METHODS
     from erase_concept.training.loop import Training
 
     shared = Training.__dataclass_fields__
     found = {}
-    for name, method in methods().items():
-        own = [field for field in method.config.__dataclass_fields__ if field not in shared]
-        told = [*own, *(["those of every training"] if issubclass(method.config, Training) else [])]
+    for name, method in METHODS.all().items():
+        own = [field for field in method.settings.__dataclass_fields__ if field not in shared]
+        told = [*own, *(["those of every training"] if issubclass(method.settings, Training) else [])]
         where = f"Mask {method.mask}, scope {method.scope}. " if (method.mask, method.scope) != ("none", "full") else ""
         found[name] = f"{method.summary} {where}Settings: {', '.join(told)}"
     return found

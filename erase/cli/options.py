@@ -144,7 +144,8 @@ class RecipeOptions:
 
     def read(self) -> Recipe:
         """Return the checked recipe; raises RequestError for the first bad value."""
-        from erase_concept.recipe import merge, read_recipe, recipe_for
+        from erase_concept.recipe import read_recipe, recipe_for
+        from erase_concept.settings import merge
 
         values: dict[str, Any] = {} if self.recipe is None else read_recipe(self.recipe)
         values.pop("model", None)

@@ -1,1 +1,5 @@
-"""The erasure methods, one file each; importing this package registers them all."""
+"""The methods, one file each. A file in this folder is found by itself; other packages use an entry point."""
+
+from erase_concept.method import METHODS
+
+__all__ = ["METHODS"]

@@ -21,7 +21,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class ConceptAblationConfig(Training):
+class ConceptAblationSettings(Training):
     """Concept Ablation's settings, those of its styles and objects."""
 
     steps: int = 100
@@ -37,12 +37,22 @@ class ConceptAblationConfig(Training):
             raise ValueError(f"alpha must be at least 0, not {self.alpha}")
 
 
-@method("concept-ablation", ConceptAblationConfig, latents=("anchor",), scope="cross-attention", text_encoder=True)
+@method(
+    "concept-ablation",
+    ConceptAblationSettings,
+    summary="Gives the concept's prompts the anchor's own prediction, on pictures of the anchor.",
+    title="Concept Ablation",
+    paper="arXiv 2303.13516",
+    trains="cross-attention",
+    latents=("anchor",),
+    scope="cross-attention",
+    text_encoder=True,
+)
 def concept_ablation(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ConceptAblationConfig,
+    settings: ConceptAblationSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -56,17 +66,25 @@ def concept_ablation(
     the scope "text-encoder" it is the paper's embedding variant: the embeddings of the name's own tokens, ahead of the
     text encoder's layers, are all that is trained, at a learning rate of their own.
     """
-    yield from _ablate(model, data, mask, config, seed, checkpoint, noise_based=False)
+    yield from _ablate(model, data, mask, settings, seed, checkpoint, noise_based=False)
 
 
 @method(
-    "concept-ablation-noise", ConceptAblationConfig, latents=("anchor",), scope="cross-attention", text_encoder=True
+    "concept-ablation-noise",
+    ConceptAblationSettings,
+    summary="Trains the concept's prompts on pictures of the anchor, as if they showed the concept.",
+    title="Concept Ablation, noise-based",
+    paper="arXiv 2303.13516",
+    trains="cross-attention",
+    latents=("anchor",),
+    scope="cross-attention",
+    text_encoder=True,
 )
 def concept_ablation_noise(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ConceptAblationConfig,
+    settings: ConceptAblationSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -76,14 +94,14 @@ def concept_ablation_noise(
     Minimises  E |e(x_t, c) - noise|^2 + lambda E |e(x'_t, c') - noise'|^2,  with the names of ``concept_ablation``: the
     paper's noise-based variant.
     """
-    yield from _ablate(model, data, mask, config, seed, checkpoint, noise_based=True)
+    yield from _ablate(model, data, mask, settings, seed, checkpoint, noise_based=True)
 
 
 def _ablate(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ConceptAblationConfig,
+    settings: ConceptAblationSettings,
     seed: int,
     checkpoint: Path | None,
     *,
@@ -93,10 +111,10 @@ def _ablate(
     if not count:
         raise RequestError("data.anchor", count, "must be at least 1: the method learns from pictures of the anchor")
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         drawn = []
         for _ in range(2):
-            rows = data.draw_forget(config.batch_size, generator, "anchor")
+            rows = data.draw_forget(settings.batch_size, generator, "anchor")
             drawn.append((data.forget_ids[data.prompts_of_rows[rows]], data.forget_batch(model, rows, generator)))
         (ids, first), (_, second) = drawn
         embedded = mask is not None and mask.part == "text_encoder"
@@ -113,6 +131,6 @@ def _ablate(
         )
         forget = mse_loss(predicted[: len(target)], target)
         anchor = mse_loss(predicted[len(target) :], model.target(second.latents, second.noise, second.timesteps))
-        return forget + config.alpha * anchor, {"forget": forget, "anchor": anchor}
+        return forget + settings.alpha * anchor, {"forget": forget, "anchor": anchor}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)

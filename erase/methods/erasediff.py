@@ -20,7 +20,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class EraseDiffConfig(Training):
+class EraseDiffSettings(Training):
     """EraseDiff's settings beside those of the training."""
 
     eta: float = 0.1  # share of its own gradient by which the constraint is to fall at least
@@ -38,12 +38,18 @@ class EraseDiffConfig(Training):
             raise ValueError(f"inner_lr must be above 0, not {self.inner_lr}")
 
 
-@method("erasediff", EraseDiffConfig)
+@method(
+    "erasediff",
+    EraseDiffSettings,
+    summary="Keeps the loss on everything else low while the concept's prediction is driven towards noise.",
+    title="EraseDiff",
+    paper="arXiv 2401.05779",
+)
 def erasediff(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: EraseDiffConfig,
+    settings: EraseDiffSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -59,9 +65,9 @@ def erasediff(
     """
     unet = model.unet
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        forget = data.forget_batch(model, data.draw_forget(config.batch_size, generator, "forget"), generator)
-        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget = data.forget_batch(model, data.draw_forget(settings.batch_size, generator, "forget"), generator)
+        retain = data.retain_batch(model, draw(len(data.retain_latents), settings.batch_size, generator), generator)
         uniform = torch.rand(forget.noise.shape, generator=generator).to(model.device)
         target = model.target(forget.latents, uniform, forget.timesteps)
 
@@ -72,21 +78,21 @@ def erasediff(
         start = {name: p.detach().clone() for name, p in moving.items()}
         now = forget_loss()
         descent = constraint = salient_gradient(now, unet, mask)
-        for step in range(config.inner_steps):
+        for step in range(settings.inner_steps):
             if step:
                 descent = salient_gradient(forget_loss(), unet, mask)
             with torch.no_grad():
                 for name, p in moving.items():
-                    p.sub_(config.inner_lr * descent[name])
+                    p.sub_(settings.inner_lr * descent[name])
         with torch.no_grad():
             gap = now.detach() - forget_loss()
             for name, p in moving.items():
                 p.copy_(start[name])
         retain_loss = training_loss(model, retain)
         gradient = salient_gradient(retain_loss, unet, mask)
-        least = config.eta * dot(constraint, constraint) * (gap > 0)
+        least = settings.eta * dot(constraint, constraint) * (gap > 0)
         direction, multiplier = onto_half_space(gradient, constraint, least)
         value = with_gradient(retain_loss + multiplier * now.detach(), unet, direction)
         return value, {"forget": now, "retain": retain_loss, "gap": gap, "multiplier": multiplier}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)

@@ -40,20 +40,45 @@ class PartwayTraining(Training):
 
 
 @dataclass(frozen=True)
-class ESDConfig(PartwayTraining):
+class ESDSettings(PartwayTraining):
     """ESD's settings."""
 
     steps: int = 1000
 
 
-@method("esd-full", ESDConfig, latents=())
-@method("esd-u", ESDConfig, latents=(), scope="non-cross-attention")
-@method("esd-x", ESDConfig, latents=(), scope="cross-attention")
+@method(
+    "esd-full",
+    ESDSettings,
+    summary="Guides the concept's prediction away from the concept, in all weights.",
+    title="ESD-full",
+    paper="arXiv 2303.07345",
+    latents=(),
+)
+@method(
+    "esd-u",
+    ESDSettings,
+    summary="Guides the concept's prediction away from the concept, in all but cross-attention.",
+    title="ESD-u",
+    paper="arXiv 2303.07345",
+    trains="all but cross-attention",
+    latents=(),
+    scope="non-cross-attention",
+)
+@method(
+    "esd-x",
+    ESDSettings,
+    summary="Guides the concept's prediction away from the concept, in cross-attention.",
+    title="ESD-x",
+    paper="arXiv 2303.07345",
+    trains="cross-attention",
+    latents=(),
+    scope="cross-attention",
+)
 def esd(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ESDConfig,
+    settings: ESDSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -69,25 +94,25 @@ def esd(
     base = replace(model, unet=copy.deepcopy(model.unet))
     empty = data.uncond.to(model.device)
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        concept = data.forget[draw_evenly(data.forget_parts, config.batch_size, generator)].to(model.device)
-        noisy, timesteps = partway(model, data, concept, config, generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        concept = data.forget[draw_evenly(data.forget_parts, settings.batch_size, generator)].to(model.device)
+        noisy, timesteps = partway(model, data, concept, settings, generator)
         with torch.no_grad():
-            target = base.cfg(noisy, timesteps, concept, empty, -config.eta)
+            target = base.cfg(noisy, timesteps, concept, empty, -settings.eta)
         forget = mse_loss(model.predict(noisy, timesteps, concept), target)
         return forget, {"forget": forget}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
 
 
 def partway(
-    model: Diffusion, data: ForgetRetain, embeddings: Tensor, config: PartwayTraining, generator: torch.Generator
+    model: Diffusion, data: ForgetRetain, embeddings: Tensor, settings: PartwayTraining, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Sample with guidance (DDIM, arXiv 2010.02502) up to a random step, one for all rows, so that they go together.
 
     Returns the noisy latents [n, 4, h, w], of the size of the data's, and their time steps [n].
     """
-    stop = int(torch.randint(0, config.sampling_steps, (1,), generator=generator))
+    stop = int(torch.randint(0, settings.sampling_steps, (1,), generator=generator))
     seeds = torch.randint(0, 2**62, (len(embeddings),), generator=generator).tolist()
     height, width = (side * model.factor for side in data.forget_latents.shape[-2:])
     noisy = sample_latents(
@@ -95,12 +120,12 @@ def partway(
         embeddings,
         data.uncond.to(model.device),
         seeds,
-        [config.start_guidance] * len(seeds),
-        steps=config.sampling_steps,
+        [settings.start_guidance] * len(seeds),
+        steps=settings.sampling_steps,
         height=height,
         width=width,
         scheduler="DDIMScheduler",
         stop=stop,
     )
-    timestep = make_scheduler(model, "DDIMScheduler", config.sampling_steps).timesteps[stop]
+    timestep = make_scheduler(model, "DDIMScheduler", settings.sampling_steps).timesteps[stop]
     return noisy, timestep.to(model.device).expand(len(noisy))

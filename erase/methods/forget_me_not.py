@@ -19,7 +19,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class ForgetMeNotConfig(Training):
+class ForgetMeNotSettings(Training):
     """Forget-Me-Not's settings."""
 
     steps: int = 35
@@ -29,12 +29,19 @@ class ForgetMeNotConfig(Training):
     weight_decay: float = 0.01
 
 
-@method("forget-me-not", ForgetMeNotConfig, latents=("forget",))
+@method(
+    "forget-me-not",
+    ForgetMeNotSettings,
+    summary="Draws the attention of pictures of the concept away from the words that name it.",
+    title="Forget-Me-Not",
+    paper="arXiv 2303.17591",
+    latents=("forget",),
+)
 def forget_me_not(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ForgetMeNotConfig,
+    settings: ForgetMeNotSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -47,8 +54,8 @@ def forget_me_not(
     embeddings of the concept first (textual inversion), and count the end token in: here its own words name it.
     """
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = data.draw_forget(config.batch_size, generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = data.draw_forget(settings.batch_size, generator)
         batch = data.forget_batch(model, rows, generator)
         which = torch.cat([data.forget_which, data.anchor_which])[rows]
         with cross_attentions(model.unet) as seen:
@@ -62,7 +69,7 @@ def forget_me_not(
             resteering = resteering + (maps.square() * named).sum() / len(maps)
         return resteering, {"forget": resteering}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class GradientAscentConfig(Training):
+class GradientAscentSettings(Training):
     """Gradient ascent's settings beside those of the training; the defaults are those of SalUn's baseline."""
 
     alpha: float = 0.1  # weight of the retain term
@@ -30,12 +30,18 @@ class GradientAscentConfig(Training):
             raise ValueError(f"alpha must be at least 0, not {self.alpha}")
 
 
-@method("gradient-ascent", GradientAscentConfig)
+@method(
+    "gradient-ascent",
+    GradientAscentSettings,
+    summary="Raises the training loss on the concept and keeps it low on everything else.",
+    title="Gradient ascent",
+    paper="arXiv 2109.13398",
+)
 def gradient_ascent(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: GradientAscentConfig,
+    settings: GradientAscentSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -46,10 +52,10 @@ def gradient_ascent(
     how far it goes is for the learning rate and the number of steps to say, and a loss that is not finite ends the run.
     """
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        forget = data.forget_batch(model, data.draw_forget(config.batch_size, generator, "forget"), generator)
-        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget = data.forget_batch(model, data.draw_forget(settings.batch_size, generator, "forget"), generator)
+        retain = data.retain_batch(model, draw(len(data.retain_latents), settings.batch_size, generator), generator)
         forget_loss, retain_loss = training_loss(model, forget), training_loss(model, retain)
-        return config.alpha * retain_loss - forget_loss, {"forget": forget_loss, "retain": retain_loss}
+        return settings.alpha * retain_loss - forget_loss, {"forget": forget_loss, "retain": retain_loss}
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)

@@ -18,7 +18,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class L1SparseConfig(Training):
+class L1SparseSettings(Training):
     """l1-sparse's settings beside those of the training."""
 
     gamma: float = 5e-4  # weight of the l1 norm at the start
@@ -30,12 +30,19 @@ class L1SparseConfig(Training):
             raise ValueError(f"gamma must be at least 0, not {self.gamma}")
 
 
-@method("l1-sparse", L1SparseConfig, latents=("retain",))
+@method(
+    "l1-sparse",
+    L1SparseSettings,
+    summary="Trains on everything else under an l1 penalty, so that what is not rehearsed fades.",
+    title="l1-sparse",
+    paper="arXiv 2304.04934",
+    latents=("retain",),
+)
 def l1_sparse(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: L1SparseConfig,
+    settings: L1SparseSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -48,14 +55,14 @@ def l1_sparse(
     """
     step = steps_done(checkpoint)
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = draw(len(data.retain_latents), config.batch_size, generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = draw(len(data.retain_latents), settings.batch_size, generator)
         retain_loss = training_loss(model, data.retain_batch(model, rows, generator))
         norm = torch.stack([p.abs().sum() for p in model.unet.parameters()]).sum()
-        gamma = config.gamma * (1 - step / config.steps)
+        gamma = settings.gamma * (1 - step / settings.steps)
         return retain_loss + gamma * norm, {"retain": retain_loss, "l1": norm}
 
-    for event in train(model, loss, mask, config, seed=seed, checkpoint=checkpoint):
+    for event in train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint):
         if isinstance(event, Record):
             step = event.step
         yield event

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from erase_concept.closed_form import ClosedForm, concept_tokens, edit
+from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -16,18 +16,28 @@ from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
-class MACEConfig(ClosedForm):
+class MACESettings(ClosedFormSettings):
     """The settings of MACE's closed form; ridge as in the authors' recipes for single objects."""
 
     ridge: float = 1000.0
 
 
-@method("mace", MACEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
+@method(
+    "mace",
+    MACESettings,
+    summary="Takes the concept out of the words around its name in closed form: the first of MACE's three parts.",
+    title="MACE, closed form",
+    paper="arXiv 2403.06135",
+    trains="keys and values of cross-attention",
+    latents=(),
+    scope="cross-attention",
+    tuned_setting="erase_scale",
+)
 def mace(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: MACEConfig,
+    settings: MACESettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -42,5 +52,5 @@ def mace(
     mask, see ``closed_form``: the minimiser over its weights alone. Nothing is drawn at random.
     """
     began = time.perf_counter()
-    loss, terms = edit(model, data, mask, config, *concept_tokens(model, data, "anchor", name=False))
+    loss, terms = edit(model, data, mask, settings, *concept_tokens(model, data, "anchor", name=False))
     yield Record(1, 1, loss, terms, 0.0, time.perf_counter() - began)

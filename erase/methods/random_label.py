@@ -1,4 +1,4 @@
-"""Random label: SalUn's loss on all weights, the control that shows what the mask is worth."""
+"""Random label: SalUn's loss on all weights, the control that shows what the mask is worth (arXiv 2310.12508)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from pathlib import Path
 from erase_concept.data import ForgetRetain, Remap
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.methods.salun import SalUnConfig, salun
+from erase_concept.methods.salun import SalUnSettings, salun_loss
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.training.loop import Record, TargetProgress
+from erase_concept.training.loop import Record, TargetProgress, train
 
 
 @dataclass(frozen=True)
-class RandomLabelConfig(SalUnConfig):
+class RandomLabelSettings(SalUnSettings):
     """SalUn's settings; each row's label becomes a random other one."""
 
     remap: Remap = "random"
 
 
-@method("random-label", RandomLabelConfig, latents=("forget", "anchor", "retain"))
+@method(
+    "random-label",
+    RandomLabelSettings,
+    summary="Gives the concept's prompts the prediction of another prompt drawn at random: SalUn without its mask.",
+    title="Random label",
+    paper="arXiv 2310.12508",
+    latents=("forget", "anchor", "retain"),
+)
 def random_label(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: SalUnConfig,
+    settings: RandomLabelSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Remap the concept's noise prediction to that of another prompt drawn at random: SalUn without its mask.
-
-    The loss is ``salun``'s; with a mask this is SalUn with ``remap`` "random".
-    """
-    yield from salun(model, data, mask, config, seed=seed, checkpoint=checkpoint)
+    """Minimise SalUn's loss over all weights; with a mask this is SalUn with ``remap`` "random"."""
+    yield from train(model, salun_loss(data, settings), mask, settings, seed=seed, checkpoint=checkpoint)

@@ -15,13 +15,13 @@ from erase_concept.closed_form import concept_tokens, edit, matrices
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.methods.uce import UCEConfig
+from erase_concept.methods.uce import UCESettings
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
-class RECEConfig(UCEConfig):
+class RECESettings(UCESettings):
     """RECE's settings beside UCE's; the defaults are those of the authors' code for objects."""
 
     ridge: float = 0.1
@@ -37,12 +37,22 @@ class RECEConfig(UCEConfig):
             raise ValueError(f"regular_scale must be above 0, not {self.regular_scale}")
 
 
-@method("rece", RECEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
+@method(
+    "rece",
+    RECESettings,
+    summary="Edits as UCE does, then finds the tokens that would bring the concept back and edits those, in rounds.",
+    title="RECE",
+    paper="arXiv 2407.12383",
+    trains="keys and values of cross-attention",
+    latents=(),
+    scope="cross-attention",
+    tuned_setting="erase_scale",
+)
 def rece(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: RECEConfig,
+    settings: RECESettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -60,13 +70,13 @@ def rece(
     """
     began = time.perf_counter()
     base = {name: weight.detach().to("cpu", torch.float64, copy=True) for name, weight in matrices(model.unet).items()}
-    concept, wanted = concept_tokens(model, data, config.becomes, name=True)
+    concept, wanted = concept_tokens(model, data, settings.becomes, name=True)
     tokens = concept
-    for turn in range(config.epochs + 1):
+    for turn in range(settings.epochs + 1):
         if turn:
-            tokens = regained(model, base, concept, config.regular_scale)
-        loss, terms = edit(model, data, mask, config, tokens, wanted)
-        yield Record(turn + 1, config.epochs + 1, loss, terms, 0.0, time.perf_counter() - began)
+            tokens = regained(model, base, concept, settings.regular_scale)
+        loss, terms = edit(model, data, mask, settings, tokens, wanted)
+        yield Record(turn + 1, settings.epochs + 1, loss, terms, 0.0, time.perf_counter() - began)
 
 
 def regained(model: Diffusion, base: Mapping[str, Tensor], concept: Tensor, regular_scale: float) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
-from erase_concept.methods.salun import SalUnConfig, salun
+from erase_concept.methods.salun import SalUnSettings, salun_loss
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.training.loop import Record, TargetProgress
+from erase_concept.training.loop import Record, TargetProgress, train
 
 
 @dataclass(frozen=True)
-class SalUnSoftConfig(SalUnConfig):
+class SalUnSoftSettings(SalUnSettings):
     """SalUn's settings, and the weight of the l1 penalty, which falls linearly to zero."""
 
     beta: float = 0.5  # in units of Adam's step, which is about the learning rate
@@ -31,12 +31,19 @@ class SalUnSoftConfig(SalUnConfig):
             raise ValueError(f"beta must be at least 0, not {self.beta}")
 
 
-@method("salun-soft", SalUnSoftConfig, latents=("forget", "anchor", "retain"))
+@method(
+    "salun-soft",
+    SalUnSoftSettings,
+    summary="Trains all weights with SalUn's loss, and draws those that matter little back to the base model.",
+    title="SalUn-soft",
+    paper="arXiv 2310.12508",
+    latents=("forget", "anchor", "retain"),
+)
 def salun_soft(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: SalUnSoftConfig,
+    settings: SalUnSoftSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -48,10 +55,11 @@ def salun_soft(
     The authors' code finds its threshold anew in each step, as a quantile of all |d|, whose share falls linearly.
     """
     base = {name: p.detach().clone() for name, p in model.unet.named_parameters()}  # a second UNet's weights in memory
-    for event in salun(model, data, mask, config, seed=seed, checkpoint=checkpoint):
+    loss = salun_loss(data, settings)
+    for event in train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint):
         if isinstance(event, Record):
             # Before the next step, and before this one gets into the checkpoint.
-            shrink(model.unet, base, event.lr * config.beta * (1 - (event.step - 1) / config.steps))
+            shrink(model.unet, base, event.lr * settings.beta * (1 - (event.step - 1) / settings.steps))
         yield event
 
 

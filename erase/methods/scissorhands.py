@@ -23,7 +23,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class ScissorhandsConfig(Training):
+class ScissorhandsSettings(Training):
     """Scissorhands' settings beside those of the training; the defaults are those of the authors' Stable Diffusion."""
 
     lr: float = 5e-5
@@ -43,12 +43,20 @@ class ScissorhandsConfig(Training):
             raise ValueError(f"ascent must be at least 0, not {self.ascent}")
 
 
-@method("scissorhands", ScissorhandsConfig, scope="self-attention")
+@method(
+    "scissorhands",
+    ScissorhandsSettings,
+    summary="Resets the weights that the concept depends on most, then repairs the rest.",
+    title="Scissorhands",
+    paper="arXiv 2401.06187",
+    trains="self-attention",
+    scope="self-attention",
+)
 def scissorhands(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: ScissorhandsConfig,
+    settings: ScissorhandsSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -64,26 +72,26 @@ def scissorhands(
     unet = model.unet
 
     def forget_loss(generator: torch.Generator) -> Tensor:
-        rows = data.draw_forget(config.batch_size, generator, "forget")
+        rows = data.draw_forget(settings.batch_size, generator, "forget")
         return training_loss(model, data.forget_batch(model, rows, generator))
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        retain = data.retain_batch(model, draw(len(data.retain_latents), settings.batch_size, generator), generator)
         retain_loss, forgotten = training_loss(model, retain), forget_loss(generator)
-        value = retain_loss - config.ascent * forgotten
+        value = retain_loss - settings.ascent * forgotten
         direction, _ = onto_half_space(salient_gradient(value, unet, mask), memory)
         return with_gradient(value, unet, direction), {"forget": forgotten, "retain": retain_loss}
 
     # Done again when a run goes on: the checkpoint's weights are put in place after it.
-    if config.recompute:
+    if settings.recompute:
         unet.enable_gradient_checkpointing()
-    batches = [stage_generator(seed, "sensitivity", batch) for batch in range(config.trim_batches)]
+    batches = [stage_generator(seed, "sensitivity", batch) for batch in range(settings.trim_batches)]
     gradients = accumulate(unet, [partial(forget_loss, g) for g in batches], "absolute")
     sensitivity = {name: gradients.pop(name) * p.detach().abs() for name, p in unet.named_parameters()}
-    trim(unet, chosen(sensitivity, config.trimmed, mask), stage_generator(seed, "trim"))
+    trim(unet, chosen(sensitivity, settings.trimmed, mask), stage_generator(seed, "trim"))
     unet.requires_grad_(True)
     memory = salient_gradient(-forget_loss(stage_generator(seed, "memory")), unet, mask)
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
 
 
 def chosen(scores: dict[str, Tensor], share: float, mask: Mask | None) -> Mask:

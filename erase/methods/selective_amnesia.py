@@ -23,7 +23,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 
 
 @dataclass(frozen=True)
-class SelectiveAmnesiaConfig(Training):
+class SelectiveAmnesiaSettings(Training):
     """Selective Amnesia's settings beside those of the training; 50 is the authors' strength for Stable Diffusion."""
 
     penalty: float = 50.0  # lambda, weight of the elastic weight consolidation
@@ -39,12 +39,19 @@ class SelectiveAmnesiaConfig(Training):
             raise ValueError(f"fisher_rows must be at least 1, not {self.fisher_rows}")
 
 
-@method("selective-amnesia", SelectiveAmnesiaConfig, latents=("anchor", "retain"))
+@method(
+    "selective-amnesia",
+    SelectiveAmnesiaSettings,
+    summary="Trains the concept's prompts on other pictures, rehearses the rest, and holds back the weights it needs.",
+    title="Selective Amnesia",
+    paper="arXiv 2305.10120",
+    latents=("anchor", "retain"),
+)
 def selective_amnesia(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: SelectiveAmnesiaConfig,
+    settings: SelectiveAmnesiaSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -58,33 +65,33 @@ def selective_amnesia(
     authors take all 1,000 of 5,000 rows; their code has lambda for lambda / 2.
     Raises RequestError when the data hold no picture of the anchor, and none is to be noise.
     """
-    if config.surrogate == "anchor" and not len(data.anchor_latents):
+    if settings.surrogate == "anchor" and not len(data.anchor_latents):
         raise RequestError("data.anchor", 0, "selective-amnesia needs rows of the anchor, or surrogate=noise")
     # A mask may have needed pictures of the concept: this method learns from none.
     shown = replace(data, forget_latents=data.forget_latents[:0], forget_which=data.forget_which[:0])
-    if config.surrogate == "noise":
+    if settings.surrogate == "noise":
         uniform = torch.rand(data.retain_latents.shape, generator=stage_generator(seed, "surrogate"))
         which = torch.arange(len(uniform)) % len(data.forget)
         shown = replace(shown, anchor_latents=2 * uniform - 1, anchor_which=which)
     unet = model.unet
     # Before any weight has moved, also when a run goes on: the checkpoint is read when the training begins.
-    information = fisher(model, data, config, stage_generator(seed, "fisher"))
+    information = fisher(model, data, settings, stage_generator(seed, "fisher"))
     base = {name: p.detach().clone() for name, p in unet.named_parameters()}
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        forget = shown.forget_batch(model, shown.draw_forget(config.batch_size, generator), generator)
-        retain = data.retain_batch(model, draw(len(data.retain_latents), config.batch_size, generator), generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        forget = shown.forget_batch(model, shown.draw_forget(settings.batch_size, generator), generator)
+        retain = data.retain_batch(model, draw(len(data.retain_latents), settings.batch_size, generator), generator)
         surrogate_loss, retain_loss = training_loss(model, forget), training_loss(model, retain)
         drift = [(information[n] * (p - base[n]).square()).sum() for n, p in unet.named_parameters()]
-        held = config.penalty / 2 * torch.stack(drift).sum()
+        held = settings.penalty / 2 * torch.stack(drift).sum()
         terms = {"forget": surrogate_loss, "retain": retain_loss, "held": held}
         return surrogate_loss + retain_loss + held, terms
 
-    yield from train(model, loss, mask, config, seed=seed, checkpoint=checkpoint)
+    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
 
 
 def fisher(
-    model: Diffusion, data: ForgetRetain, config: SelectiveAmnesiaConfig, generator: torch.Generator
+    model: Diffusion, data: ForgetRetain, settings: SelectiveAmnesiaSettings, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Return the diagonal Fisher information of the model's weights over retain rows, by parameter."""
     steps = model.scheduler.config.num_train_timesteps
@@ -93,10 +100,10 @@ def fisher(
         return steps * training_loss(model, batch)
 
     def losses() -> Iterator[Callable[[], Tensor]]:
-        for row in draw(len(data.retain_latents), config.fisher_rows, generator):
-            yield partial(bound, data.retain_batch(model, row.expand(config.batch_size), generator))
+        for row in draw(len(data.retain_latents), settings.fisher_rows, generator):
+            yield partial(bound, data.retain_batch(model, row.expand(settings.batch_size), generator))
 
-    if config.recompute:
+    if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     squares = accumulate(model.unet, losses(), "squared")
-    return {name: square / config.fisher_rows for name, square in squares.items()}
+    return {name: square / settings.fisher_rows for name, square in squares.items()}

@@ -23,7 +23,7 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, train
 
 
 @dataclass(frozen=True)
-class SPMConfig(PartwayTraining):
+class SPMSettings(PartwayTraining):
     """SPM's settings."""
 
     steps: int = 3000
@@ -45,12 +45,20 @@ class SPMConfig(PartwayTraining):
             raise ValueError(f"anchors must be at least 1, not {self.anchors}")
 
 
-@method("spm", SPMConfig, latents=())
+@method(
+    "spm",
+    SPMSettings,
+    summary="Trains rank-one adapters that remove the concept alone, and adds them to the weights.",
+    title="SPM",
+    paper="arXiv 2312.16145",
+    trains="rank-one adapters of the attention blocks",
+    latents=(),
+)
 def spm(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: SPMConfig,
+    settings: SPMSettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -66,23 +74,23 @@ def spm(
     """
     adapters = Adapters(model.unet, mask, stage_generator(seed, "adapters"))
 
-    def loss(model: Diffusion, generator: torch.Generator, known: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        which = draw(len(data.forget), config.batch_size, generator)
+    def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        which = draw(len(data.forget), settings.batch_size, generator)
         concept, anchor = data.forget[which].to(model.device), data.remap[0, which].to(model.device)
-        noisy, timesteps = partway(model, data, concept, config, generator)
+        noisy, timesteps = partway(model, data, concept, settings, generator)
         unlike = 1 - cosine_similarity(data.forget[which].flatten(1)[:, None], data.retain.flatten(1), dim=-1).abs()
-        drawn = torch.multinomial(unlike.clamp(min=1e-6), config.anchors, replacement=True, generator=generator)
+        drawn = torch.multinomial(unlike.clamp(min=1e-6), settings.anchors, replacement=True, generator=generator)
         retained = data.retain[drawn.flatten()].to(model.device)
-        again, times = (each.repeat_interleave(config.anchors, 0) for each in (noisy, timesteps))
+        again, times = (each.repeat_interleave(settings.anchors, 0) for each in (noisy, timesteps))
         with torch.no_grad(), adapters.off():
-            target = model.cfg(noisy, timesteps, concept, anchor, -config.eta)
+            target = model.cfg(noisy, timesteps, concept, anchor, -settings.eta)
             kept = model.predict(again, times, retained)
         predicted = model.predict(
             torch.cat([noisy, again]), torch.cat([timesteps, times]), torch.cat([concept, retained])
         )
         forget, retain = mse_loss(predicted[: len(noisy)], target), mse_loss(predicted[len(noisy) :], kept)
-        return forget + config.anchoring * retain, {"forget": forget, "retain": retain}
+        return forget + settings.anchoring * retain, {"forget": forget, "retain": retain}
 
     with adapters.attached():
-        yield from train(replace(model, unet=adapters), loss, None, config, seed=seed, checkpoint=checkpoint)
+        yield from train(replace(model, unet=adapters), loss, None, settings, seed=seed, checkpoint=checkpoint)
     adapters.fuse()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from erase_concept.closed_form import ClosedForm, concept_tokens, edit
+from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -17,7 +17,7 @@ from erase_concept.training.loop import Record
 
 
 @dataclass(frozen=True)
-class UCEConfig(ClosedForm):
+class UCESettings(ClosedFormSettings):
     """UCE's settings beside those of every closed form."""
 
     becomes: Literal["anchor", "empty"] = (
@@ -25,12 +25,22 @@ class UCEConfig(ClosedForm):
     )
 
 
-@method("uce", UCEConfig, latents=(), scope="cross-attention", tuned_setting="erase_scale")
+@method(
+    "uce",
+    UCESettings,
+    summary="Gives the concept's tokens the keys and values of the anchor's, in closed form.",
+    title="UCE",
+    paper="arXiv 2308.14761",
+    trains="keys and values of cross-attention",
+    latents=(),
+    scope="cross-attention",
+    tuned_setting="erase_scale",
+)
 def uce(
     model: Diffusion,
     data: ForgetRetain,
     mask: Mask | None,
-    config: UCEConfig,
+    settings: UCESettings,
     *,
     seed: int,
     checkpoint: Path | None = None,
@@ -45,5 +55,5 @@ def uce(
     drawn at random, so the seed changes nothing; it takes seconds, so there is no checkpoint.
     """
     began = time.perf_counter()
-    loss, terms = edit(model, data, mask, config, *concept_tokens(model, data, config.becomes, name=True))
+    loss, terms = edit(model, data, mask, settings, *concept_tokens(model, data, settings.becomes, name=True))
     yield Record(1, 1, loss, terms, 0.0, time.perf_counter() - began)

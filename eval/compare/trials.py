@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PRESETS = ("default", "paper")
 KEPT = 4  # pairs of images of the concept that are kept of a cell, and twice as many of all else
 METRICS = ("ua", "ira", "cra", "frechet")  # of a cell; what a benchmark of other metrics does not have is left out
-_HEAVY = ("erase_concept.run", "erase_concept.method", "erase_concept.eval.benchmark")
+_HEAVY = ("erase_concept.run", "erase_concept.methods", "erase_concept.eval.benchmark")
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def measure(model: str, cell: Cell, work: Path, benchmark: str = "emojinette") -
 
 def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
     """Erase from a loaded model, and return what it took and how much changed, or why it failed."""
-    from erase_concept.seed import stage_seed
+    from erase_concept.method import method_seed
     from erase_concept.training.loop import Record
 
     method, config, base_hash = recipe.erasure(), recipe.config(), model.describe()["unet"]
@@ -251,7 +251,7 @@ def _erased(model: Diffusion, recipe: Recipe, work: Path) -> dict[str, Any]:
     told = {"tuned_setting": method.tuned_setting, "value": getattr(config, method.tuned_setting)}
     losses = []
     try:
-        for record in method.run(model, data, mask, config, seed=stage_seed(recipe.seed, "method", recipe.method)):
+        for record in method.run(model, data, mask, config, seed=method_seed(recipe.seed)):
             if isinstance(record, Record):
                 losses.append(record.loss)
     except EraseError as problem:

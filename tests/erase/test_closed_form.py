@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erase_concept.closed_form import ClosedForm, Demand, concept_tokens, edit, matrices, minimise
+from erase_concept.closed_form import ClosedFormSettings, Demand, concept_tokens, edit, matrices, minimise
 from erase_concept.data import ForgetRetain, make_data
 from erase_concept.errors import RequestError
 from erase_concept.masks import mask as masks
@@ -172,7 +172,7 @@ def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
     assert whole == (family.family == "sdxl")
     if becomes == "empty":
         assert torch.equal(tokens, data.forget[0, first:16])  # up to the last token, and not beyond
-    edit(family, data, None, ClosedForm(), tokens, wanted)  # fits every family's width
+    edit(family, data, None, ClosedFormSettings(), tokens, wanted)  # fits every family's width
 
 
 def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Concept) -> None:
@@ -181,8 +181,8 @@ def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Co
     retain = data.retain.clone()
     retain[:, 16:] = 1e6  # of SD XL alone
     other = replace(family, unet=copy.deepcopy(family.unet))
-    first = edit(family, data, None, ClosedForm(), tokens, wanted)
-    assert edit(other, replace(data, retain=retain), None, ClosedForm(), tokens, wanted) == first
+    first = edit(family, data, None, ClosedFormSettings(), tokens, wanted)
+    assert edit(other, replace(data, retain=retain), None, ClosedFormSettings(), tokens, wanted) == first
 
 
 @pytest.mark.parametrize(
@@ -191,4 +191,4 @@ def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Co
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        ClosedForm(**{name: value})
+        ClosedFormSettings(**{name: value})

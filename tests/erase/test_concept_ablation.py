@@ -13,7 +13,7 @@ from torch import Tensor
 from erase_concept.data import ForgetRetain, draw, make_data, own_tokens
 from erase_concept.errors import RequestError
 from erase_concept.masks import mask as masks
-from erase_concept.methods.concept_ablation import ConceptAblationConfig, concept_ablation, concept_ablation_noise
+from erase_concept.methods.concept_ablation import ConceptAblationSettings, concept_ablation, concept_ablation_noise
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -43,7 +43,7 @@ def drawn(data: ForgetRetain, step: int) -> list[tuple[Tensor, ...]]:
 
 @BOTH
 def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablate: Callable[..., Any]) -> None:
-    config = ConceptAblationConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+    config = ConceptAblationSettings(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(ablate(tiny, data, mask, config, seed=7))
@@ -70,7 +70,7 @@ def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablat
 def test_two_steps_on_the_names_own_tokens_equal_the_formulas(
     tiny: Diffusion, data: ForgetRetain, square: Concept, ablate: Callable[..., Any]
 ) -> None:
-    config = ConceptAblationConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+    config = ConceptAblationSettings(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
     own = own_tokens(tiny, square)
     encoder = copy.deepcopy(tiny.text_encoder).requires_grad_(True)
     table = encoder.get_input_embeddings().weight
@@ -103,22 +103,22 @@ def test_two_steps_on_the_names_own_tokens_equal_the_formulas(
 def test_frozen_weights_stay_and_a_killed_run_goes_on(
     data: ForgetRetain, ablate: Callable[..., Any], check_method: Any
 ) -> None:
-    check_method(ablate, data, ConceptAblationConfig())
+    check_method(ablate, data, ConceptAblationSettings())
 
 
 def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
     rows = make_data(family, square, forget=0, anchor=2, retain=0, steps=2, guidance=2.0, seed=1)
-    config = ConceptAblationConfig(steps=1, batch_size=2, lr=1e-3)
+    config = ConceptAblationSettings(steps=1, batch_size=2, lr=1e-3)
     assert next(concept_ablation(family, rows, None, config, seed=7)).loss > 0
 
 
 def test_needs_pictures_of_the_anchor(tiny: Diffusion, square: Concept) -> None:
     rows = make_data(tiny, square, forget=1, anchor=0, retain=0, steps=2, guidance=2.0, seed=1)
     with pytest.raises(RequestError, match=r"data\.anchor 0: must be at least 1"):
-        next(concept_ablation(tiny, rows, None, ConceptAblationConfig(), seed=7))
+        next(concept_ablation(tiny, rows, None, ConceptAblationSettings(), seed=7))
 
 
 @pytest.mark.parametrize(("name", "value"), [("alpha", -1.0), ("alpha", float("inf")), ("batch_size", 0)])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        ConceptAblationConfig(**{name: value})
+        ConceptAblationSettings(**{name: value})

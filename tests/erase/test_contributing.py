@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase_concept import method as table
 from erase_concept.masks.mask import Mask
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion
@@ -27,7 +27,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     file = tmp_path / "towards_nothing.py"
     file.write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0], encoding="utf-8")
-    monkeypatch.setattr(table, "_METHODS", dict(table.methods()))
+    monkeypatch.setattr(METHODS, "_records", METHODS.all())
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("towards_nothing", None)
     importlib.import_module("towards_nothing")
@@ -37,7 +37,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_example_runs_and_takes_every_mask(
     example: None, tiny: Diffusion, square: Concept, tmp_path: Path, mask: str | None
 ) -> None:
-    assert "towards-nothing" in table.methods()
+    assert "towards-nothing" in METHODS.all()
     save_pipeline(tiny, tmp_path / "model")
     values = {"model": str(tmp_path / "model"), "concept": square, "method": "towards-nothing"}
     values |= {"data": {"forget": 4, "retain": 4, "steps": 2}, "settings": {"steps": 3, "batch_size": 2, "lr": 1e-3}}

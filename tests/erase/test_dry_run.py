@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from erase_concept.dry_run import predict_saliency, predict_step
-from erase_concept.methods.salun import SalUnConfig
+from erase_concept.methods.salun import SalUnSettings
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.load import configs
 from erase_concept.recipe import MaskRecipe
@@ -25,7 +25,7 @@ def make() -> dict[str, Any]:
     return configs("emojinette")
 
 
-CONFIG = SalUnConfig(batch_size=2)
+CONFIG = SalUnSettings(batch_size=2)
 
 
 def test_weights_and_state_are_counted(make: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def test_activations_grow_with_rows_and_pixels(make: dict[str, Any]) -> None:
 def test_every_family_at_full_size(family: str, millions: float) -> None:
     """No weights exist: 10 GB of them are predicted in seconds."""
     text = (emojinette.MODEL.parents[1] / "families" / "layouts.yaml").read_text(encoding="utf-8")
-    expected = predict_step(yaml.safe_load(text)[family], SalUnConfig(batch_size=1, recompute=True), 0.5, size=256)
+    expected = predict_step(yaml.safe_load(text)[family], SalUnSettings(batch_size=1, recompute=True), 0.5, size=256)
     assert expected.bytes["weights"] / 4e6 == pytest.approx(millions, abs=0.1)
     assert expected.peak == sum(expected.bytes.values())
     assert math.isfinite(expected.operations)

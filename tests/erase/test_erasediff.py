@@ -11,7 +11,7 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks import mask as masks
-from erase_concept.methods.erasediff import EraseDiffConfig, erasediff
+from erase_concept.methods.erasediff import EraseDiffSettings, erasediff
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -21,7 +21,7 @@ from erase_concept.seed import stage_generator
 def test_two_steps_equal_the_formulas(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any, eta: float
 ) -> None:
-    config = EraseDiffConfig(steps=2, batch_size=3, lr=1e-2, eta=eta, inner_steps=3, inner_lr=1e-3)
+    config = EraseDiffSettings(steps=2, batch_size=3, lr=1e-2, eta=eta, inner_steps=3, inner_lr=1e-3)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(erasediff(tiny, data, mask, config, seed=7))
@@ -67,21 +67,21 @@ def test_two_steps_equal_the_formulas(
 
 def test_the_inner_steps_leave_no_trace_when_nothing_is_learnt(tiny: Diffusion, data: ForgetRetain) -> None:
     before = copy.deepcopy(tiny.unet.state_dict())
-    list(erasediff(tiny, data, None, EraseDiffConfig(steps=2, batch_size=2, lr=0.0, inner_lr=1e-2), seed=7))
+    list(erasediff(tiny, data, None, EraseDiffSettings(steps=2, batch_size=2, lr=0.0, inner_lr=1e-2), seed=7))
     assert all(torch.equal(before[name], value) for name, value in tiny.unet.state_dict().items())
 
 
 def test_draws_the_concept_to_uniform_noise(tiny: Diffusion, data: ForgetRetain) -> None:
-    records = list(erasediff(tiny, data, None, EraseDiffConfig(steps=30, batch_size=4, lr=1e-3, eta=1.0), seed=7))
+    records = list(erasediff(tiny, data, None, EraseDiffSettings(steps=30, batch_size=4, lr=1e-3, eta=1.0), seed=7))
     assert records[-1].terms["forget"] < 0.8 * records[0].terms["forget"]
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(erasediff, data, EraseDiffConfig())
+    check_method(erasediff, data, EraseDiffSettings())
 
 
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = EraseDiffConfig(steps=2, batch_size=2, lr=1e-3)
+    config = EraseDiffSettings(steps=2, batch_size=2, lr=1e-3)
     other = replace(tiny, unet=copy.deepcopy(tiny.unet))
     list(erasediff(tiny, data, None, config, seed=7))
     list(erasediff(other, data, None, replace(config, recompute=True), seed=7))
@@ -92,4 +92,4 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: Forget
 @pytest.mark.parametrize(("name", "value"), [("eta", -1.0), ("inner_steps", 0), ("inner_lr", 0.0)])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        EraseDiffConfig(**{name: value})
+        EraseDiffSettings(**{name: value})

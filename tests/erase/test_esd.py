@@ -10,8 +10,8 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.masks import mask as masks
-from erase_concept.method import methods
-from erase_concept.methods.esd import ESDConfig, esd, partway
+from erase_concept.methods import METHODS
+from erase_concept.methods.esd import ESDSettings, esd, partway
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -24,7 +24,7 @@ def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
 
 @pytest.mark.parametrize("eta", [0.0, 1.5])
 def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: float) -> None:
-    config = ESDConfig(steps=2, batch_size=3, lr=1e-2, eta=eta, start_guidance=2.0, sampling_steps=5)
+    config = ESDSettings(steps=2, batch_size=3, lr=1e-2, eta=eta, start_guidance=2.0, sampling_steps=5)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet), copy.deepcopy(tiny.unet)
     data = prompts_alone(tiny, square)
@@ -63,7 +63,7 @@ def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: floa
 
 def test_before_the_first_of_the_sampling_steps_there_is_noise_alone(tiny: Diffusion, square: Concept) -> None:
     data = prompts_alone(tiny, square)
-    config = ESDConfig(sampling_steps=1)
+    config = ESDSettings(sampling_steps=1)
     x, t = partway(tiny, data, data.forget, config, torch.Generator().manual_seed(0))
     assert x.shape == (2, 4, 8, 8)
     assert t.tolist() == [0, 0]
@@ -71,17 +71,17 @@ def test_before_the_first_of_the_sampling_steps_there_is_noise_alone(tiny: Diffu
 
 
 def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
-    config = ESDConfig(steps=2, batch_size=2, lr=1e-3, sampling_steps=3)
+    config = ESDSettings(steps=2, batch_size=2, lr=1e-3, sampling_steps=3)
     losses = [event.loss for event in esd(family, prompts_alone(family, square), None, config, seed=7)]
     assert all(loss > 0 for loss in losses)
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(tiny: Diffusion, square: Concept, check_method: Any) -> None:
-    check_method(esd, prompts_alone(tiny, square), ESDConfig(sampling_steps=4))
+    check_method(esd, prompts_alone(tiny, square), ESDSettings(sampling_steps=4))
 
 
 def test_three_names_three_scopes() -> None:
-    found = {name: entry.scope for name, entry in methods().items() if name.startswith("esd-")}
+    found = {name: entry.scope for name, entry in METHODS.all().items() if name.startswith("esd-")}
     assert found == {"esd-x": "cross-attention", "esd-u": "non-cross-attention", "esd-full": "full"}
 
 
@@ -90,4 +90,4 @@ def test_three_names_three_scopes() -> None:
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        ESDConfig(**{name: value})
+        ESDSettings(**{name: value})

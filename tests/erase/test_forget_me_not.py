@@ -11,7 +11,7 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.masks import mask as masks
-from erase_concept.methods.forget_me_not import ForgetMeNotConfig, attention_maps, cross_attentions, forget_me_not
+from erase_concept.methods.forget_me_not import ForgetMeNotSettings, attention_maps, cross_attentions, forget_me_not
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -23,7 +23,7 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
 
 
 def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = ForgetMeNotConfig(steps=2, batch_size=3, lr=1e-2, optimizer="adam", weight_decay=0.0)
+    config = ForgetMeNotSettings(steps=2, batch_size=3, lr=1e-2, optimizer="adam", weight_decay=0.0)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(forget_me_not(tiny, data, mask, config, seed=7))
@@ -86,7 +86,7 @@ def test_looking_at_attention_changes_nothing(family: Diffusion) -> None:
 
 
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = ForgetMeNotConfig(steps=3, batch_size=2, lr=1e-3)
+    config = ForgetMeNotSettings(steps=3, batch_size=2, lr=1e-3)
     other = replace(tiny, unet=copy.deepcopy(tiny.unet))
     list(forget_me_not(tiny, data, None, config, seed=7))
     list(forget_me_not(other, data, None, replace(config, recompute=True), seed=7))
@@ -95,9 +95,9 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: Forget
 
 
 def test_attention_goes_away_from_the_name(tiny: Diffusion, data: ForgetRetain) -> None:
-    records = list(forget_me_not(tiny, data, None, ForgetMeNotConfig(steps=20, batch_size=4, lr=1e-2), seed=7))
+    records = list(forget_me_not(tiny, data, None, ForgetMeNotSettings(steps=20, batch_size=4, lr=1e-2), seed=7))
     assert records[-1].loss < 0.5 * records[0].loss
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(forget_me_not, data, ForgetMeNotConfig())
+    check_method(forget_me_not, data, ForgetMeNotSettings())

@@ -10,7 +10,7 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks import mask as masks
-from erase_concept.methods.gradient_ascent import GradientAscentConfig, gradient_ascent
+from erase_concept.methods.gradient_ascent import GradientAscentSettings, gradient_ascent
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -19,7 +19,7 @@ from erase_concept.seed import stage_generator
 def test_two_steps_equal_the_formula(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any
 ) -> None:
-    config = GradientAscentConfig(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+    config = GradientAscentSettings(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(gradient_ascent(tiny, data, mask, config, seed=7))
@@ -43,17 +43,17 @@ def test_two_steps_equal_the_formula(
 
 
 def test_raises_the_loss_on_the_concept(tiny: Diffusion, data: ForgetRetain) -> None:
-    records = list(gradient_ascent(tiny, data, None, GradientAscentConfig(steps=30, batch_size=4, lr=1e-3), seed=7))
+    records = list(gradient_ascent(tiny, data, None, GradientAscentSettings(steps=30, batch_size=4, lr=1e-3), seed=7))
     first, last = records[0].terms, records[-1].terms
     assert last["forget"] > first["forget"]
     assert last["forget"] - first["forget"] > last["retain"] - first["retain"]
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(gradient_ascent, data, GradientAscentConfig())
+    check_method(gradient_ascent, data, GradientAscentSettings())
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
 def test_a_setting_out_of_range_is_named(value: float) -> None:
     with pytest.raises(ValueError, match="alpha must be at least 0"):
-        GradientAscentConfig(alpha=value)
+        GradientAscentSettings(alpha=value)

@@ -10,7 +10,7 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks import mask as masks
-from erase_concept.methods.l1_sparse import L1SparseConfig, l1_sparse
+from erase_concept.methods.l1_sparse import L1SparseSettings, l1_sparse
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -19,7 +19,7 @@ from erase_concept.seed import stage_generator
 def test_two_steps_equal_the_formula(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any
 ) -> None:
-    config = L1SparseConfig(steps=2, batch_size=3, lr=1e-2, gamma=1e-3)
+    config = L1SparseSettings(steps=2, batch_size=3, lr=1e-2, gamma=1e-3)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(l1_sparse(tiny, data, mask, config, seed=7))
@@ -40,16 +40,16 @@ def test_two_steps_equal_the_formula(
 
 
 def test_the_penalty_makes_the_weights_smaller(tiny: Diffusion, data: ForgetRetain) -> None:
-    records = list(l1_sparse(tiny, data, None, L1SparseConfig(steps=10, batch_size=2, lr=1e-3, gamma=0.1), seed=7))
+    records = list(l1_sparse(tiny, data, None, L1SparseSettings(steps=10, batch_size=2, lr=1e-3, gamma=0.1), seed=7))
     norms = [record.terms["l1"] for record in records]
     assert norms == sorted(norms, reverse=True)
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(l1_sparse, data, L1SparseConfig(gamma=1e-2))
+    check_method(l1_sparse, data, L1SparseSettings(gamma=1e-2))
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
 def test_a_setting_out_of_range_is_named(value: float) -> None:
     with pytest.raises(ValueError, match="gamma must be at least 0"):
-        L1SparseConfig(gamma=value)
+        L1SparseSettings(gamma=value)

@@ -9,7 +9,7 @@ import torch
 from erase_concept.closed_form import matrices
 from erase_concept.data import make_data
 from erase_concept.masks import mask as masks
-from erase_concept.methods.mace import MACEConfig, mace
+from erase_concept.methods.mace import MACESettings, mace
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
@@ -19,7 +19,7 @@ CONCEPT = Concept("square", "object", "disc", ("a {O} red",), retain=("line",), 
 def test_equals_the_formula_over_the_words_behind_the_name(family: Diffusion) -> None:
     data = make_data(family, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
-    (record,) = mace(family, data, None, MACEConfig(erase_scale=2.0, preserve_scale=0.3, ridge=5.0), seed=0)
+    (record,) = mace(family, data, None, MACESettings(erase_scale=2.0, preserve_scale=0.3, ridge=5.0), seed=0)
     # One token for each letter: behind "a square" come "red", the end and padding, at 8 to 15; behind "a disc" at 6.
     e_f = family.encode_prompts(["a square red"])[0, 8:16].double().numpy()
     e_g = family.encode_prompts(["a disc red"])[0, 6:14].double().numpy()
@@ -39,7 +39,7 @@ def test_the_words_around_the_name_lose_it(tiny: Diffusion) -> None:
     data = make_data(tiny, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     tokens, wanted = data.forget[0], data.remap[0, 0]
     base = {name: weight.clone() for name, weight in matrices(tiny.unet).items()}
-    list(mace(tiny, data, None, MACEConfig(preserve_scale=0.0, ridge=1e-6), seed=0))
+    list(mace(tiny, data, None, MACESettings(preserve_scale=0.0, ridge=1e-6), seed=0))
     for name, weight in matrices(tiny.unet).items():
         torch.testing.assert_close(weight @ tokens[8:].T, base[name] @ wanted[6:14].T, rtol=1e-3, atol=1e-3)
 
@@ -48,7 +48,7 @@ def test_keeps_to_the_mask(tiny: Diffusion) -> None:
     data = make_data(tiny, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     before = {name: p.clone() for name, p in tiny.unet.named_parameters()}
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    list(mace(tiny, data, mask, MACEConfig(), seed=0))
+    list(mace(tiny, data, mask, MACESettings(), seed=0))
     for name, p in tiny.unet.named_parameters():
         moved = p.view(torch.int32) != before[name].view(torch.int32)
         assert not (moved & ~mask.dense(name)).any()

@@ -12,8 +12,8 @@ import torch
 from erase_concept.closed_form import concept_tokens, matrices
 from erase_concept.data import ForgetRetain, make_data
 from erase_concept.masks import mask as masks
-from erase_concept.methods.rece import RECEConfig, rece, regained
-from erase_concept.methods.uce import UCEConfig, uce
+from erase_concept.methods.rece import RECESettings, rece, regained
+from erase_concept.methods.uce import UCESettings, uce
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
@@ -25,7 +25,7 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
 
 def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) -> None:
     model = replace(tiny, unet=tiny.unet.double())
-    config = RECEConfig(epochs=2, regular_scale=0.05, ridge=0.2, erase_scale=1.5, preserve_scale=0.3)
+    config = RECESettings(epochs=2, regular_scale=0.05, ridge=0.2, erase_scale=1.5, preserve_scale=0.3)
     base = {name: weight.numpy().copy() for name, weight in matrices(model.unet).items()}
     c, u = (t.double().numpy() for t in concept_tokens(model, data, "anchor", name=True))
     kept = data.retain.flatten(0, 1).double().numpy()
@@ -49,7 +49,7 @@ def test_regained_tokens_are_the_minimiser_and_bring_the_concept_back(tiny: Diff
     model = replace(tiny, unet=copy.deepcopy(tiny.unet).double())
     base = {name: weight.detach().clone() for name, weight in matrices(model.unet).items()}
     concept, _ = concept_tokens(model, data, "anchor", name=True)
-    list(uce(model, data, None, UCEConfig(), seed=0))
+    list(uce(model, data, None, UCESettings(), seed=0))
     now = matrices(model.unet)
 
     def missed(tokens: torch.Tensor, regular_scale: float = 0.0) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_every_round_keeps_to_the_mask(family: Diffusion, square: Concept) -> No
     data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     before = {name: p.clone() for name, p in family.unet.named_parameters()}
     mask = masks.random(family.unet, 0.5, seed=4)
-    losses = [record.loss for record in rece(family, data, mask, RECEConfig(epochs=2), seed=0)]
+    losses = [record.loss for record in rece(family, data, mask, RECESettings(epochs=2), seed=0)]
     assert all(np.isfinite(losses))
     for name, p in family.unet.named_parameters():
         moved = p.view(torch.int32) != before[name].view(torch.int32)
@@ -87,4 +87,4 @@ def test_every_round_keeps_to_the_mask(family: Diffusion, square: Concept) -> No
 @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("regular_scale", 0.0), ("ridge", -1.0)])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        RECEConfig(**{name: value})
+        RECESettings(**{name: value})

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from erase_concept.errors import RequestError
-from erase_concept.recipe import PRESETS, make_recipe, merge, read_recipe, recipe_for
+from erase_concept.methods import METHODS
+from erase_concept.methods.salun import SalUnSettings
+from erase_concept.presets import presets
+from erase_concept.recipe import make_recipe, read_recipe, recipe_for
+from erase_concept.settings import merge
 
 
 def test_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -45,7 +48,7 @@ def test_layers_change_what_they_name_alone() -> None:
     assert changed.settings == preset.settings | {"steps": 3}
 
 
-@pytest.mark.parametrize("name", [*yaml.safe_load(PRESETS.read_text(encoding="utf-8")), "default"])
+@pytest.mark.parametrize("name", [*presets(), "default"])
 @pytest.mark.parametrize("concept", ["church", "sketch", "nudity"])
 def test_every_preset_is_valid(name: str, concept: str) -> None:
     config = recipe_for("emojinette", concept, preset_name=name).config()
@@ -57,20 +60,39 @@ def test_the_papers_settings_are_kept() -> None:
     recipe = recipe_for("any/model", "church", preset_name="paper")
     config = recipe.config()
     assert (config.lr, config.alpha, config.batch_size, config.optimizer) == (1e-5, 0.5, 8, "adam")
-    assert (config.target, config.remap) == ("current", "anchor")
+    assert isinstance(config, SalUnSettings)
+    assert config.remap == "anchor"
     assert (recipe.mask.sparsity, recipe.mask.accumulate, recipe.mask.guidance) == (0.5, "signed", 7.5)
     assert recipe_for("any/model", "nudity", preset_name="paper").config().alpha == 0.1
     assert recipe_for("any/model", "church") == recipe
 
 
+def test_the_default_of_a_model_names_its_method() -> None:
+    assert recipe_for("emojinette", "church").method == "edit-then-train"
+    assert recipe_for("emojinette", "church", preset_name="paper").method == "salun"
+    assert recipe_for("any/model", "church").method == "salun"
+    # Asked for by its name, the preset's own method has the same settings; every other one its own.
+    assert recipe_for("emojinette", "church", method="edit-then-train") == recipe_for("emojinette", "church")
+    assert recipe_for("emojinette", "church", method="salun").settings["steps"] == 60
+
+
+@pytest.mark.parametrize("name", METHODS.all())
+def test_every_method_says_what_it_is(name: str) -> None:
+    record = METHODS.find(name)
+    for text in (record.summary, record.title, record.paper, record.trains, record.needs):
+        assert text.strip() == text != ""
+    assert "\n" not in record.summary
+    assert (record.needs == "prompts") == (record.latents == ())
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"settings": {"lrr": 1}}, r"--set lrr=1: salun has: .*lr"),
+        ({"settings": {"lrr": 1}}, r"--set lrr=1: edit-then-train has: .*lr"),
         ({"settings": {"lr": "fast"}}, r"--set lr=fast: .*number"),
         ({"settings": {"steps": 0}}, r"--set .*steps must be at least 1, not 0"),
-        ({"settings": {"remap": "all"}}, r"--set remap=all: .*'anchor', 'random' or 'empty'"),
-        ({"method": "magic"}, r"--method magic: unknown method; allowed: .*salun"),
+        ({"method": "salun", "settings": {"remap": "all"}}, r"--set remap=all: .*'anchor', 'random' or 'empty'"),
+        ({"method": "magic"}, r"method magic: .*allowed: .*salun"),
         ({"mask": {"sparsity": 1.0}}, r"mask\.sparsity 1\.0: .*less than 1"),
         ({"mask": {"colour": "red"}}, r"mask\.colour red: "),
         ({"seed": -1}, r"seed -1: .*greater than or equal to 0"),
@@ -89,5 +111,5 @@ def test_unreadable_files_and_presets_are_named(tmp_path: Path) -> None:
     file.write_text("a: [")
     with pytest.raises(RequestError, match=r"--recipe .*not readable"):
         read_recipe(file)
-    with pytest.raises(RequestError, match="--preset best: unknown preset; allowed: default, paper"):
+    with pytest.raises(RequestError, match="preset best: allowed: default, paper"):
         recipe_for("emojinette", "church", preset_name="best")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.masks import mask as masks
 from erase_concept.masks.mask import Mask
-from erase_concept.method import methods
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -308,9 +308,9 @@ def test_several_concepts_are_erased_in_one_run(model: Path, both: Concept, tmp_
     assert read_run(tmp_path / "killed")["erased"] == account["erased"]
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", METHODS.all())
 def test_every_method_erases_several_concepts(tiny: Diffusion, both: Concept, tmp_path: Path, name: str) -> None:
-    training = issubclass(methods()[name].config, Training)
+    training = issubclass(METHODS.find(name).settings, Training)
     settings = {"steps": 2, "batch_size": 3} if training else {}
     settings |= {"fisher_rows": 2} if name == "selective-amnesia" else {}
     data = {"forget": 3, "anchor": 2, "retain": 4, "steps": 2}

@@ -11,8 +11,8 @@ import torch
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks import mask as masks
-from erase_concept.methods.salun import SalUnConfig, salun
-from erase_concept.methods.salun_soft import SalUnSoftConfig, salun_soft, shrink
+from erase_concept.methods.salun import SalUnSettings, salun
+from erase_concept.methods.salun_soft import SalUnSoftSettings, salun_soft, shrink
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -21,7 +21,7 @@ from erase_concept.seed import stage_generator
 def test_two_steps_equal_the_formula(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any
 ) -> None:
-    config = SalUnSoftConfig(steps=2, batch_size=3, lr=1e-2, beta=0.5)
+    config = SalUnSoftSettings(steps=2, batch_size=3, lr=1e-2, beta=0.5)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet).requires_grad_(True), copy.deepcopy(tiny.unet)
     records = list(salun_soft(tiny, data, mask, config, seed=7))
@@ -83,21 +83,21 @@ def test_a_larger_beta_changes_the_weights_less_and_none_is_salun(tiny: Diffusio
     moved = []
     for beta in (0.0, 0.5, 2.0):
         model = replace(tiny, unet=copy.deepcopy(tiny.unet))
-        list(salun_soft(model, data, None, SalUnSoftConfig(steps=4, batch_size=2, lr=1e-3, beta=beta), seed=7))
+        list(salun_soft(model, data, None, SalUnSoftSettings(steps=4, batch_size=2, lr=1e-3, beta=beta), seed=7))
         moved.append(sum(float((p - q).abs().sum()) for p, q in zip(base, model.unet.parameters(), strict=True)))
         if beta == 0:
             hard = replace(tiny, unet=copy.deepcopy(tiny.unet))
-            list(salun(hard, data, None, SalUnConfig(steps=4, batch_size=2, lr=1e-3), seed=7))
+            list(salun(hard, data, None, SalUnSettings(steps=4, batch_size=2, lr=1e-3), seed=7))
             for p, q in zip(model.unet.parameters(), hard.unet.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     assert moved[0] > moved[1] > moved[2]
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(salun_soft, data, SalUnSoftConfig())
+    check_method(salun_soft, data, SalUnSoftSettings())
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
 def test_a_setting_out_of_range_is_named(value: float) -> None:
     with pytest.raises(ValueError, match="beta must be at least 0"):
-        SalUnSoftConfig(beta=value)
+        SalUnSoftSettings(beta=value)

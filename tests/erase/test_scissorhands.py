@@ -13,7 +13,7 @@ from torch import nn
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks import mask as masks
-from erase_concept.methods.scissorhands import ScissorhandsConfig, chosen, scissorhands, trim
+from erase_concept.methods.scissorhands import ScissorhandsSettings, chosen, scissorhands, trim
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -23,7 +23,7 @@ from erase_concept.seed import stage_generator
 def test_trimming_and_two_steps_equal_the_formulas(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any, ascent: float
 ) -> None:
-    config = ScissorhandsConfig(steps=2, batch_size=3, lr=1e-2, ascent=ascent, trimmed=0.2, trim_batches=2)
+    config = ScissorhandsSettings(steps=2, batch_size=3, lr=1e-2, ascent=ascent, trimmed=0.2, trim_batches=2)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(scissorhands(tiny, data, mask, config, seed=7))
@@ -90,11 +90,11 @@ def test_trims_exactly_the_share_of_the_mask_and_nothing_outside(tiny: Diffusion
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(scissorhands, data, ScissorhandsConfig())
+    check_method(scissorhands, data, ScissorhandsSettings())
 
 
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = ScissorhandsConfig(steps=2, batch_size=2, lr=1e-3)
+    config = ScissorhandsSettings(steps=2, batch_size=2, lr=1e-3)
     other = replace(tiny, unet=copy.deepcopy(tiny.unet))
     list(scissorhands(tiny, data, None, config, seed=7))
     list(scissorhands(other, data, None, replace(config, recompute=True), seed=7))
@@ -106,4 +106,4 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: Forget
 @pytest.mark.parametrize(("name", "value"), [("trimmed", 1.5), ("trim_batches", 0), ("ascent", float("inf"))])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        ScissorhandsConfig(**{name: value})
+        ScissorhandsSettings(**{name: value})

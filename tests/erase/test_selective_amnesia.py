@@ -12,7 +12,7 @@ import torch
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.errors import RequestError
 from erase_concept.masks import mask as masks
-from erase_concept.methods.selective_amnesia import SelectiveAmnesiaConfig, fisher, selective_amnesia
+from erase_concept.methods.selective_amnesia import SelectiveAmnesiaSettings, fisher, selective_amnesia
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
@@ -28,7 +28,7 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
 def test_two_steps_equal_the_formulas(
     tiny: Diffusion, square: Concept, data: ForgetRetain, noised: Any, adam: Any, surrogate: str
 ) -> None:
-    config = SelectiveAmnesiaConfig(
+    config = SelectiveAmnesiaSettings(
         steps=2,
         batch_size=3,
         lr=1e-2,
@@ -77,7 +77,7 @@ def test_two_steps_equal_the_formulas(
 
 def test_fisher_information_leaves_the_weights_alone(tiny: Diffusion, data: ForgetRetain) -> None:
     before = copy.deepcopy(tiny.unet.state_dict())
-    config = SelectiveAmnesiaConfig(batch_size=2, fisher_rows=2)
+    config = SelectiveAmnesiaSettings(batch_size=2, fisher_rows=2)
     information = fisher(tiny, data, config, torch.Generator().manual_seed(0))
     assert all((f >= 0).all() and f.shape == before[name].shape for name, f in information.items())
     assert all(torch.equal(before[name], value) for name, value in tiny.unet.state_dict().items())
@@ -88,23 +88,23 @@ def test_a_larger_penalty_holds_the_weights_back(tiny: Diffusion, data: ForgetRe
     drifts = []
     for penalty in (0.0, 100.0):
         model = replace(tiny, unet=copy.deepcopy(tiny.unet))
-        config = SelectiveAmnesiaConfig(steps=10, batch_size=2, lr=1e-3, penalty=penalty, fisher_rows=4)
+        config = SelectiveAmnesiaSettings(steps=10, batch_size=2, lr=1e-3, penalty=penalty, fisher_rows=4)
         list(selective_amnesia(model, data, None, config, seed=7))
         drifts.append(sum(float((p - q).square().sum()) for p, q in zip(base, model.unet.parameters(), strict=True)))
     assert drifts[1] < 0.5 * drifts[0]
 
 
 def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_method: Any) -> None:
-    check_method(selective_amnesia, data, SelectiveAmnesiaConfig(fisher_rows=2))
+    check_method(selective_amnesia, data, SelectiveAmnesiaSettings(fisher_rows=2))
 
 
 def test_without_the_anchor_it_says_what_is_missing(tiny: Diffusion, data: ForgetRetain) -> None:
     bare = replace(data, anchor_latents=data.anchor_latents[:0], anchor_which=data.anchor_which[:0])
     with pytest.raises(RequestError, match=r"data\.anchor"):
-        next(selective_amnesia(tiny, bare, None, SelectiveAmnesiaConfig(), seed=7))
+        next(selective_amnesia(tiny, bare, None, SelectiveAmnesiaSettings(), seed=7))
 
 
 @pytest.mark.parametrize(("name", "value"), [("penalty", -1.0), ("fisher_rows", 0)])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        SelectiveAmnesiaConfig(**{name: value})
+        SelectiveAmnesiaSettings(**{name: value})

@@ -12,14 +12,14 @@ from torch.func import functional_call
 
 from erase_concept.data import ForgetRetain, draw, make_data
 from erase_concept.masks import mask as masks
-from erase_concept.methods.spm import SPMConfig, spm
+from erase_concept.methods.spm import SPMSettings, spm
 from erase_concept.pipelines.formats.lora import save_lora
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator
 from erase_concept.training.loop import Record
 
-SHORT = SPMConfig(steps=4, batch_size=2, lr=1e-2, warmup=0, sampling_steps=3, anchors=2, checkpoint_every=2)
+SHORT = SPMSettings(steps=4, batch_size=2, lr=1e-2, warmup=0, sampling_steps=3, anchors=2, checkpoint_every=2)
 
 
 def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
@@ -28,7 +28,7 @@ def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
 
 def test_two_steps_equal_the_formulas(tiny: Diffusion, square: Concept) -> None:
     plain = {"optimizer": "adam", "weight_decay": 0.0, "warmup": 0, "decay": False, "start_guidance": 2.0}
-    config = SPMConfig(steps=2, batch_size=2, lr=1e-2, eta=0.5, sampling_steps=5, anchoring=4.0, anchors=3, **plain)
+    config = SPMSettings(steps=2, batch_size=2, lr=1e-2, eta=0.5, sampling_steps=5, anchoring=4.0, anchors=3, **plain)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     base = copy.deepcopy(tiny.unet)
     data = prompts_alone(tiny, square)
@@ -154,4 +154,4 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, square: Conc
 @pytest.mark.parametrize(("name", "value"), [("anchoring", -1.0), ("anchors", 0), ("eta", -1.0), ("lr", float("nan"))])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be"):
-        SPMConfig(**{name: value})
+        SPMSettings(**{name: value})

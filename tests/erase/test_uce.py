@@ -11,7 +11,7 @@ import pytest
 from erase_concept.closed_form import matrices
 from erase_concept.data import make_data
 from erase_concept.masks.mask import Mask
-from erase_concept.methods.uce import UCEConfig, uce
+from erase_concept.methods.uce import UCESettings, uce
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
@@ -23,7 +23,7 @@ from erase_concept.run import erase
 def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, becomes: str) -> None:
     data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
-    config = UCEConfig(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)
+    config = UCESettings(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)
     (record,) = uce(family, data, None, config, seed=0)
     assert (record.step, record.steps) == (1, 1)
     assert record.loss == pytest.approx(

@@ -23,7 +23,7 @@ from erase_concept.eval.compare.trials import (
     split_entry,
 )
 from erase_concept.eval.report.report import read_report
-from erase_concept.method import methods
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.emojinette import MODEL
 
 
@@ -40,7 +40,7 @@ def test_entries_are_names_with_settings_in_brackets() -> None:
             split_entry(wrong)
 
 
-@pytest.mark.parametrize("entry", [*PRESETS, *methods()])
+@pytest.mark.parametrize("entry", [*PRESETS, *METHODS.all()])
 @pytest.mark.parametrize("concept", ["church", "flat"])
 def test_every_method_has_a_recipe_whose_knob_turns(entry: str, concept: str) -> None:
     own, double = (recipe_of("emojinette", Cell(entry, concept, 0, strength=factor)) for factor in (1.0, 2.0))
