@@ -226,7 +226,10 @@ WRONG = {
     ),
     "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "--sparsity 2.0:"),
     "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),
-    "bad preset": (["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"], "--preset y: unknown preset"),
+    "bad preset": (
+        ["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"],
+        "--preset y: allowed: default, paper",
+    ),
     "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
     "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),
     "bad kind": (["mask", "model", "-c", "square.yaml", "-o", "x", "--mask", "none"], "--mask none: nothing"),

@@ -83,7 +83,7 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:
         ({"benchmark": "i2p"}, "--benchmark i2p: tells neither UA nor IRA"),
         ({"benchmark": "no-such"}, "--benchmark no-such: unknown benchmark"),
         ({"benchmark": "imagenette", "concepts": ["cat"]}, "--concept cat: no prompt of imagenette"),
-        ({"entries": ["no-such"]}, "--method no-such: unknown method"),
+        ({"entries": ["no-such"]}, "method no-such: allowed: .*esd-x"),
         ({"entries": ["esd-x[no=1]"]}, "--set no=1: esd-x has"),
         ({"concepts": ["nudity"]}, "--concept .*Emojinette's objects and styles are"),
         ({"tune_on": ["church"]}, "--tune church: is compared on too"),
