@@ -18,14 +18,16 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
+from erase_concept.prompts.article import with_article
 
 Kind = Literal["object", "style", "nudity", "person", "custom", "several"]
 
 
 def fill(template: str, name: str) -> str:
-    """Fill ``{o}`` with the name and its article and ``{O}`` with the bare name."""
-    article = "an" if name[:1].lower() in "aeio" or name.lower().startswith("um") else "a"
-    return template.replace("{o}", f"{article} {name}").replace("{O}", name)
+    """Fill ``{o}`` with the name and its article, where it takes one, and ``{O}`` with the name alone."""
+    if "{o}" not in template:
+        return template.replace("{O}", name)
+    return template.replace("{o}", with_article(name)).replace("{O}", name)
 
 
 @dataclass(frozen=True)

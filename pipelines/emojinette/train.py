@@ -32,7 +32,6 @@ from erase_concept.pipelines.emojinette import CATALOG, artwork
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.prompts.concept import fill
 
 TOKENS = 24
 SEED = 2024
@@ -65,7 +64,10 @@ def prompt_for(label: str, style: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.05:
         noun = f"{_filler(rng)} {noun}"
     plain, styled = erase.object + evaluate.object, erase.styled + evaluate.styled
-    return fill(str(rng.choice(plain if kind < 0.5 else styled)), noun).replace("{s}", style)
+    template = str(rng.choice(plain if kind < 0.5 else styled))
+    # The article by the rule that the published weights were trained with, invented words and all.
+    article = "an" if noun[0] in "aeio" or noun.startswith("um") else "a"
+    return template.replace("{o}", f"{article} {noun}").replace("{O}", noun).replace("{s}", style)
 
 
 def _filler(rng: np.random.Generator) -> str:
