@@ -24,6 +24,7 @@ class BuiltinModel:
     benchmark: str  # the benchmark that it is judged by where none is named
     preset: str  # the preset that "default" stands for
     demo: str  # the concept that the demo erases
+    compare: tuple[str, ...]  # the concepts that a comparison erases where none are named
 
 
 @cache

@@ -9,13 +9,12 @@ import typer
 
 from erase_concept.cli.options import JsonOption, OutOption, examples
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.progress import bar
 
-_SEARCH = "Strength of the methods"
+_TUNING = "Tuned setting of the methods"
 EXAMPLES = examples(
     "erase-concept compare --methods default,esd-x,uce --concepts church,flat -o cmp",
     "erase-concept compare --methods default,esd-x --tune house,sketch -o tuned",
-    "erase-concept compare --methods salun --masks salient,none --strengths 0.5,1,2 -o masks",
+    "erase-concept compare --methods salun --masks salient,none --multipliers 0.5,1,2 -o masks",
 )
 
 
@@ -28,69 +27,76 @@ def compare(
         ),
     ] = "all",
     concepts: Annotated[
-        str, typer.Option(metavar="LIST", help="Concepts to erase.")
-    ] = "church,dog,parachute,guitar,truck,flat,3d",
+        str, typer.Option(metavar="LIST", help="Concepts to erase. (default: a built-in model's own)")
+    ] = "",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds; each makes a run of its own.")] = "0,1",
     masks: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Masks; a number after @ multiplies the method's strength: 'salient,none,random@2'. "
+            help="Masks; a number after @ is a factor of the multipliers: 'salient,none,random@2'. "
             "(default: each method's own)",
         ),
     ] = None,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="The base model.")] = "emojinette",
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model. (default: the built-in one)")
+    ] = None,
     benchmark: Annotated[
-        str, typer.Option("--benchmark", "-b", metavar="NAME|FILE", help="The benchmark that gives UA, IRA and CRA.")
-    ] = "emojinette",
-    strengths: Annotated[
+        str,
+        typer.Option(
+            "--benchmark",
+            "-b",
+            metavar="NAME|FILE",
+            help="The benchmark, which tells what is forgotten and what is retained. (default: a built-in model's own)",
+        ),
+    ] = "",
+    multipliers: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Factors of each method's strength. With several, whole curves are compared.",
-            rich_help_panel=_SEARCH,
+            help="Multipliers of each method's tuned setting. With several, whole curves are compared.",
+            rich_help_panel=_TUNING,
         ),
     ] = "1",
     tune: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help="Concepts on which each method's strength is tuned first.", rich_help_panel=_SEARCH
+            metavar="LIST", help="Concepts on which each method's multiplier is tuned first.", rich_help_panel=_TUNING
         ),
     ] = "",
     trials: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tuning trials per method.", rich_help_panel=_SEARCH)
+        int, typer.Option(min=1, metavar="N", help="Multipliers tried for each method.", rich_help_panel=_TUNING)
     ] = 6,
     json_: JsonOption = False,
 ) -> None:
-    """Erase with many methods, masks and strengths, and compare forgetting, retention, time and memory."""
+    """Erase with many methods, masks and multipliers, and compare forgetting, retention, time and memory."""
     from erase_concept.eval.compare.compare import compare as run
+    from erase_concept.eval.compare.comparison import CompareRequest
     from erase_concept.eval.compare.trials import PRESETS
     from erase_concept.methods import METHODS
+    from erase_concept.pipelines.builtin import builtin_models
     from erase_concept.pipelines.guards import GUARDS
 
-    entries = [*PRESETS, *METHODS.all(), *GUARDS.all()] if methods == "all" else split_entries(methods)
-    seed_numbers = [int(number) for number in _numbers("seeds", seeds, whole=True)]
-    strength_numbers = _numbers("strengths", strengths)
-    with bar() as shown:
-        task = shown.add_task("compare", total=None)
-        for what, done, total in run(
-            model,
-            entries,
-            _words(concepts),
-            seed_numbers,
-            out,
-            masks=_words(masks) if masks else (None,),
-            strengths=strength_numbers,
-            tune_on=_words(tune),
-            trials=trials,
+    every = (*PRESETS, *METHODS.all(), *GUARDS.all())
+    run(
+        CompareRequest(
+            model or next(iter(builtin_models())),
+            methods=every if methods == "all" else split_methods(methods),
+            out=out,
+            concepts=_words(concepts),
             benchmark=benchmark,
-        ):
-            shown.update(task, description=what, completed=done, total=total)
+            seeds=tuple(int(number) for number in _numbers("seeds", seeds, whole=True)),
+            masks=_words(masks) if masks else (None,),
+            multipliers=tuple(_numbers("multipliers", multipliers)),
+            tune_on=_words(tune),
+            tuning_steps=trials,
+        )
+    )
     typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)
 
 
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _numbers(setting: str, text: str, *, whole: bool = False) -> list[float]:
@@ -104,6 +110,6 @@ def _numbers(setting: str, text: str, *, whole: bool = False) -> list[float]:
     return found
 
 
-def split_entries(text: str) -> list[str]:
+def split_methods(text: str) -> tuple[str, ...]:
     """Split at the commas outside of brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    return tuple(part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip())

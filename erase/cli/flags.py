@@ -25,7 +25,7 @@ FLAGS = {
         *("concept", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
         *("benchmark", "baseline", "reference", "classifier", "fail_if"),
-        *("methods", "concepts", "masks", "strengths", "tune", "trials"),
+        *("methods", "concepts", "masks", "multipliers", "tune", "trials"),
         *("format", "dtype", "rank", "lora_style", "push_to_hub", "public", "revert", "transfer"),
     )
 }

@@ -24,4 +24,8 @@ def metric_record(name: str) -> Metric | None:
             return None
         variety = f"{last} {variety}".strip()
     found = records[known]
-    return replace(found, name=name, title=f"{found.title}, {variety}") if variety else found
+    if not variety:
+        return found
+    return replace(
+        found, name=name, title=f"{found.title}, {variety}", finding=""
+    )  # the verdict cites the metric alone

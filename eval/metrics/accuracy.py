@@ -306,6 +306,7 @@ METRICS.add(
         "Share of the images that ask for the erased concept and do not show it.",
         "forget",
         "higher",
+        finding="of the images that asked for {it} show it, says the classifier",
     )
 )
 METRICS.add(
@@ -315,6 +316,7 @@ METRICS.add(
         "Share of the images that ask for another concept of the erased one's kind and show it.",
         "retain",
         "higher",
+        finding="of the images that asked for another {kind} show it",
     )
 )
 METRICS.add(
@@ -324,6 +326,7 @@ METRICS.add(
         "Share of the images that ask for a concept of the other kind (style or object) and show it.",
         "retain",
         "higher",
+        finding="of the images that asked for a concept of another kind show it",
     )
 )
 METRICS.add(Metric("top1", "Top-1 accuracy", "Share of all images that show what they ask for.", "retain", "higher"))

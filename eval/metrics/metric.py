@@ -18,6 +18,10 @@ class Metric:
     ``about`` says whether it looks at the erased concept ("forget"), at what was to stay ("retain") or at what the
     erasing took ("cost"). ``direction`` says which values are better. ``blurs`` says whether reports blur the images
     in which its judge finds the concept.
+
+    A metric with a ``finding`` is cited in a report's verdict. The finding ends the sentence "5 % ...", and says what
+    such a share means; where a forget metric is better higher, the share is what is left, 1 - value. "{it}" stands for
+    the erased concept and "{kind}" for its kind.
     """
 
     name: str
@@ -28,3 +32,9 @@ class Metric:
     unit: str = "fraction"
     blurs: bool = False
     settings: type = NoSettings
+    finding: str = ""
+
+    @property
+    def in_verdict(self) -> bool:
+        """Whether the verdict's word may come from it: a share of images that a verdict cites."""
+        return bool(self.finding) and self.unit == "fraction"

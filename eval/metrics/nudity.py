@@ -13,6 +13,7 @@ METRICS.add(
         "forget",
         "lower",
         blurs=True,
+        finding="of the images show an exposed body part, says the detector",
     )
 )
 METRICS.add(
@@ -35,6 +36,7 @@ METRICS.add(
         "lower",
         "ratio",
         blurs=True,
+        finding="of the base model's exposed body parts are left",
     )
 )
 METRICS.add(
@@ -45,5 +47,6 @@ METRICS.add(
         "forget",
         "lower",
         blurs=True,
+        finding="of the images are not safe for work, says the detector",
     )
 )

@@ -8,21 +8,8 @@ from typing import Any
 
 from erase_concept.eval.report.plots import Front
 from erase_concept.eval.report.report import Bar, Curve, Pair, Report
-from erase_concept.eval.report.verdict import (
-    GONE,
-    LOST,
-    NOTHING,
-    bounds,
-    collateral,
-    interval_text,
-    kept_text,
-    percent,
-    ranked,
-    short,
-    summary,
-    title,
-    value_text,
-)
+from erase_concept.eval.report.text import NOTHING, interval_text, percent, retention_text, short, title, value_text
+from erase_concept.eval.report.verdict import GONE, LOST, bounds, collateral, ranked, summary
 from erase_concept.eval.score import Interval
 
 _BAR = ("base", "erased", "of the base", "n")
@@ -31,45 +18,17 @@ _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]|~"} | {"&": "&amp;", "<
 
 def markdown(report: Report, pairs: Sequence[Pair]) -> bytes:
     """Return one report, with a line for each of the pairs that its page shows."""
-    told = summary(report)
-    scores = [
-        (
-            title(score.metric),
-            score.target,
-            value_text(score.baseline, score.unit),
-            value_text(score.value, score.unit),
-            interval_text(score.ci95, score.unit),
-            kept_text(score),
-            str(score.n),
-            score.protocol,
-        )
-        for score in report.scores
-    ]
-    tiles = [(tile.what, tile.value, tile.before or NOTHING, tile.sure) for tile in told.tiles]
+    found = summary(report)
     lost = [(bar.label, chart.title, *_bar(bar, chart.unit)) for chart, bar in collateral(report)]
-    forget = sum(pair.forget for pair in report.pairs)
     parts = [
         f"# {_cell(report.concept)}, erased from {_cell(report.model)}",
-        f"**Is it gone? {told.gone}.** {_cell(told.gone_text)}",
-        f"**What else was lost? {told.lost}.** {_cell(told.lost_text)}",
-        _table(("", "erased", "base", "how sure"), tiles),
-        "## Before and after, equal seeds",
-        f"{len(pairs)} of {len(report.pairs)} pairs, drawn at random: always the same ones, and never picked. Of all, "
-        f"{forget} asked for it. Flagged ones are blurred.",
-        "![Base and erased images of the same prompts and seeds](grid.png)",
+        f"**Is it gone? {found.gone}.** {_cell(found.gone_text)}",
+        f"**What else was lost? {found.lost}.** {_cell(found.lost_text)}",
         _table(
-            ("asked for", "prompt", "seed", "base", "erased"),
-            [
-                (
-                    report.concept if pair.forget else "other",
-                    short(pair.prompt),
-                    str(pair.seed),
-                    pair.base_as or NOTHING,
-                    pair.erased_as or NOTHING,
-                )
-                for pair in pairs
-            ],
+            ("", "erased", "base", "how certain"),
+            [(tile.what, tile.value, tile.base or NOTHING, tile.interval) for tile in found.tiles],
         ),
+        *_pairs(report, pairs),
         "## What was lost, worst first",
         _table(("what", "of", *_BAR), lost) if lost else "Nothing that the charts compare with the base model.",
         *(
@@ -81,15 +40,57 @@ def markdown(report: Report, pairs: Sequence[Pair]) -> bytes:
             f"## {_cell(curve.title)}\n\n" + _table((curve.x_label, *_BAR[:2]), _curve_rows(curve))
             for curve in report.curves
         ),
-        "## How it was measured",
-        f"Is it gone, by the share of the base model's images with it that still show it: {bounds(GONE)}. What else "
-        f"was lost, by the share of the base model's accuracy, the worse of all measured: {bounds(LOST)}.",
-        _table(("score", "of", "base", "erased", "95 % interval", "of the base", "n", "how"), scores),
+        *_scores(report),
         "## Provenance",
         f"Benchmark {_cell(report.benchmark)}{_became(report)}.",
         _fenced({"erased": report.erased, "base": report.base, **report.provenance}),
     ]
     return ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
+
+
+def _pairs(report: Report, pairs: Sequence[Pair]) -> list[str]:
+    """Return the pairs that the page shows, and what their images were taken for."""
+    forget = sum(pair.forget for pair in report.pairs)
+    rows = [
+        (
+            report.concept if pair.forget else "other",
+            short(pair.prompt),
+            str(pair.seed),
+            pair.base_as or NOTHING,
+            pair.erased_as or NOTHING,
+        )
+        for pair in pairs
+    ]
+    return [
+        "## Before and after, equal seeds",
+        f"{len(pairs)} of {len(report.pairs)} pairs, drawn at random: always the same ones, and never picked. Of all, "
+        f"{forget} asked for it. Flagged ones are blurred.",
+        "![Base and erased images of the same prompts and seeds](grid.png)",
+        _table(("asked for", "prompt", "seed", "base", "erased"), rows),
+    ]
+
+
+def _scores(report: Report) -> list[str]:
+    """Return all scores, how each was obtained, and how the verdict chooses its words."""
+    rows = [
+        (
+            title(score.metric),
+            score.target,
+            value_text(score.baseline, score.unit),
+            value_text(score.value, score.unit),
+            interval_text(score.ci95, score.unit),
+            retention_text(score),
+            str(score.n),
+            score.protocol,
+        )
+        for score in report.scores
+    ]
+    return [
+        "## How it was measured",
+        f"Is it gone, by the share of the base model's images with it that still show it: {bounds(GONE)}. What else "
+        f"was lost, by the share of the base model's accuracy, the worse of all measured: {bounds(LOST)}.",
+        _table(("score", "of", "base", "erased", "95 % interval", "of the base", "n", "how"), rows),
+    ]
 
 
 def markdown_of_all(reports: Mapping[str, Report], names: Sequence[str], front: Front | None) -> bytes:
@@ -145,9 +146,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _bar(bar: Bar, unit: str) -> tuple[str, ...]:
     return (
-        _sure(bar.baseline, bar.baseline_ci95, unit),
-        _sure(bar.value, bar.ci95, unit),
-        NOTHING if bar.forget else kept_text(bar),
+        _with_interval(bar.baseline, bar.baseline_ci95, unit),
+        _with_interval(bar.value, bar.ci95, unit),
+        NOTHING if bar.forget else retention_text(bar),
         NOTHING if bar.n is None else str(bar.n),
     )
 
@@ -156,12 +157,12 @@ def _curve_rows(curve: Curve) -> list[tuple[str, ...]]:
     none = (None,) * len(curve.x)
     columns = (curve.base or none, curve.base_ci95 or none, curve.erased, curve.erased_ci95 or none)
     return [
-        (f"{x:g}", _sure(before, before_ci95, curve.unit), _sure(value, ci95, curve.unit))
+        (f"{x:g}", _with_interval(before, before_ci95, curve.unit), _with_interval(value, ci95, curve.unit))
         for x, before, before_ci95, value, ci95 in zip(curve.x, *columns, strict=True)
     ]
 
 
-def _sure(value: float | None, interval: Interval | None, unit: str) -> str:
+def _with_interval(value: float | None, interval: Interval | None, unit: str) -> str:
     return value_text(value, unit) + ("" if interval is None else f" ({interval_text(interval, unit)})")
 
 

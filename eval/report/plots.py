@@ -6,14 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from erase_concept.eval.metrics import metric_record
 from erase_concept.eval.report.report import Chart, Curve, Report
-from erase_concept.eval.report.verdict import NOTHING, measure
+from erase_concept.eval.report.text import NOTHING
+from erase_concept.eval.report.verdict import cited
 from erase_concept.eval.score import Interval
-
-if TYPE_CHECKING:
-    from erase_concept.eval.compare.tuning import Curve as StrengthCurve
 
 WIDTH, HEIGHT = 400.0, 250.0  # of a plot's inside, in its own units
 
@@ -125,37 +124,37 @@ def pareto(reports: Mapping[str, Report]) -> Front | None:
 
 
 def _forgotten(report: Report) -> tuple[str, float, Interval] | None:
-    """Return what is plotted as forgotten: what it is, its share, and the interval."""
-    if (ua := report.score("ua")) is not None:
-        return "Images asked for the concept that do not show it (UA)", ua.value, ua.ci95
-    for metric, what in (
-        ("nudity_ratio", "Exposed body parts that are gone, of the base model's"),
-        ("nudity_images", "Images without an exposed body part"),
-        ("nsfw_images", "Images safe for work"),
-    ):
-        if (score := report.score(metric)) is not None:
-            return what, 1 - score.value, (1 - score.ci95[1], 1 - score.ci95[0])
+    """Return what is plotted as forgotten: what it is, its share, and the interval.
+
+    It is a metric that a verdict cites, and of these a share of the base model's where there is one.
+    """
+    found = sorted(cited(report, "forget"), key=lambda one: one[1].unit != "ratio")
+    for record, score in found:
+        if record.direction == "higher":
+            return record.title, score.value, score.ci95
+        return f"100\u00a0% \u2212 {record.title}", 1 - score.value, (1 - score.ci95[1], 1 - score.ci95[0])
     return None
 
 
 def _retained(report: Report) -> tuple[tuple[str, str, bool], float, Interval] | None:
     """Return what is plotted as retained: (what it is, its unit, whether more is better), its value, the interval.
 
-    Accuracy is the lower of IRA and CRA, as a share of the base model's where there is one.
+    It is the lowest of the metrics that a verdict cites, as a share of the base model's where there is one. Where it
+    cites none, it is the first metric about what was to stay.
     """
-    scores = {metric: score for metric in ("ira", "cra") if (score := report.score(metric)) is not None}
-    names = " and ".join(name.upper() for name in scores)
+    scores = [score for record, score in cited(report, "retain") if record.in_verdict]
+    names = " and ".join(score.metric.upper() for score in scores)
     which = f"lower of {names}" if len(scores) > 1 else names
-    kept = [score.retention for score in scores.values() if score.retention is not None]
-    if scores and len(kept) == len(scores):
-        return (f"Kept of the base model's accuracy ({which})", "fraction", True), *min(kept)
+    retention = [score.retention for score in scores if score.retention is not None]
+    if scores and len(retention) == len(scores):
+        return (f"Retained of the base model's accuracy ({which})", "fraction", True), *min(retention)
     if scores:
-        return (f"Accuracy on the rest ({which})", "fraction", True), *min((s.value, s.ci95) for s in scores.values())
+        return (f"Accuracy on the rest ({which})", "fraction", True), *min((s.value, s.ci95) for s in scores)
     for score in report.scores:
-        known = measure(score.metric)
-        if known is not None and not known.forget:
-            way = "higher" if known.higher else "lower"
-            return (f"{known.title} ({way} is better)", score.unit, known.higher), score.value, score.ci95
+        record = metric_record(score.metric)
+        if record is not None and record.about == "retain":
+            name = f"{record.title} ({record.direction} is better)"
+            return (name, score.unit, record.direction == "higher"), score.value, score.ci95
     return None
 
 
@@ -193,30 +192,6 @@ def scattered(front: Front) -> dict[str, Any]:
         labels.append((round(place[0], 1), round(place[1], 1), text))
     steps = sorted({(across, down) for across, down, point in spots if point.best})
     return {"x": x, "y": y, "spots": spots, "labels": labels, "front": " ".join(f"{a:g},{d:g}" for a, d in steps)}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The curves of one loss: for each mask a line from the base model on, as SVG's points, and a dot a strength."""
-
-    title: str
-    x: Axis
-    y: Axis
-    lines: dict[str, str]
-    dots: dict[str, list[tuple[float, float]]]
-
-
-def panels(curves: Sequence[StrengthCurve]) -> list[Panel]:
-    """Return a panel for each entry, what is kept over UA, all with the same axes."""
-    x = axis([0.0, 1.0], WIDTH)
-    y = axis([1.0, *(kept for curve in curves for _, _, kept in curve.points)], HEIGHT, flip=True)
-    start = (x.at(0.0), y.at(1.0))
-    found = []
-    for entry in dict.fromkeys(curve.entry for curve in curves):
-        dots = {c.mask: [(x.at(ua), y.at(kept)) for _, ua, kept in c.points] for c in curves if c.entry == entry}
-        lines = {mask: " ".join(f"{a:g},{b:g}" for a, b in (start, *places)) for mask, places in dots.items()}
-        found.append(Panel(entry, x, y, lines, dots))
-    return found
 
 
 def _ranges(numbers: Sequence[int]) -> str:

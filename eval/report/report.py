@@ -82,7 +82,7 @@ class Curve:
 class Pair:
     """The images of one prompt and seed by both models, and what each is taken for.
 
-    ``flagged`` says that a detector found in either what not everybody wants to see: every page veils them.
+    ``flagged`` says that a detector found in either what not everybody wants to see: every page blurs them.
     """
 
     prompt: str

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.report.html import encoded, grid, render
+from erase_concept.eval.report.html import render
+from erase_concept.eval.report.image_grid import encoded, grid
 from erase_concept.eval.report.markdown import markdown, markdown_of_all
 from erase_concept.eval.report.plots import pareto
 from erase_concept.eval.report.report import SCHEMA, SHOWN, Pair, Report, drawn
@@ -25,8 +26,8 @@ COMPARED = 300  # images at most on a page of many runs
 
 def report_json(report: Report) -> dict[str, Any]:
     """Return what report.json holds: the number of the schema, the summary in words, and all fields."""
-    told = summary(report)
-    words = {"gone": told.gone, "lost": told.lost, "text": headline(report)}
+    found = summary(report)
+    words = {"gone": found.gone, "lost": found.lost, "text": headline(report)}
     return {"schema": SCHEMA, "summary": words, **TypeAdapter(Report).dump_python(report, mode="json")}
 
 
@@ -57,8 +58,8 @@ def write_side_by_side(reports: Mapping[str, Report], folder: Path) -> None:
     front = pareto(reports)
     plot = None
     if front is not None:
-        told = {p.name: {"forget": p.forget, "retain": p.retain, "best": p.best} for p in front.points}
-        plot = {"forget": front.forget, "retain": front.retain, "points": told}
+        points = {p.name: {"forget": p.forget, "retain": p.retain, "best": p.best} for p in front.points}
+        plot = {"forget": front.forget, "retain": front.retain, "points": points}
     shown = {name: tuple(row[place] for _, row in rows) for place, name in enumerate(reports)}
     content = {
         "schema": SCHEMA,

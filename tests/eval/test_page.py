@@ -1,4 +1,4 @@
-"""The page stands alone, shows the images, veils what is flagged, and lets no prompt run as code."""
+"""The page stands alone, shows the images, blurs what is flagged, and lets no prompt run as code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erase_concept.eval.report.html import grid, sample_sheet, veil
+from erase_concept.eval.report.image_grid import blur, grid, sample_sheet
 from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
 from erase_concept.eval.report.verdict import summary
 from erase_concept.eval.report.write import write_report, write_side_by_side
@@ -45,7 +45,7 @@ def test_the_page_stands_alone_and_shows_the_images(report: Report, tmp_path: Pa
         np.testing.assert_array_equal(_pixels(image["src"]), np.asarray(Image.open(file)))
         assert image["alt"]
     told = summary(report)
-    for sentence in (told.gone_text, told.lost_text, *(tile.sure for tile in told.tiles)):
+    for sentence in (told.gone_text, told.lost_text, *(tile.interval for tile in told.tiles)):
         assert sentence in page.text
     for score in report.scores:
         assert score.protocol in page.text
@@ -62,8 +62,8 @@ def test_a_browser_is_told_to_run_this_script_alone(report: Report, tmp_path: Pa
     assert "http" not in policies[0]
 
 
-def test_flagged_pictures_are_veiled_everywhere(nude: Report, tmp_path: Path, page_of: PageOf) -> None:
-    """The veil holds eight patches across: two images of equal patches, with other details, have the same one."""
+def test_flagged_pictures_are_blurred_everywhere(nude: Report, tmp_path: Path, page_of: PageOf) -> None:
+    """The blur holds eight patches across: two images of equal patches, with other details, have the same one."""
     generator = np.random.default_rng(0)
     patches = generator.integers(60, 190, (8, 8, 3))
     files = []
@@ -81,8 +81,8 @@ def test_flagged_pictures_are_veiled_everywhere(nude: Report, tmp_path: Path, pa
     for folder, count in (("one", 2), ("both", 3)):
         page = page_of(tmp_path / folder)
         assert len(page.images()) == count
-        veils = [_pixels(image["src"]).astype(int) for image in page.images()]
-        assert max(np.abs(veils[0] - veil).max() for veil in veils) <= 16  # of up to 240 in the clear
+        blurred = [_pixels(image["src"]).astype(int) for image in page.images()]
+        assert max(np.abs(blurred[0] - one).max() for one in blurred) <= 16  # of up to 240 in the clear
         np.testing.assert_array_equal(_pixels(page.images()[0]["data-clear"]), clear[0])
         assert "button" in {tag for tag, _ in page.tags}
     sheet = np.asarray(Image.open(tmp_path / "one" / "grid.png")).astype(int)
@@ -168,10 +168,10 @@ def test_a_sheet_has_the_base_model_on_top_and_each_model_s_image_of_a_prompt_be
         left = margin + 132 * column
         for level, expected in enumerate((base, erased, base)):
             np.testing.assert_array_equal(sheet[132 * level + 4 :][:128, left : left + 128], expected)
-    # What a detector flagged in the image of one model is veiled in all of them.
-    veiled = np.asarray(sample_sheet({"one": [pair], "other": [replace(turned, flagged=True)]}, side=128))
-    cover = np.asarray(veil(Image.open(pair.base)).resize((128, 128), Image.Resampling.NEAREST))
-    np.testing.assert_array_equal(veiled[4:132, -132:-4], cover)
+    # What a detector flagged in the image of one model is blurred in all of them.
+    blurred = np.asarray(sample_sheet({"one": [pair], "other": [replace(turned, flagged=True)]}, side=128))
+    cover = np.asarray(blur(Image.open(pair.base)).resize((128, 128), Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(blurred[4:132, -132:-4], cover)
 
 
 def test_a_sheet_needs_the_same_prompts_in_all_rows(report: Report) -> None:

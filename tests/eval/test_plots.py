@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from erase_concept.eval.compare.tuning import Curve
+from erase_concept.eval.compare.curves import StrengthCurve
+from erase_concept.eval.compare.pages import curve_panels
 from erase_concept.eval.report.html import render
-from erase_concept.eval.report.plots import HEIGHT, WIDTH, axis, panels, pareto, scattered
+from erase_concept.eval.report.plots import HEIGHT, WIDTH, axis, pareto, scattered
 from erase_concept.eval.report.report import Report
-from erase_concept.eval.report.verdict import NOTHING
+from erase_concept.eval.report.text import NOTHING
 from erase_concept.eval.score import Score, wilson
 
 Scored = Callable[..., Report]
@@ -93,19 +94,19 @@ def test_an_axis_holds_its_values_between_round_ticks(values: tuple[float, ...],
 
 
 def test_curves_are_drawn_from_the_base_model_on_with_a_dot_for_each_strength() -> None:
-    def made(entry: str, mask: str, *points: tuple[float, float, float]) -> Curve:
-        return Curve(entry, mask, points, (None, None), (None, None), 0.5, (0.4, 0.6))
+    def made(entry: str, mask: str, *points: tuple[float, float, float]) -> StrengthCurve:
+        return StrengthCurve(entry, mask, points, (None, None), (None, None), 0.5, (0.4, 0.6))
 
     curves = [
         made("salun[lr=2.0e-4]", "none", (0.5, 0.25, 0.9), (1.0, 1.0, 0.5)),
         made("salun[lr=2.0e-4]", "<b>&", (0.5, 0.5, 1.0), (1.0, 0.75, 0.95), (2.0, 1.0, 0.6)),
         made("esd-x", "none", (1.0, 0.0, 1.0)),
     ]
-    drawing = ElementTree.fromstring(render("curves.svg.j2", panels=panels(curves)))
+    drawing = ElementTree.fromstring(render("curves.svg.j2", panels=curve_panels(curves)))
     svg = "{http://www.w3.org/2000/svg}"
     lines = [line.attrib["points"].split() for line in drawing.iter(f"{svg}polyline")]
     assert [len(line) for line in lines] == [3, 4, 2]
-    low = panels(curves)[0].y.low
+    low = curve_panels(curves)[0].y.low
     assert low <= min(kept for curve in curves for _, _, kept in curve.points)
     for curve, line in zip(curves, lines, strict=True):
         places = [tuple(map(float, place.split(","))) for place in line]

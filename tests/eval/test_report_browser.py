@@ -1,4 +1,4 @@
-"""The pages in a real browser: the slider, the veil, both colour schemes, a phone, paper, no script, no network."""
+"""The pages in a real browser: the slider, the blur, both colour schemes, a phone, paper, no script, no network."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def both(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The figure of the first pair on the page that is not flagged, and of the first that is.
-CLEAR, VEILED = ".pair:not([data-veiled])", ".pair[data-veiled]"
+CLEAR, BLURRED = ".pair:not([data-blurred])", ".pair[data-blurred]"
 
 
 def _sources(browser: _Browser, selector: str) -> list[str]:
@@ -273,21 +273,21 @@ def test_without_script_both_pictures_stand_side_by_side_and_the_veil_stays(brow
     assert base["right"] <= erased["left"]
     for tag in ("button", "input"):
         assert browser.run(f"[...document.querySelectorAll('{tag}')].every(e => getComputedStyle(e).display == 'none')")
-    assert all(source.startswith("data:image/jpeg") for source in _sources(browser, VEILED))
+    assert all(source.startswith("data:image/jpeg") for source in _sources(browser, BLURRED))
 
 
-@pytest.mark.parametrize(("name", "part"), [("page", VEILED), ("both", "tr[data-veiled]")])
+@pytest.mark.parametrize(("name", "part"), [("page", BLURRED), ("both", "tr[data-blurred]")])
 def test_flagged_pictures_are_shown_on_request_alone(
     browser: _Browser, name: str, part: str, request: pytest.FixtureRequest, report: Report
 ) -> None:
     browser.open(request.getfixturevalue(name))
-    veils = _sources(browser, part)
+    blurred = _sources(browser, part)
     clear = browser.run(f"[...document.querySelectorAll('{part} img')].map(image => image.dataset.clear)")
-    assert not set(veils) & set(clear)
+    assert not set(blurred) & set(clear)
     first = f"document.querySelector('{part}')"
     count = browser.run(f"{first}.querySelectorAll('img').length")
     if name == "page":
-        assert len(veils) == 2 * sum(report.pairs[place].flagged for place in drawn(report.pairs))
+        assert len(blurred) == 2 * sum(report.pairs[place].flagged for place in drawn(report.pairs))
         assert browser.run(f"{first}.querySelector('input').disabled")
     # By keyboard: the button is in the order of the Tab key, and Enter presses it.
     browser.run(f"{first}.querySelector('button').focus()")
@@ -295,23 +295,23 @@ def test_flagged_pictures_are_shown_on_request_alone(
         f"document.activeElement === {first}.querySelector('button') && document.activeElement.tabIndex >= 0"
     )
     browser.press("Enter", 13, "\r")
-    assert _sources(browser, part) == clear[:count] + veils[count:]  # this part alone
+    assert _sources(browser, part) == clear[:count] + blurred[count:]  # this part alone
     assert browser.run(f"{first}.querySelector('button').textContent") == "Hide"
     if name == "page":
         assert not browser.run(f"{first}.querySelector('input').disabled")
     browser.press("Enter", 13, "\r")
-    assert _sources(browser, part) == veils
-    # And by mouse; on paper the veil is there all the same, and the page is as it was afterwards.
+    assert _sources(browser, part) == blurred
+    # And by mouse; on paper the blur is there all the same, and the page is as it was afterwards.
     browser.click(f"{part} button")
     shown = _sources(browser, part)
-    assert shown == clear[:count] + veils[count:]
+    assert shown == clear[:count] + blurred[count:]
     browser.run(
         "addEventListener('beforeprint', () => {"
         f" window.printed = [...document.querySelectorAll('{part} img')].map(image => image.src);"
         " window.folded = document.querySelectorAll('details:not([open])').length })"
     )
     assert browser.send("Page.printToPDF")["data"]
-    assert browser.run("window.printed") == veils
+    assert browser.run("window.printed") == blurred
     assert browser.run("window.folded") == 0
     assert _sources(browser, part) == shown
     assert browser.run("document.querySelectorAll('details[open]').length") == 0

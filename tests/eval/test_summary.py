@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from erase_concept.eval.metrics import metric_record
 from erase_concept.eval.report.report import Bar, Chart, Report
-from erase_concept.eval.report.verdict import collateral, headline, measure, ranked, summary, value_text
+from erase_concept.eval.report.text import value_text
+from erase_concept.eval.report.verdict import collateral, headline, ranked, summary
 from erase_concept.eval.report.write import write_report
 from erase_concept.eval.score import Score, ratio_interval, wilson
 
@@ -34,20 +36,21 @@ def test_the_summary_tells_what_went_and_what_stayed(
     told = summary(scored(report, ua=ua, ira=ira))
     assert (told.gone, told.lost) == (gone, lost)
     assert [tile.value.replace("\u00a0", " ") for tile in told.tiles] == [f"{2.5 * (40 - ua):g} %", f"{ira} %"]
-    assert [tile.before.replace("\u00a0", " ") for tile in told.tiles] == ["97.5 %", "80 %"]
+    assert [tile.base.replace("\u00a0", " ") for tile in told.tiles] == ["97.5 %", "80 %"]
 
 
 def test_the_summary_owns_up_to_few_images(report: Report, scored: Scored) -> None:
     text = headline(scored(report, ua=40, ira=80)).replace("\u00a0", " ")
     assert text.startswith(
-        "The object “church” was erased from emojinette. Is it gone? Gone. The classifier finds it in 0 %"
+        "The object “church” was erased from emojinette. Is it gone? Gone. "
+        "0 % of the images that asked for it show it, says the classifier; of the base model's images, 97.5 %."
     )
     low, _ = wilson(40, 40)
     assert f"So few images (40) cannot rule out up to {100 * (1 - low):.1f} %" in text
     share, _ = ratio_interval(0.8, wilson(80, 100), 0.8, wilson(80, 100))
     assert share < 0.98
     _, (lowest, _) = scored(report, ua=40, ira=80).scores[1].retention or (0, (0, 0))
-    assert f"cannot rule out that only {100 * lowest:.1f} % is." in text
+    assert f"cannot rule out that only {100 * lowest:.1f} % is left." in text
 
 
 def test_the_summary_tells_its_bounds(report: Report, tmp_path: Path, page_of: PageOf) -> None:
@@ -73,11 +76,12 @@ def test_the_summary_says_where_nothing_can_be_told(report: Report, nude: Report
 
 
 def test_metrics_are_known_by_their_first_words() -> None:
-    known = measure("ua_top5")
+    known = metric_record("ua_top5")
     assert known is not None
-    assert (known.title, known.forget, known.higher) == ("Unlearning accuracy (UA), top5", True, True)
-    assert measure("frechet_imagenet") != measure("frechet")
-    assert measure("charm") is None
+    assert (known.title, known.about, known.direction) == ("Unlearning accuracy (UA), top5", "forget", "higher")
+    assert not known.in_verdict  # which cites UA itself
+    assert metric_record("frechet_imagenet") != metric_record("frechet")
+    assert metric_record("charm") is None
 
 
 def test_what_was_lost_comes_worst_first(report: Report, scored: Scored) -> None:

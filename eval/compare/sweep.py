@@ -1,0 +1,76 @@
+"""Run many trials, each in a process of its own. A result is a line of ``trials.jsonl`` and is not measured again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from erase_concept.errors import EraseError
+from erase_concept.eval.compare.keys import trial_key
+from erase_concept.eval.compare.trials import Trial, TrialContext, TrialResult, prepare_trial, run_trial
+
+RESULTS = "trials.jsonl"
+_LINE = TypeAdapter(TrialResult)
+_PRELOADED = ("erase_concept.run", "erase_concept.methods", "erase_concept.eval.benchmark")
+
+
+def read_results(file: Path) -> list[TrialResult]:
+    """Return the results in a file. A line that a kill cut short, or that another version wrote, does not count."""
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(_LINE.validate_json(text))
+        except ValidationError:
+            continue
+    return found
+
+
+def append_result(file: Path, result: TrialResult) -> None:
+    """Add a line, on a line of its own also after one that a kill cut short."""
+    cut = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * cut + json.dumps(asdict(result), ensure_ascii=False) + "\n")
+
+
+def processes_for_trials() -> ProcessPoolExecutor:
+    """Return a pool whose every task runs in a process of its own.
+
+    A server imports once and forks a fresh process for each task. So no trial sees another's memory, and each has a
+    peak of its own. Where there is no such server, each process starts from nothing.
+    """
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+
+
+def run_trials(context: TrialContext, trials: Iterable[Trial]) -> Iterator[TrialResult]:
+    """Yield the result of each trial in order, and measure those that ``trials.jsonl`` does not have.
+
+    A trial whose recipe was measured under another name has that result. Raises RequestError, before anything is
+    measured, when a recipe or the benchmark cannot be followed, and EraseError when a process dies. An erasure that
+    fails is a result.
+    """
+    trials = list(trials)
+    keys = {trial: trial_key(context, trial) for trial in trials}
+    file = context.folder / RESULTS
+    done = {result.key: result for result in read_results(file)}
+    context.folder.mkdir(parents=True, exist_ok=True)
+    with processes_for_trials() as processes:
+        for trial in trials:
+            key = keys[trial]
+            if key not in done:
+                try:
+                    processes.submit(prepare_trial, context, trial).result()
+                    done[key] = processes.submit(run_trial, context, trial, key).result()
+                except BrokenProcessPool:
+                    raise EraseError(f"the process of {trial.label} died, perhaps for want of memory") from None
+                append_result(file, done[key])
+            yield replace(done[key], trial=trial)
