@@ -1,7 +1,7 @@
 """Custom concepts: made from words, from a file of prompts, or from a folder of images.
 
-Custom concepts are mapped to the empty prompt. Everyday prompts are retained, and of what the catalogues name all that
-is not meant. ``catalogs`` are the names of the model's own catalogues: it draws all of their objects and styles.
+Custom concepts are mapped to the empty prompt. Everyday prompts are retained, and so are the objects and styles of the
+model's own catalogues, as far as they are not the concept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from erase_concept.prompts.promptset import read_prompts
 
 
 def from_words(words: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
-    """Return the concept of these words; ``images`` may be a folder of pictures of it.
+    """Return the concept of these words. ``images`` may be a folder of images that show it.
 
-    Names of any catalogue within the words are retained, such as the rocket of a blue rocket. Of the model's ``own``
-    catalogues, also the styles and the objects that share no word with the concept are retained. Raises RequestError
-    when there is no word.
+    Names of any catalogue that stand within the words are retained: "rocket" for a blue rocket. ``own`` names the
+    model's catalogues, whose styles and objects are retained too; objects that share a word with the concept are not.
+    Raises RequestError when there is no word.
     """
     name = " ".join(words.split())
     if not re.search(r"\w", name):
@@ -50,10 +50,10 @@ def from_words(words: str, own: Sequence[str] = (), *, images: str = "") -> Conc
 
 
 def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
-    """Return the concept that a file's prompts describe: a CSV file with prompts, or a text file with one a line.
+    """Return the concept that a file's prompts describe: a CSV file, or a text file with one prompt per line.
 
-    The prompts are forgotten as they stand. A prompt that holds one of them is not retained. Raises RequestError when
-    the file holds no prompt or is not readable.
+    The prompts are forgotten word for word. No prompt that contains one of them is retained. Raises RequestError when
+    the file has no prompt or is not readable.
     """
     if file.suffix.lower() == ".csv":
         found = [row.prompt for row in read_prompts(file, setting="concept").rows]
@@ -61,43 +61,43 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
         try:
             found = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
-            raise RequestError("concept", file, f"not a readable text: {problem}") from None
+            raise RequestError("concept", file, f"not a readable text file: {problem}") from None
     prompts = tuple(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
-        raise RequestError("concept", file, "holds no prompt")
-    drawn: list[str] = []
+        raise RequestError("concept", file, "has no prompt")
+    known: list[str] = []
     for catalog in catalogs().values():
         if catalog.name in own:
-            drawn += [fill(catalog.sentences.erase.object[0], label) for label in catalog.labels]
-            drawn += _style_prompts(catalog, catalog.styles)
+            known += [fill(catalog.sentences.erase.object[0], label) for label in catalog.labels]
+            known += _style_prompts(catalog, catalog.styles)
     words = whole_words(prompts)
-    drawn = [prompt for prompt in drawn if not words.search(prompt)]
+    known = [prompt for prompt in known if not words.search(prompt)]
     return Concept(
-        name=file.stem, kind="custom", prompts=prompts, others=kinds()["custom"].retained_prompts(prompts, *drawn)
+        name=file.stem, kind="custom", prompts=prompts, others=kinds()["custom"].retained_prompts(prompts, *known)
     )
 
 
 def from_images(folder: Path, own: Sequence[str] = ()) -> Concept:
-    """Return the concept that a folder's images show. Its name is the folder's, taken as words, never as a key."""
+    """Return the concept that a folder's images show. The folder's name is its name, as words and never as a key."""
     return from_words(folder.resolve().name.replace("_", " ").replace("-", " "), own, images=str(folder))
 
 
 def _retained_objects(catalog: Catalog, name: str, *, drawn: bool) -> list[str]:
-    """Return the names of objects to retain: those within the concept's name, or all others that the model draws."""
+    """Return the names of objects to retain: those within ``name`` and, if the model draws them, all others."""
     retain: list[str] = []
     for names in catalog.objects:
         known = (names.label, names.synonym)
         within = [one for one in known if _is_within(one, name)]
         shares_a_word = set(name.casefold().split()) & {word for one in known for word in one.split()}
         if name.casefold() in (*known, names.unseen):
-            continue  # the object itself, by another name
+            continue  # the concept is this object
         if within or (drawn and not shares_a_word):
             retain += within or [names.label]
     return retain
 
 
 def _is_within(known: str, name: str) -> bool:
-    """Return whether a known name is in the concept's name as whole words, and is not all of it."""
+    """Return whether a known name is a part of the concept's name, in whole words."""
     return known != name.casefold() and bool(whole_words([known]).search(name))
 
 

@@ -1,4 +1,4 @@
-"""From what a person types to a concept."""
+"""Find a concept by what a person types."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine, parse
 from erase_concept.prompts.kinds import complete
 
-GENERAL = ("unsafe",)  # the catalogues of a model of which nothing is known
+GENERAL = ("unsafe",)  # the catalogues for a model that has none of its own
 _WORDS = "words:"
 
 ConceptSource: TypeAlias = "str | Path | Concept | Mapping[str, Any] | Sequence[ConceptSource]"
 
 
 def find_concept(what: ConceptSource, catalogs: Sequence[str] = GENERAL) -> Concept:
-    """Return the concept that is meant, or the one that erases all of a list together.
+    """Return the concept that ``what`` names; of a list, the concept that erases all of them together.
 
-    A concept is given by its key in one of the ``catalogs``, by the path of a YAML file, of a prompt file (``.csv`` or
-    ``.txt``) or of a folder of images, by a description such as ``Concept.to_dict`` returns, or by any other words.
-    Words after ``words:`` are never taken for a key or a path. Raises RequestError when a file or a description is not
-    a concept, when words look like a misspelt key, and when a list is empty.
+    ``what`` is a key of one of the ``catalogs``, the path of a YAML file, of a prompt file (``.csv`` or ``.txt``) or of
+    a folder of images, a description as ``Concept.to_dict`` returns it, or any other words. Words after ``words:`` are
+    never taken for a key or a path. Raises RequestError when a file or a description is not a concept, when words look
+    like a misspelt key, and when a list is empty.
     """
     if isinstance(what, Concept):
         return what

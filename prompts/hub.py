@@ -8,16 +8,16 @@ from itertools import islice
 from pathlib import Path
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts.promptset import PromptSet, known_columns, make_row, read_prompts
+from erase_concept.prompts.promptset import PromptSet, column_positions, make_row, read_prompts
 
 HUB = "hub:"
 
 
 def hub_prompts(name: str, limit: int | None) -> PromptSet:
-    """Read a set of the hub: its CSV file, or where it has none what ``datasets`` makes of its other files.
+    """Read the prompt set that ``hub:OWNER/NAME:SPLIT`` names: its CSV file, or its other files by ``datasets``.
 
-    Raises RequestError when it is not in the hub's cache and cannot be downloaded, and when it has several files of
-    which the split names none or more than one.
+    Raises RequestError when the set is not in the hub's cache and cannot be downloaded, and when the split does not
+    name exactly one of its CSV files.
     """
     repository, _, split = name.removeprefix(HUB).partition(":")
     folder = _download(name, repository, ["*.csv"])
@@ -34,7 +34,7 @@ def hub_prompts(name: str, limit: int | None) -> PromptSet:
 
 
 def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) -> PromptSet:
-    """Read a set of the hub that has no CSV file."""
+    """Read a set that has no CSV file; raises RequestError when ``datasets`` is missing or cannot read the set."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -43,11 +43,11 @@ def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) 
     folder = _download(name, repository, ["*.parquet", "*.json", "*.jsonl", "README.md"])
     try:
         table = load_dataset(str(folder), split=split)
-    except Exception as problem:  # of whichever format and library
+    except Exception as problem:  # of any format and library
         raise RequestError("prompts", name, f"could not be loaded: {_first_line(problem)}") from None
-    columns = {key: table.column_names[at] for key, at in known_columns(table.column_names, name, "prompts").items()}
+    columns = {key: table.column_names[at] for key, at in column_positions(table.column_names, name, "prompts").items()}
     rows = []
-    for place, record in enumerate(islice(table.selectknown_columns(list(columns.values())), limit)):
+    for place, record in enumerate(islice(table.select_columns(list(columns.values())), limit)):
         values = {key: "" if (value := record[column]) is None else str(value) for key, column in columns.items()}
         try:
             rows.append(make_row(values, place))
@@ -59,7 +59,7 @@ def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) 
 
 
 def _download(name: str, repository: str, patterns: list[str]) -> Path:
-    """Return the folder of a set in the hub's cache; raises RequestError that says what to do instead."""
+    """Return the folder of a set in the hub's cache, downloaded if need be; raises RequestError when it cannot be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -71,8 +71,8 @@ def _download(name: str, repository: str, patterns: list[str]) -> Path:
         raise RequestError("prompts", name, f"must be {HUB}OWNER/NAME or {HUB}OWNER/NAME:SPLIT") from None
     except (GatedRepoError, RepositoryNotFoundError):
         login = "log in with 'hf auth login' or set HF_TOKEN"
-        raise RequestError("prompts", name, f"is not on the hub, or is closed to you there: {login}") from None
-    except Exception as problem:  # among them those of the HTTP library, which is another one in each version
+        raise RequestError("prompts", name, f"is not on the hub, or needs a login there: {login}") from None
+    except Exception as problem:  # the HTTP library and its errors depend on the version of huggingface_hub
         why = f"is not in the hub's cache and could not be downloaded ({_first_line(problem.__cause__ or problem)})"
         raise RequestError("prompts", name, f"{why}; save its CSV file and give its path instead") from None
 

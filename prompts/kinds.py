@@ -1,4 +1,4 @@
-"""What is known of each kind of concept, read from ``kinds.yaml``."""
+"""The defaults of each kind of concept, read from ``kinds.yaml``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class KindDefaults:
-    """How a kind of concept is erased where its description does not say. The fields are those of ``Concept``.
+    """What a concept of this kind has where its description does not say. Fields are named as in ``Concept``.
 
-    ``prompt_set`` is the name of a CSV file in this folder, whose prompts are retained too.
+    ``prompt_set`` is the name of a CSV file in this folder; its prompts are retained too.
     """
 
     templates: tuple[str, ...]
@@ -31,7 +31,7 @@ class KindDefaults:
     prompt_set: str = ""
 
     def retained_prompts(self, names: Sequence[str], *more: str) -> tuple[str, ...]:
-        """Return ``others``, ``more`` and, of the prompt set, the prompts that hold none of the names."""
+        """Return ``others``, ``more``, and the prompts of the prompt set that contain none of the names."""
         found: list[str] = [*self.others, *more]
         if self.prompt_set:
             words = whole_words(names)
@@ -48,10 +48,10 @@ def kinds() -> dict[str, KindDefaults]:
 
 
 def complete(description: Any) -> Any:
-    """Return a concept's description with what it leaves out taken from its kind.
+    """Add the defaults of its kind to a concept's description, which wins over them.
 
-    A description with templates, prompts or parts is complete and comes back unchanged, and so does one of no known
-    kind: the caller checks it as it is.
+    A description with templates, prompts or parts is complete and is returned as it is. So is one of an unknown kind:
+    this function does not check descriptions.
     """
     if not isinstance(description, Mapping) or {"templates", "prompts", "combined"} & description.keys():
         return description

@@ -1,4 +1,4 @@
-"""Prompt sets made from a catalogue's labels: each object in each style, and what asks for one concept."""
+"""Prompt sets made from a catalogue's labels: every object in every style, and the prompts for one concept."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ def concept_prompts(
 ) -> PromptSet:
     """Return the rows that ask for a concept and for everything else in the catalogue.
 
-    Retain rows are every other object (style) in every style (object), once per seed. They ask for no part of the
-    concept and for none of the ``earlier`` concepts, which the base model has lost already. Forget rows are, for each
-    of all these, as many per seed as there are objects: an object in each style and in none, by its label, its synonym
-    and its unseen name; a style with every object. Nearly half of the forget sentences are unseen ones. No prompt is
-    one that a concept is erased with. Image seeds count up from ``first_seed``; every row has the same ``guidance``.
+    ``earlier`` are concepts that the base model has lost already; they are asked for like the concept. Each of these
+    concepts gets as many forget rows per seed as the catalogue has objects. An object is asked for in each style and in
+    none, by its label, its synonym and its unseen name. A style is asked for with every object. Nearly half of these
+    sentences are unseen ones. Retain rows are all objects in all styles, once per seed, without those that ask for any
+    of these concepts. Prompts that a concept is erased with are left out. Image seeds count up from ``first_seed``;
+    every row gets the same ``guidance``.
 
     Raises RequestError for a concept that is not in the catalogue and for fewer than one seed.
     """
@@ -79,7 +80,7 @@ def concept_prompts(
 
 
 def asks_for(row: PromptRow, concept: Concept) -> bool:
-    """Return whether a row's labels ask for the concept or one of its parts, each an object or a style."""
+    """Return whether a row asks for the concept or one of its parts, by the row's labels."""
     return any(part.name == (row.object if part.kind == "object" else row.style) for part in concept.parts)
 
 
@@ -94,10 +95,7 @@ def check_labels(catalog: Catalog, concept: Concept) -> None:
 
 
 def object_rows(catalog: Catalog, label: str, count: int) -> list[PromptRow]:
-    """Return rows that ask for one object, all with seed 0.
-
-    Styles and names take turns. Each style goes through the sentences on its own.
-    """
+    """Return rows that ask for one object, all with seed 0. Styles, names and each style's sentences take turns."""
     known = catalog.names_of(label)
     names = (known.label, known.synonym, known.unseen)
     evaluate, unseen = catalog.sentences.evaluate, catalog.sentences.unseen

@@ -13,8 +13,8 @@ from typing import Literal, TypeVar
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 
-# Accepted spellings of each column. I2P's own begin with "sd_", and the research repositories' seed and guidance scale
-# with "evaluation_"; Imagenette's prompts name a class, and those of styles an artist.
+# Accepted names of each column. I2P's file begins them with "sd_"; research repositories begin seed and guidance scale
+# with "evaluation_". Files of Imagenette prompts call the object a class, files of styles call the style an artist.
 _COLUMNS = {
     "case_number": ("case_number",),
     "prompt": ("prompt",),
@@ -30,10 +30,10 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One image to be made. ``None`` leaves a value to the model's default; an empty label means none is known.
+    """One image to sample. ``None`` means the model's default, an empty label means that none is known.
 
-    ``category`` may hold several, with commas between them, as I2P's do. ``case_number`` is the row's number in its
-    set, by which images made elsewhere are found; it is no part of what is asked, so rows are equal without it.
+    ``category`` may hold several, separated by commas, as in I2P. ``case_number`` is the row's number in its set and
+    matches images that other programs made. It does not change the image, so rows are compared without it.
     """
 
     prompt: str
@@ -48,13 +48,13 @@ class PromptRow:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The categories one by one."""
+        """The categories as separate names."""
         return tuple(name for part in self.category.split(",") if (name := part.strip()))
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A named sequence of rows; ``selection`` says how they were chosen where they are a part of a set."""
+    """A named sequence of rows. ``selection`` says how they were chosen when they are a part of a larger set."""
 
     name: str
     rows: tuple[PromptRow, ...]
@@ -62,13 +62,13 @@ class PromptSet:
 
     @property
     def case_numbers(self) -> tuple[int, ...]:
-        """Each row's case number, or its place where it has none."""
+        """Each row's case number, or its position when it has none."""
         return tuple(i if row.case_number is None else row.case_number for i, row in enumerate(self.rows))
 
     def save(self, file: Path, *, spelling: Literal["evaluation", "sd"] = "evaluation") -> None:
-        """Write the rows as CSV, with a case number per row; columns that no row uses are left out.
+        """Write the rows as CSV with their case numbers; columns that no row uses are left out.
 
-        ``spelling`` names seed and guidance scale as the research repositories or as I2P's own file does.
+        ``spelling`` chooses the column names of research repositories ("evaluation") or those of I2P's file ("sd").
         """
         used = [name for name in _COLUMNS if any(getattr(row, name) not in (None, "") for row in self.rows)]
         used = [name for name in used if name != "case_number"]
@@ -81,21 +81,21 @@ class PromptSet:
                 writer.writerow([number, *("" if value is None else value for value in values)])
 
     def in_category(self, name: str) -> PromptSet:
-        """Return the rows of one category, alone or among others; raises RequestError when there are none."""
+        """Return the rows that have this category; raises RequestError when there are none."""
         places = [place for place, row in enumerate(self.rows) if name in row.categories]
         if not places:
             there = sorted({category for row in self.rows for category in row.categories})
             allowed = f"allowed: {', '.join(there)}" if there else "the set has no categories"
-            raise RequestError("category", name, f"no prompt of {self.name} is of it; {allowed}")
+            raise RequestError("category", name, f"no prompt of {self.name} has this category; {allowed}")
         return self._part(places, f"category {name}")
 
     def stratified(self, limit: int, by: Literal["category", "object", "style"] | None = None) -> PromptSet:
-        """Return ``limit`` rows in which every label has its share, in the order of the set.
+        """Return ``limit`` rows that keep each label's share, in the order of the set.
 
-        The rows are ordered by label (``by``, or the first of the three that the set has) and, within one, as they
-        stand; from each of ``limit`` equal spans of that order the middle row is taken. So a label with m of n rows
-        gets m limit / n of them, rounded down or up, and nothing is left to chance. Several categories of one row count
-        as a label of their own. Raises RequestError when ``limit`` is below 1.
+        The rows are sorted by label: ``by``, or the first of category, object and style that the set has. Rows of one
+        label keep their order. The sorted rows are divided into ``limit`` equal spans, and the middle row of each is
+        taken. So a label with m of n rows gets m limit / n of them, rounded down or up, and nothing is random. Several
+        categories in one row count as one label. Raises RequestError when ``limit`` is below 1.
         """
         if limit < 1:
             raise RequestError("limit", limit, "must be at least 1")
@@ -115,24 +115,24 @@ class PromptSet:
         return self._part(places, f"{limit:,} of {count:,} prompts, {how}")
 
     def _part(self, places: Sequence[int], how: str) -> PromptSet:
-        """Return some of the rows, under the case numbers that they have in the whole set."""
+        """Return the rows at some positions, with the case numbers that they have in the whole set."""
         numbers = self.case_numbers
         rows = tuple(replace(self.rows[place], case_number=numbers[place]) for place in places)
         return PromptSet(self.name, rows, f"{self.selection}, {how}" if self.selection else how)
 
 
 def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
-    """Yield the rows of a CSV file with at least a ``prompt`` column, one by one, so that it may be of any length.
+    """Yield the rows of a CSV file one by one, so the file may be of any length. Only the column ``prompt`` is needed.
 
-    A row without a seed or a case number gets its place, counted from 0. Raises RequestError naming the file, and the
-    line on which the row begins where one is at fault.
+    A row without a seed or a case number gets its position, counted from 0. Raises RequestError for ``setting`` with
+    the file and, for a bad row, the line on which the row begins.
     """
     line = 1
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
-            columns = known_columns(header, file, setting)
+            columns = column_positions(header, file, setting)
             place, line = 0, reader.line_num + 1
             for record in reader:
                 begun, line = line, reader.line_num + 1
@@ -159,19 +159,19 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
 
 
 def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:
-    """Read a CSV file as ``read_rows`` does, or its first ``limit`` rows; raises RequestError also when it has none."""
+    """Read a CSV file, or its first ``limit`` rows, as ``read_rows`` does; raises RequestError when it has none too."""
     rows = tuple(islice(read_rows(file, setting=setting), limit))
     if not rows:
         raise RequestError(setting, file, "the prompt set is empty")
     return PromptSet(file.stem, rows, "" if limit is None else f"the first {len(rows):,} prompts")
 
 
-def known_columns(header: Sequence[str], source: object, setting: str) -> dict[str, int]:
-    """Return the place of each known column; raises RequestError when there are no prompts among them."""
+def column_positions(header: Sequence[str], source: object, setting: str) -> dict[str, int]:
+    """Return the position of each column that the file has; raises RequestError when it has no prompts."""
     names = [name.strip() for name in header]
     spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
     if spelled["prompt"] is None:
-        # One name with another separator in it is how spreadsheets save their files in many countries.
+        # In many countries spreadsheets save CSV files with another separator.
         apart = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
         what = "its values must be separated by commas" if apart else "its first line must name the columns"
         raise RequestError(setting, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
@@ -179,7 +179,7 @@ def known_columns(header: Sequence[str], source: object, setting: str) -> dict[s
 
 
 def make_row(values: Mapping[str, str], place: int) -> PromptRow:
-    """Build a row from the strings of one CSV record; raises ValueError that names the column."""
+    """Make a row from the texts of one CSV record; raises ValueError that names the column."""
     seed, number = _number(values, "seed", int), _number(values, "case_number", int)
     guidance = _number(values, "guidance", float)
     width, height = _number(values, "width", int), _number(values, "height", int)
@@ -197,7 +197,7 @@ def make_row(values: Mapping[str, str], place: int) -> PromptRow:
         guidance=guidance,
         width=width,
         height=height,
-        # Labels are few: a million rows share them.
+        # Many rows share few labels, so these are kept once in memory.
         object=sys.intern(values.get("object", "")),
         style=sys.intern(values.get("style", "")),
         category=sys.intern(values.get("category", "")),

@@ -213,7 +213,10 @@ BAD = {
     "not of this benchmark": ({"settings": {"threshold": 0.5}}, "--threshold 0.5: no metric of coco takes it"),
     "no such setting": ({"settings": {"colour": 1}}, "--colour 1: Unexpected keyword argument"),
     "bad number": ({"settings": {"steps": 0}}, "--steps 0: Input should be greater than or equal to 1"),
-    "category": ({"settings": {"category": "peace"}}, "category peace: no prompt of prompts is of it; allowed:"),
+    "category": (
+        {"settings": {"category": "peace"}},
+        "category peace: no prompt of prompts has this category; allowed:",
+    ),
     "extractor": ({"settings": {"extractor": "x"}}, "--extractor x: no such extractor"),
     "reference": ({"settings": {"reference": "x"}}, "--reference x: no such folder"),
     "no base": ({"baseline": None}, "--baseline (not given): a distance needs"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,95 +25,7 @@ from erase_concept.prompts.concept import Concept, combine
 from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptSet
 
-EMOJINETTE = list(CATALOG.concepts.values())
 Draw = Callable[..., ImageSet]
-
-
-@pytest.mark.parametrize("concept", EMOJINETTE, ids=lambda concept: concept.name)
-def test_no_prompt_is_one_that_the_erasing_used(concept: Concept) -> None:
-    rows = emojinette_benchmark(concept, seeds=4).rows
-    assert not {row.prompt for row in rows} & {*concept.forget_prompts, *concept.retain_prompts}
-    assert forget_mask(rows, concept).sum() == 80
-    assert len(rows) == 80 + 320 - (16 if concept.kind == "object" else 80)  # none was dropped
-    assert {row.guidance for row in rows} == {5.0}
-    assert len({row.seed for row in rows}) == len(rows)
-
-
-def test_an_object_is_asked_for_in_every_style_and_by_every_name(church: Concept) -> None:
-    rows = [row for row in emojinette_benchmark(church).rows if row.object == "church"]
-    assert Counter(row.style for row in rows) == {"": 8} | dict.fromkeys(CATALOG.styles, 8)
-    names = CATALOG.names_of("church")
-    for style in ("", *CATALOG.styles):
-        prompts = " | ".join(row.prompt for row in rows if row.style == style)
-        assert all(name in prompts for name in (names.synonym, names.unseen))
-    assert all(row.style in row.prompt and any(n in row.prompt for n in ("church", "chapel")) for row in rows)
-    unseen = sum(any(words in row.prompt for words in ("rendering", "here you see", "please", "today")) for row in rows)
-    assert 15 <= unseen <= 25  # about half of them
-
-
-def test_a_style_is_asked_for_with_every_object(sketch: Concept) -> None:
-    rows = [row for row in emojinette_benchmark(sketch, seeds=3).rows if row.style == "sketch"]
-    assert Counter(row.object for row in rows) == dict.fromkeys(CATALOG.labels, 3)
-    assert all("sketch" in row.prompt for row in rows)
-    assert len({row.prompt for row in rows}) == len(rows)
-
-
-def test_retain_rows_ask_for_everything_else_equally(church: Concept) -> None:
-    rows = [row for row in emojinette_benchmark(church).rows if row.object != "church"]
-    counts = Counter((row.object, row.style) for row in rows)
-    assert counts == {(label, style): 2 for label in CATALOG.labels if label != "church" for style in CATALOG.styles}
-
-
-def test_a_prompt_of_the_users_own_concept_is_left_out(church: Concept) -> None:
-    asked = emojinette_benchmark(church).rows
-    mine = replace(church, templates=("a photo of {o}",), retain=("dog",), others=(asked[0].prompt,))
-    left = emojinette_benchmark(mine).rows
-    gone = {row.prompt for row in asked} - {row.prompt for row in left}
-    assert gone == {asked[0].prompt, "a photo of a church"}
-
-
-def test_first_seed_keeps_runs_apart(church: Concept) -> None:
-    first, second = (emojinette_benchmark(church, first_seed=seed).rows for seed in (0, 1_000_000))
-    assert [row.seed + 1_000_000 for row in first] == [row.seed for row in second]
-    assert [row.prompt for row in first] == [row.prompt for row in second]
-
-
-@pytest.fixture(scope="module")
-def three() -> Concept:
-    """Two objects and a style as one concept."""
-    return combine([CATALOG.concepts[key] for key in ("church", "dog", "sketch")])
-
-
-def test_several_concepts_are_asked_for_one_by_one_and_the_rest_is_none_of_them(three: Concept) -> None:
-    rows = emojinette_benchmark(three).rows
-    gone = forget_mask(rows, three)
-    assert len({row.seed for row in rows}) == len(rows)
-    kept = Counter((row.object, row.style) for row, erased in zip(rows, gone, strict=True) if not erased)
-    others = [label for label in CATALOG.labels if label not in ("church", "dog")]
-    assert kept == {(label, style): 2 for label in others for style in CATALOG.styles if style != "sketch"}
-    assert gone.sum() == 3 * 40
-    for part in three.combined:
-        alone = emojinette_benchmark(CATALOG.concepts[part.name]).rows
-        own = {(row.prompt, row.style) for row in alone if part.name in (row.object, row.style)}
-        assert own <= {(row.prompt, row.style) for row in rows}
-
-
-def test_what_was_erased_earlier_is_asked_for_and_no_part_of_the_rest(church: Concept) -> None:
-    before = (CATALOG.concepts["dog"], CATALOG.concepts["sketch"])
-    rows = emojinette_benchmark(church, 1, earlier=before).rows
-    counts = [int(forget_mask(rows, one).sum()) for one in (church, *before)]
-    # That style is asked for with church and dog as well, and each of them four times in that style.
-    assert counts == [21, 21, 20 + 8]
-    assert sum(row.style != "sketch" and row.object not in ("church", "dog") for row in rows) == 18 * 3
-
-
-def test_bad_requests_are_refused(church: Concept) -> None:
-    with pytest.raises(RequestError, match="the objects and styles of emojinette are: fish, dog"):
-        emojinette_benchmark(find_concept("nudity"))
-    with pytest.raises(RequestError, match="'castle'"):
-        emojinette_benchmark(replace(church, name="castle"))
-    with pytest.raises(RequestError, match="seeds 0: at least 1"):
-        emojinette_benchmark(church, seeds=0)
 
 
 @pytest.fixture

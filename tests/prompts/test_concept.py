@@ -149,14 +149,18 @@ def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
     assert combine([concept("church")]) == concept("church")
     for keys, problem in (
         (("dog", "church", "dog"), "concept dog: 'dog' is named twice"),
-        ((*WORLD.labels, *WORLD.styles), "they leave nothing to retain"),
+        ((*WORLD.labels, *WORLD.styles), "nothing is left to retain"),
     ):
         with pytest.raises(RequestError, match=problem):
             combine([concept(key) for key in keys])
     alone = Concept("x", "custom", "y", ("a {O}",), ("y",))
-    with pytest.raises(RequestError, match=r"concept x and y: erased together, they leave too little: .* to retain"):
+    with pytest.raises(
+        RequestError, match=r"concept x and y: too little is left when they are erased together: .* to retain"
+    ):
         combine([alone, Concept("y", "custom", "", ("a {O}",), ("z",))])
-    with pytest.raises(RequestError, match="they leave too little: a concept needs at least one template"):
+    with pytest.raises(
+        RequestError, match="too little is left when they are erased together: a concept needs at least one template"
+    ):
         combine([Concept("x", "custom", "z", ("a {O} and y",), ("z",)), Concept("y", "custom", "", ("a {O}",), ("z",))])
 
 
@@ -169,7 +173,7 @@ def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
         ({"kind": "several", "combined": (combine([concept("dog"), concept("cat")]),)}, "combines none itself"),
     ],
 )
-def test_a_concept_is_simple_or_made_of_simple_ones(wrong: dict, problem: str) -> None:
+def test_parts_have_no_parts_and_a_concept_with_parts_has_nothing_else(wrong: dict, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Concept(**{"name": "x", "kind": "custom", **wrong})
 
@@ -228,7 +232,7 @@ def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
     assert both.combined[0].prompts == found.prompts
     assert "an image of a dog" not in both.retain_prompts
     (tmp_path / name).write_text(head)
-    with pytest.raises(RequestError, match=r"holds no prompt|is empty"):
+    with pytest.raises(RequestError, match=r"has no prompt|is empty"):
         concept(str(tmp_path / name))
 
 
@@ -251,5 +255,5 @@ def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=f"concept .*{problem}"):
             concept(name)
-    with pytest.raises(ValueError, match="as they stand have no anchor"):
+    with pytest.raises(ValueError, match="a concept with prompts has no anchor"):
         Concept("x", "custom", "y", prompts=("a",), others=("",))

@@ -116,7 +116,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     file.write_bytes("prompt\ncaf\xe9\n".encode("latin-1"))
     with pytest.raises(RequestError, match="not a CSV file in UTF-8"):
         read_prompts(file)
-    with pytest.raises(RequestError, match="no such file, and no built-in prompt set; allowed: emojinette"):
+    with pytest.raises(RequestError, match="no such file and no such built-in prompt set; allowed: emojinette"):
         find_prompts(str(tmp_path / "absent.csv"))
     with pytest.raises(RequestError, match="Is a directory"):
         find_prompts(str(tmp_path))
@@ -179,7 +179,7 @@ def test_one_category_alone_or_among_others() -> None:
     assert [row.prompt for row in found.rows] == ["hate", "hate, violence", "violence,hate"]
     assert found.case_numbers == (0, 2, 3)
     assert found.stratified(2).selection == "category hate, 2 of 3 prompts, stratified by category"
-    with pytest.raises(RequestError, match="category gore: no prompt of p is of it; allowed: hate, violence"):
+    with pytest.raises(RequestError, match="category gore: no prompt of p has this category; allowed: hate, violence"):
         found.in_category("gore")
 
 
