@@ -1,96 +1,151 @@
-"""``list``: what there is, one line each, and all settings of one."""
+"""``list``: what there is, one line each; and with a name, all that one of them can be set to."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import importlib
+import inspect
+import json
+from typing import Annotated, Any
 
 import typer
 
 from erase_concept.cli.options import JsonOption, examples
-from erase_concept.cli.terminal import print_json, print_table
+from erase_concept.cli.terminal import print_fields, print_json, print_rows
 from erase_concept.errors import RequestError
+from erase_concept.registry import KINDS, Registry
 
-EXAMPLES = examples("erase-concept list methods", "erase-concept list concepts --json")
+EXAMPLES = examples("erase-concept list methods", "erase-concept list methods salun", "erase-concept list concepts")
+# Of each kind of plug-in: the record's fields that its list shows, with the column's title.
+COLUMNS = {
+    "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": "paper"},
+    "guards": {"summary": "what it does", "paper": "paper"},
+    "judges": {"summary": "what it judges"},
+    "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
+    "attacks": {"summary": "what it does"},
+    "families": {"title": "models", "summary": "what they are made of"},
+}
+# Further fields of one record, shown when it is asked for by name.
+MORE = {
+    "methods": {"title": "title", "mask": "mask", "scope": "scope", "tuned_setting": "tuned setting"},
+    "judges": {"title": "title"},
+    "metrics": {"title": "title", "unit": "unit"},
+}
+# What stands before a setting's name in --set.
+PREFIXES = {"guards": "guard.", "judges": "judge.", "metrics": "metric.", "attacks": "attack."}
 
 
 def list_(
     what: Annotated[
         str,
-        typer.Argument(metavar="WHAT", help="models, concepts, methods, guards, metrics, benchmarks or prompts."),
+        typer.Argument(
+            metavar="WHAT",
+            help="methods, guards, judges, metrics, attacks, families, benchmarks, models, concepts or prompts.",
+        ),
     ],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them: show its settings, with defaults and ranges.")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """List what there is, with a line on each."""
-    listing = _LISTINGS.get(what)
-    if listing is None:
-        raise RequestError("WHAT", what, f"allowed: {', '.join(_LISTINGS)}")
-    found = listing()
+    """List what there is, one line each, or show the settings of one."""
+    if what not in COLUMNS and what not in OTHERS:
+        raise RequestError("what", what, f"allowed: {', '.join((*COLUMNS, *OTHERS))}")
+    if name is not None:
+        _show(what, name, json_)
+        return
+    rows = OTHERS[what]() if what in OTHERS else {key: _fields(what, one) for key, one in _registry(what).all().items()}
     if json_:
-        print_json(found)
+        print_json(rows)
+    elif not rows:
+        typer.echo(f"There are no {what} yet.")
     else:
-        print_table(what, ["name", ""], [[name, about] for name, about in found.items()])
+        titles = COLUMNS.get(what, {})
+        header = [titles.get(field, field) for field in next(iter(rows.values()))]
+        print_rows(what, ["name", *header], [[key, *row.values()] for key, row in rows.items()])
+        if what in COLUMNS:
+            typer.echo(f"\nSettings of one: erase-concept list {what} NAME")
 
 
-def _list_models() -> dict[str, str]:
-    from erase_concept.pipelines.builtin import builtin_models
+def _show(what: str, name: str, json_: bool) -> None:
+    """Show a record with all of its settings."""
+    if what not in COLUMNS:
+        raise RequestError("name", name, f"{what} have no settings; allowed with a name: {', '.join(COLUMNS)}")
+    try:
+        record = _registry(what).find(name)
+    except RequestError as problem:
+        raise RequestError("name", name, problem.allowed) from None
+    about = _fields(what, record, *MORE.get(what, {}))
+    settings = _settings(record.settings, PREFIXES.get(what, ""))
+    if json_:
+        print_json({"name": name, **about, "settings": settings})
+        return
+    titles = COLUMNS[what] | MORE.get(what, {})
+    print_fields(name, {titles[field]: value for field, value in about.items() if value})
+    if not settings:
+        typer.echo("\nIt has no settings.")
+        return
+    rows = []
+    for one in settings:
+        source = f" ({one['source']})" if one["source"] else ""
+        rows.append([one["name"], one["default"], one["allowed"], one["sentence"] + source])
+    typer.echo()
+    print_rows("Settings, for --set NAME=VALUE", ["name", "default", "allowed", "what it does"], rows)
 
-    return {name: model.about for name, model in builtin_models().items()}
+
+def _settings(cls: Any, prefix: str) -> list[dict[str, str]]:
+    """Return what settings say of themselves, those that the class itself declares first."""
+    from erase_concept.settings import settings_of
+
+    own = inspect.get_annotations(cls)
+    found = sorted(settings_of(cls).values(), key=lambda setting: setting.name not in own)
+    return [
+        {
+            "name": prefix + setting.name,
+            "default": json.dumps(setting.default, default=str).strip('"'),  # as it is typed: true, null, 0.5
+            "allowed": setting.allowed,
+            "sentence": setting.sentence,
+            "source": setting.source,
+        }
+        for setting in found
+    ]
 
 
-def _list_concepts() -> dict[str, str]:
-    from erase_concept.prompts.catalog import catalogs
-
-    found = {key: one for catalog in catalogs().values() for key, one in catalog.concepts.items()}
-    return {key: f"{c.kind}, becomes {c.anchor}, {len(c.forget_prompts)} prompts" for key, c in found.items()}
-
-
-def _list_methods() -> dict[str, str]:
-    from erase_concept.methods import METHODS
-    from erase_concept.training.loop import Training
-
-    shared = Training.__dataclass_fields__
-    found = {}
-    for name, method in METHODS.all().items():
-        own = [field for field in method.settings.__dataclass_fields__ if field not in shared]
-        told = [*own, *(["those of every training"] if issubclass(method.settings, Training) else [])]
-        where = f"Mask {method.mask}, scope {method.scope}. " if (method.mask, method.scope) != ("none", "full") else ""
-        found[name] = f"{method.summary} {where}Settings: {', '.join(told)}"
+def _registry(what: str) -> Registry[Any]:
+    found: Registry[Any] = getattr(importlib.import_module(KINDS[what]), what.upper())
     return found
 
 
-def _list_guards() -> dict[str, str]:
-    from erase_concept.pipelines.guards import GUARDS
-
-    return {name: f"{guard.summary} {guard.paper}".strip() for name, guard in GUARDS.all().items()}
+def _fields(what: str, record: Any, *more: str) -> dict[str, str]:
+    return {field: str(getattr(record, field)) for field in (*COLUMNS[what], *more)}
 
 
-def _list_metrics() -> dict[str, str]:
-    from erase_concept.eval.emojinette_benchmark import METRICS
-    from erase_concept.eval.measuring import GROUPS
-
-    own = {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METRICS.items()}
-    groups = {f"{name}: {', '.join(group.gives)}": group.about for name, group in GROUPS.items()}
-    return {f"emojinette: {name}": about for name, about in own.items()} | groups
-
-
-def _list_benchmarks() -> dict[str, str]:
+def _benchmarks() -> dict[str, dict[str, str]]:
     from erase_concept.eval.benchmark import BENCHMARKS
 
-    return {name: benchmark.about for name, benchmark in BENCHMARKS.items()}
+    return {name: {"about": benchmark.about} for name, benchmark in BENCHMARKS.items()}
 
 
-def _list_prompts() -> dict[str, str]:
+def _models() -> dict[str, dict[str, str]]:
+    from erase_concept.pipelines.builtin import builtin_models
+
+    return {name: {"about": model.about} for name, model in builtin_models().items()}
+
+
+def _concepts() -> dict[str, dict[str, str]]:
+    from erase_concept.prompts.catalog import catalogs
+
+    return {
+        key: {"kind": one.kind, "becomes": one.anchor, "prompts": str(len(one.forget_prompts)), "catalogue": name}
+        for name, catalog in catalogs().items()
+        for key, one in catalog.concepts.items()
+    }
+
+
+def _prompts() -> dict[str, dict[str, str]]:
     from erase_concept.prompts.find_prompts import prompt_sets
 
-    return {name: f"{len(s.rows)} prompts, such as {s.rows[0].prompt!r}" for name, s in prompt_sets().items()}
+    return {name: {"prompts": str(len(s.rows)), "such as": s.rows[0].prompt} for name, s in prompt_sets().items()}
 
 
-_LISTINGS = {
-    "models": _list_models,
-    "concepts": _list_concepts,
-    "methods": _list_methods,
-    "guards": _list_guards,
-    "metrics": _list_metrics,
-    "benchmarks": _list_benchmarks,
-    "prompts": _list_prompts,
-}
+# What is data and no plug-in.
+OTHERS = {"benchmarks": _benchmarks, "models": _models, "concepts": _concepts, "prompts": _prompts}

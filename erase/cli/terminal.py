@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -56,6 +57,26 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print rows under a title and a header, without a frame; the first column, a name, is never broken."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=not place, style="" if place else "bold cyan")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def print_fields(title: str, fields: dict[str, str]) -> None:
+    """Print a title and what is known of it, a line each."""
+    table = Table(title=Text(title, "bold cyan"), title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(Text(name), Text(value))
     Console().print(table)
 
 
