@@ -13,7 +13,7 @@ TESTS := OMP_NUM_THREADS=1 $(FAST)
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 # Of these the wheel is asked again: all that reads files which a wheel could lack.
 SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_emojinette.py ../tests/pipelines/test_load.py \
-	../tests/erase/test_recipe.py ../tests/erase/test_run.py ../tests/cli/test_cli.py ../tests/eval/test_page.py \
+	../tests/erase/test_recipe.py ../tests/erase/test_run.py ../tests/cli ../tests/eval/test_page.py \
 	../tests/eval/test_report.py ../tests/eval/test_emojinette_benchmark.py
 
 .PHONY: demo test lint wheel-test docs bench comparison train measure clean

@@ -19,15 +19,12 @@ EXAMPLES = examples("erase-concept list methods", "erase-concept list methods sa
 COLUMNS = {
     "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": "paper"},
     "guards": {"summary": "what it does", "paper": "paper"},
-    "judges": {"summary": "what it judges"},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
     "attacks": {"summary": "what it does"},
-    "families": {"title": "models", "summary": "what they are made of"},
 }
 # Further fields of one record, shown when it is asked for by name.
 MORE = {
     "methods": {"title": "title", "mask": "mask", "scope": "scope", "tuned_setting": "tuned setting"},
-    "judges": {"title": "title"},
     "metrics": {"title": "title", "unit": "unit"},
 }
 # What stands before a setting's name in --set.
@@ -39,7 +36,7 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, guards, judges, metrics, attacks, families, benchmarks, models, concepts or prompts.",
+            help="methods, guards, metrics, attacks, benchmarks, models, concepts or prompts.",
         ),
     ],
     name: Annotated[

@@ -15,6 +15,7 @@ from erase_concept.cli.options import (
     ModelArgument,
     OutOption,
     SchedulerOption,
+    assigned,
     examples,
 )
 from erase_concept.cli.terminal import print_json
@@ -49,6 +50,16 @@ def sample(
         str | None,
         typer.Option("--concept", "-c", metavar="CONCEPT", help="What the guard keeps out.", rich_help_panel=SAMPLING),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="guard.KEY ('list guards NAME'). Repeat it for several.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
     batch_size: BatchOption = 16,
     ema: EmaOption = None,
     json_: JsonOption = False,
@@ -61,10 +72,13 @@ def sample(
     from erase_concept.prompts.find_prompts import find_prompts
     from erase_concept.recipe import find_concept
 
+    given = assigned(set_, "guard")["guard"]
     if (guard is None) != (concept is None):
-        given = ("guard", guard) if concept is None else ("concept", concept)
-        raise RequestError(*given, "--guard and --concept go together")
-    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model))
+        alone = ("guard", guard) if concept is None else ("concept", concept)
+        raise RequestError(*alone, "--guard and --concept go together")
+    if given and guard is None:
+        raise RequestError(f"guard.{min(given)}", given[min(given)], "goes with --guard")
+    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model), given)
     found = find_prompts(prompts)
     loaded = load(model, ema=ema is not False)
     made = sample_set(

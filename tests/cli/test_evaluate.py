@@ -1,0 +1,24 @@
+"""``eval``: thresholds and what it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_a_gate_ends_with_1_after_the_report(folder: Path, command: Command) -> None:
+    (folder / "p.csv").write_text("prompt,seed\nthe square,1\ntwo lines,2\n")
+    (folder / "own.yaml").write_text("prompts: p.csv\nmetrics: [similarity]\nsettings: {steps: 1}\n")
+    asked = ["eval", "model", "-b", "own.yaml", "-c", "square.yaml", "--baseline", "model", "-o", "out"]
+    code, _, err = command(*asked, "--fail-if", "pixels>1")
+    assert (code, "--fail-if 'pixels>1': did you mean pixel_distance?" in err) == (2, True)
+    assert not (folder / "out").exists()
+    code, _, err = command(*asked, "--fail-if", "pixel_distance<1", "--fail-if", "pixel_distance>1")
+    assert (code, err.strip()) == (1, "erase-concept: --fail-if pixel_distance<1: pixel_distance is 0 (n = 2)")
+    assert (folder / "out" / "report.html").is_file()
+    code, out, err = command(*asked, "--fail-if", "pixel_distance>1", "--json")
+    assert (code, err.strip()) == (0, "")
+    assert json.loads(out)["scores"][0]["value"] == 0

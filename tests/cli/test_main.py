@@ -1,0 +1,148 @@
+"""The command as a whole: exit codes, one clear line, nothing half-written, no torch for its help."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from erase_concept.cli import main as cli
+from erase_concept.cli.flags import REPLACED
+from erase_concept.errors import RequestError
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_installed_command_answers() -> None:
+    command = Path(sys.executable).with_name("erase-concept")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    for name in ("demo", "erase", "mask", "mask-info", "sample", "eval", "report", "export", "list"):
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_several_processes_tell_once(folder: Path, small: Sequence[str]) -> None:
+    """They share the sampling; what is for one process alone, or wrong, is refused in one line."""
+    (folder / "p.csv").write_text("prompt,seed\na square,1\na line,2\na dot,3\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    sampling = ["sample", "model", "-p", "p.csv", "-o", "images", "--steps", "2", "--batch-size", "1"]
+    asked = {
+        0: (sampling, "3 images in images, 3 of them new"),
+        1: (
+            ["erase", "model", "-c", "square.yaml", "-o", "run", *small],
+            "processes 2: a run folder is written by one",
+        ),
+    }
+    for code, (arguments, line) in asked.items():
+        command = [*launch, "erase_concept.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr  # a launcher's own code is 1, whatever failed
+        assert (done.stdout + done.stderr).count(line) == 1, done.stderr
+    assert len(list((folder / "images").glob("*.png"))) == 3
+
+
+WRONG = {
+    "unknown concept": (["erase", "model", "-c", "chruch", "-o", "x"], "--concept chruch: unknown concept; did you"),
+    "concept twice": (["erase", "model", "-c", "dog", "-c", "dog", "-o", "x"], "--concept dog: 'dog' is named twice"),
+    "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
+    "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
+    "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),
+    "bad setting": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lrr=1"], "--set lrr=1: salun has:"),
+    "no value": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lr"], "--set lr: must be KEY=VALUE"),
+    "bad part": (
+        ["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "x.y=1"],
+        "--set x.y=1: KEY must be a setting's name or mask.NAME",
+    ),
+    "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "--sparsity 2.0:"),
+    "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),
+    "bad preset": (["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"], "--preset y: allowed: default, paper"),
+    "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
+    "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),
+    "bad kind": (["mask", "model", "-c", "square.yaml", "-o", "x", "--mask", "none"], "--mask none: nothing"),
+    "old flag": (["mask", "model", "-c", "square.yaml", "-o", "x", "--kind", "y"], "--kind: is now --mask"),
+    "no prompts": (["sample", "model", "-p", "absent.csv", "-o", "x"], "--prompts absent.csv: no such file"),
+    "empty prompts": (["sample", "model", "-p", "empty.csv", "-o", "x"], "the prompt set is empty"),
+    "no report": (["report", "model", "-o", "x"], "model"),
+    "not listed": (["list", "colours"], "WHAT colours: allowed: models, concepts"),
+    "no such option": (["erase", "model", "--colour"], "--colour"),
+    "no such command": (["erace"], "erace"),
+    "bad number": (["sample", "model", "-p", "emojinette", "-o", "x", "--steps", "0"], "steps"),
+    "no run": (["export", "model", "-o", "x"], "RUN model: holds no complete run"),
+    "no delta": (["apply", "absent", "model", "-o", "x"], "DELTA absent: is not a readable delta"),
+    "bad benchmark": (["eval", "model", "-b", "y", "-c", "church", "-o", "x"], "--benchmark y: unknown benchmark"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_get_one_line_and_2(folder: Path, command: Command, case: str) -> None:
+    (folder / "empty.csv").write_text("prompt,seed\n")
+    arguments, problem = WRONG[case]
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert out == ""
+    assert problem in err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(folder.rglob("*.partial*"))
+    assert not (folder / "x" / "recipe.yaml").exists()  # the corrected request may use the same folder
+
+
+def test_a_full_disk_gets_one_line_and_1(folder: Path, command: Command) -> None:
+    """/dev/full refuses every byte, as a full disk does."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (folder / "x").mkdir()
+    (folder / "x" / "00000.png.partial").symlink_to("/dev/full")
+    (folder / "p.csv").write_text("prompt\na\n")
+    code, _, err = command("sample", "model", "-p", "p.csv", "-o", "x", "--steps", "1")
+    assert (code, "No space left on device" in err, len(err.strip().splitlines())) == (1, True, 1)
+    assert not (folder / "x" / "00000.png").exists()
+
+
+def test_too_little_memory_gets_one_line_and_1(folder: Path, command: Command) -> None:
+    """A picture of 2^19 pixels a side: torch's allocator refuses it at once."""
+    (folder / "p.csv").write_text("prompt,height,width\na,524288,524288\n")
+    code, _, err = command("sample", "model", "-p", "p.csv", "-o", "x", "--steps", "1")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "too little memory" in err
+
+
+@pytest.mark.parametrize("old", [*REPLACED])
+def test_a_flag_that_is_gone_names_the_new_one(old: str, command: Command) -> None:
+    start = ["mask", "model", "-o", "x"] if old == "--kind" else ["eval", "model", "-o", "x"]
+    code, _, err = command(*start, old, "1")
+    assert (code, err) == (2, f"erase-concept: {old}: is now {REPLACED[old]}\n")
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["erase-concept", "--debug", "list", "colours"])
+    with pytest.raises(RequestError, match="colours"):
+        cli.main()
+
+
+def test_an_interrupted_command_ends_with_130(folder: Path) -> None:
+    """A real interrupt, as the terminal sends it, while images are sampled."""
+    (folder / "p.csv").write_text("prompt,seed\n" + "".join(f"a square,{seed}\n" for seed in range(500)))
+    asked = ["sample", "model", "-p", "p.csv", "-o", "images", "--batch-size", "1", "--steps", "20"]
+    running = subprocess.Popen([sys.executable, "-m", "erase_concept.cli", *asked], stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not list(folder.glob("images/*.png")):
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert (running.returncode, "the same command goes on from here" in err) == (130, True), err
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version", "erase --help", "eval --help", "list --help"])
+def test_help_loads_no_torch(asked: str) -> None:
+    script = (
+        "import sys; from erase_concept.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, *asked.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
