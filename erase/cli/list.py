@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +18,8 @@ from erase_concept.registry import KINDS, Registry
 EXAMPLES = examples("erase-concept list methods", "erase-concept list methods salun", "erase-concept list concepts")
 # Of each kind of plug-in: the record's fields that its list shows, with the column's title.
 COLUMNS = {
-    "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": "paper"},
-    "guards": {"summary": "what it does", "paper": "paper"},
+    "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": ""},
+    "guards": {"summary": "what it does", "paper": ""},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
     "attacks": {"summary": "what it does"},
 }
@@ -77,7 +78,7 @@ def _show(what: str, name: str, json_: bool) -> None:
         print_json({"name": name, **about, "settings": settings})
         return
     titles = COLUMNS[what] | MORE.get(what, {})
-    print_fields(name, {titles[field]: value for field, value in about.items() if value})
+    print_fields(name, {titles[field] or field: value for field, value in about.items() if value})
     if not settings:
         typer.echo("\nIt has no settings.")
         return
@@ -93,6 +94,9 @@ def _settings(cls: Any, prefix: str) -> list[dict[str, str]]:
     """Return what settings say of themselves, those that the class itself declares first."""
     from erase_concept.settings import settings_of
 
+    if not hasattr(cls, "__pydantic_fields__"):
+        blank = dict.fromkeys(("allowed", "sentence", "source"), "")
+        return [{"name": prefix + field.name, "default": str(field.default), **blank} for field in fields(cls)]
     own = inspect.get_annotations(cls)
     found = sorted(settings_of(cls).values(), key=lambda setting: setting.name not in own)
     return [

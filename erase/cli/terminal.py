@@ -10,12 +10,15 @@ import typer
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from erase_concept.eval.report.report import Report
     from erase_concept.recipe import Recipe
+
+_NAME = "bold cyan"
 
 
 def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
@@ -61,18 +64,34 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 def print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print rows under a title and a header, without a frame; the first column, a name, is never broken."""
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(name, overflow="fold", no_wrap=not place, style="" if place else "bold cyan")
+    """Print rows of a name and its fields: as a table where that fits the terminal, else as two lines each.
+
+    Of two lines the second is the column with the longest text.
+    """
+    console = Console()
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    if sum(widths) + 3 * (len(header) - 1) <= console.width:
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for place, name in enumerate(header):
+            table.add_column(name, style="" if place else _NAME)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        return
+    console.print(Text(title))
+    long = widths.index(max(widths[1:]), 1)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        fields = ((header[at], text) for at, text in enumerate(row) if at not in (0, long) and text)
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style=_NAME, min_width=widths[0], no_wrap=True)
+        facts.add_column(style="dim")
+        facts.add_row(Text(row[0]), Text("; ".join(f"{name}: {text}" if name else text for name, text in fields)))
+        console.print(facts, Padding(Text(row[long]), (0, 0, 0, 4), expand=False))
 
 
 def print_fields(title: str, fields: dict[str, str]) -> None:
     """Print a title and what is known of it, a line each."""
-    table = Table(title=Text(title, "bold cyan"), title_justify="left", box=None, show_header=False, pad_edge=False)
+    table = Table(title=Text(title, _NAME), title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in fields.items():

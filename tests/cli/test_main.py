@@ -47,7 +47,7 @@ def test_several_processes_tell_once(folder: Path, small: Sequence[str]) -> None
 
 
 WRONG = {
-    "unknown concept": (["erase", "model", "-c", "chruch", "-o", "x"], "--concept chruch: unknown concept; did you"),
+    "unknown concept": (["erase", "model", "-c", "nudty", "-o", "x"], "--concept nudty: unknown concept; did you"),
     "concept twice": (["erase", "model", "-c", "dog", "-c", "dog", "-o", "x"], "--concept dog: 'dog' is named twice"),
     "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
     "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
@@ -60,7 +60,10 @@ WRONG = {
     ),
     "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "--sparsity 2.0:"),
     "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),
-    "bad preset": (["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"], "--preset y: allowed: default, paper"),
+    "bad preset": (
+        ["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"],
+        "--preset y: allowed: default, paper",
+    ),
     "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
     "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),
     "bad kind": (["mask", "model", "-c", "square.yaml", "-o", "x", "--mask", "none"], "--mask none: nothing"),
@@ -68,7 +71,7 @@ WRONG = {
     "no prompts": (["sample", "model", "-p", "absent.csv", "-o", "x"], "--prompts absent.csv: no such file"),
     "empty prompts": (["sample", "model", "-p", "empty.csv", "-o", "x"], "the prompt set is empty"),
     "no report": (["report", "model", "-o", "x"], "model"),
-    "not listed": (["list", "colours"], "WHAT colours: allowed: models, concepts"),
+    "not listed": (["list", "colours"], "WHAT colours: allowed: methods, guards"),
     "no such option": (["erase", "model", "--colour"], "--colour"),
     "no such command": (["erace"], "erace"),
     "bad number": (["sample", "model", "-p", "emojinette", "-o", "x", "--steps", "0"], "steps"),

@@ -22,7 +22,7 @@ def test_samples_with_a_guard(folder: Path, command: Command) -> None:
         assert (code, f"{' '.join(part)}: --guard and --concept go together" in err) == (2, True)
     listed = json.loads(command("list", "guards", "--json")[1])
     assert set(listed) == {"negative-prompt", "sld-weak", "sld-medium", "sld-strong", "sld-max", "safree"}
-    assert all("arXiv" in about or name == "negative-prompt" for name, about in listed.items())
+    assert all("arXiv" in about["paper"] or name == "negative-prompt" for name, about in listed.items())
 
 
 def test_settings_of_a_guard(folder: Path, command: Command) -> None:
