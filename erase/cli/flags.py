@@ -33,6 +33,7 @@ FLAGS = {
 # Flags that there were once, and how to say the same now.
 REPLACED = {
     "--kind": "--mask",
+    "--strengths": "--multipliers",
     "--threshold": "--set judge.threshold",
     "--labels": "--set judge.labels",
     "--extractor": "--set metric.extractor",

@@ -116,7 +116,9 @@ def test_too_little_memory_gets_one_line_and_1(folder: Path, command: Command) -
 
 @pytest.mark.parametrize("old", [*REPLACED])
 def test_a_flag_that_is_gone_names_the_new_one(old: str, command: Command) -> None:
-    start = ["mask", "model", "-o", "x"] if old == "--kind" else ["eval", "model", "-o", "x"]
+    start = {"--kind": ["mask", "model", "-o", "x"], "--strengths": ["compare", "-o", "x"]}.get(
+        old, ["eval", "model", "-o", "x"]
+    )
     code, _, err = command(*start, old, "1")
     assert (code, err) == (2, f"erase-concept: {old}: is now {REPLACED[old]}\n")
 
