@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.pipelines.sample import sample_latents
+from erase_concept.pipelines.sample import Sampling, sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.seed import stage_generator, stage_seed
 
@@ -329,7 +329,7 @@ def _sample(
         batch = seeds[i : i + _BATCH]
         rows = (embeddings[i : i + _BATCH].to(model.device), empty.to(model.device))
         scales = [guidance] * len(batch)
-        parts.append(sample_latents(model, *rows, batch, scales, steps=steps, height=size, width=size).cpu())
+        parts.append(sample_latents(model, *rows, batch, scales, Sampling(steps=steps), size=(size, size)).cpu())
     return torch.cat(parts)
 
 

@@ -21,24 +21,25 @@ from typing_extensions import dataclass_transform
 from erase_concept.errors import RequestError
 
 _T = TypeVar("_T")
+_CONFIG = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def described(sentence: str, *, source: str = "", **bounds: Any) -> Any:
     """Describe a setting, for ``Annotated``: what it does, its bounds (``ge``, ``gt``, ``le``, ``lt``), where from.
 
-    ``source`` says where the default value comes from: a paper, its authors' code, or "ours". Numbers are finite.
+    ``source`` says where the default value comes from: a paper, its authors' code, or "ours".
     """
     extra: dict[str, Any] | None = {"source": source} if source else None
-    return Field(description=sentence, allow_inf_nan=False, json_schema_extra=extra, **bounds)
+    return Field(description=sentence, json_schema_extra=extra, **bounds)
 
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[_T]) -> type[_T]:
-    """Make a class a frozen dataclass that checks its fields' types and bounds whenever one is made.
+    """Make a class a frozen dataclass that checks its fields whenever one is made. Its numbers are finite.
 
     Raises pydantic's ValidationError, a ValueError, for a value out of bounds and for a field that it does not have.
     """
-    return pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", validate_default=True))  # type: ignore[call-overload, no-any-return]
+    return pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload, no-any-return]
 
 
 @settings

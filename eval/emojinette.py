@@ -46,10 +46,10 @@ def found(seen: Classified) -> dict[str, Any]:
 
 def sampled(model: Diffusion, classifier: EmojinetteClassifier, rows: Sequence[PromptRow]) -> Classified:
     """Sample rows and classify the images."""
-    from erase_concept.pipelines.sample import sample_images
+    from erase_concept.pipelines.sample import Sampling, sample_images
 
     images = np.zeros((len(rows), model.size, model.size, 3), np.uint8)
-    for place, image in sample_images(model, rows, guidance=GUIDANCE):
+    for place, image in sample_images(model, rows, Sampling(guidance=GUIDANCE)):
         images[place] = image
     return classify(images, rows, classifier)
 

@@ -40,7 +40,7 @@ from erase_concept.prompts.promptset import PromptRow, PromptSet
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from erase_concept.pipelines.sample import ImageSet
+    from erase_concept.pipelines.image_set import ImageSet
 
 GUIDANCE = 5.0
 METRICS: dict[str, Callable[[Classified, Concept], Score | None]] = {
@@ -128,7 +128,7 @@ def _earlier(run: Mapping[str, Any], concept: Concept) -> tuple[list[Concept], l
 
 def _told(folder: Path, prompts: PromptSet) -> PromptSet:
     """Return what a folder's images were asked for: what its manifest says with labels, otherwise the prompts."""
-    from erase_concept.pipelines.sample import read_images
+    from erase_concept.pipelines.image_set import read_images
 
     if (folder / "manifest.jsonl").is_file():
         rows = read_images(folder).rows

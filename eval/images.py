@@ -20,8 +20,8 @@ from erase_concept.eval.thresholds import Gate
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:
+    from erase_concept.pipelines.image_set import ImageSet
     from erase_concept.pipelines.model import Diffusion
-    from erase_concept.pipelines.sample import ImageSet
     from erase_concept.prompts.concept import Concept
 
 _FULL = 512  # pixels; the sizes that prompts name are meant for models of this size and above
@@ -40,7 +40,7 @@ class Plan:
     guard: str | None = None
 
     def guarded(self, concept: Concept) -> dict[str, Any]:
-        """Return the guard, if any, as an option of ``sample``; raises RequestError when there is no such one."""
+        """Return the guard, if any, as an option of ``Sampling``; raises RequestError when there is no such one."""
         from erase_concept.pipelines.guards import find_guard
 
         return {} if self.guard is None else {"guard": find_guard(self.guard, concept)}
@@ -93,7 +93,7 @@ class Gathered:
 class Asked:
     """The images that a benchmark asks for, and what becomes of them.
 
-    ``options`` are those of ``sample``, ``guarded`` more of them for the erased model alone. Only images of ``size``
+    ``options`` are those of ``Sampling``, ``guarded`` more of them for the erased model alone. Only images of ``size``
     pixels will do, where it is given.
     """
 
@@ -128,11 +128,11 @@ def gather(plan: Plan, asked: Asked) -> Generator[tuple[str, int, int], None, Ga
 
 def is_images(folder: Path) -> bool:
     """Tell a folder of images from a model's and from a run's."""
-    from erase_concept.pipelines.sample import IMAGES
+    from erase_concept.pipelines.image_set import IMAGE_SUFFIXES
 
     if not folder.is_dir() or any((folder / name).is_file() for name in ("run.json", "model_index.json")):
         return False
-    return any(file.name == "manifest.jsonl" or file.suffix.lower() in IMAGES for file in folder.iterdir())
+    return any(file.name == "manifest.jsonl" or file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
 
 
 def _images(
@@ -142,15 +142,17 @@ def _images(
 
     Several processes share the sampling, and each reads all images.
     """
+    from erase_concept.pipelines.image_set import read_images
     from erase_concept.pipelines.load import load
+    from erase_concept.pipelines.match_images import match_images
     from erase_concept.pipelines.processes import processes, total
-    from erase_concept.pipelines.sample import match_images, read_images, sample
+    from erase_concept.pipelines.sample import Sampling, iter_sample
 
-    folder, argument = Path(source), "DIR" if who == "erased" else "--baseline"
+    folder, setting = Path(source), "images" if who == "erased" else "baseline"
     if is_images(folder):
-        images = match_images(folder, prompts, argument=argument)
+        images = match_images(folder, prompts, setting=setting)
         if asked.size is not None:
-            _check_size(images, asked.size, argument)
+            _check_size(images, asked.size, setting)
         return images
     model = load(source)
     if asked.size not in (None, model.size):
@@ -160,10 +162,11 @@ def _images(
     kept = plan.shelf / _key(model, prompts, asked.options) if who == "base" else None
     if kept is not None and kept.is_dir() and not samples.exists() and state.is_main_process:
         _copy(kept, samples)
-    state.wait_for_everyone()  # ``sample`` waits again before anybody makes an image that is counted here
+    state.wait_for_everyone()  # ``iter_sample`` waits again before anybody makes an image that is counted here
     done, new = len(list(samples.glob("*.png"))), 0
     yield who, done, count
-    for _ in sample(model, prompts, samples, batch_size=plan.batch_size, **asked.options):
+    sampling = Sampling(batch_size=plan.batch_size, **asked.options)
+    for _ in iter_sample(model, prompts, samples, sampling):
         done, new = min(done + state.num_processes, count), new + 1  # the others are about as far
         yield who, done, count
     made[who] = total(new)
@@ -179,7 +182,7 @@ def fitting(prompts: PromptSet, model: Diffusion) -> PromptSet:
     return replace(prompts, rows=tuple(replace(row, width=None, height=None) for row in prompts.rows))
 
 
-def _check_size(images: ImageSet, size: int, argument: str) -> None:
+def _check_size(images: ImageSet, size: int, setting: str) -> None:
     """Raise RequestError naming images of another size."""
     from PIL import Image
 
@@ -188,7 +191,7 @@ def _check_size(images: ImageSet, size: int, argument: str) -> None:
             if image.size != (size, size):
                 wide, high = image.size
                 allowed = f"{file.name} has {wide} x {high} pixels; this benchmark judges {size} x {size}"
-                raise RequestError(argument, file.parent, allowed)
+                raise RequestError(setting, file.parent, allowed)
 
 
 def _key(model: Diffusion, prompts: PromptSet, options: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from erase_concept.eval.judges.classifiers import Classifier
     from erase_concept.eval.metrics.fidelity import Extractor
-    from erase_concept.pipelines.sample import ImageSet
+    from erase_concept.pipelines.image_set import ImageSet
 
 Files = Sequence[Path]
 
@@ -361,13 +361,13 @@ def _extractor(wanted: Wanted) -> tuple[Extractor, str]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    from erase_concept.pipelines.sample import IMAGES
+    from erase_concept.pipelines.image_set import IMAGE_SUFFIXES
 
     if not folder.is_dir():
         raise RequestError("--reference", folder, "no such folder")
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise RequestError("--reference", folder, f"holds no images ({', '.join(IMAGES)})")
+        raise RequestError("--reference", folder, f"holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 

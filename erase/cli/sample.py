@@ -68,7 +68,7 @@ def sample(
     from erase_concept.pipelines.guards import find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
-    from erase_concept.pipelines.sample import sample as sample_set
+    from erase_concept.pipelines.sample import Sampling, iter_sample
     from erase_concept.prompts.find_prompts import find_prompts
     from erase_concept.recipe import find_concept
 
@@ -81,16 +81,8 @@ def sample(
     guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model), given)
     found = find_prompts(prompts)
     loaded = load(model, ema=ema is not False)
-    made = sample_set(
-        loaded,
-        found,
-        out,
-        steps=steps,
-        guidance=guidance,
-        batch_size=batch_size,
-        scheduler=scheduler,
-        guard=guarded,
-    )
+    sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
+    made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count})

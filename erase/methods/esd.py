@@ -16,7 +16,7 @@ from erase_concept.data import ForgetRetain, draw_evenly
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.pipelines.sample import make_scheduler, sample_latents
+from erase_concept.pipelines.sample import Sampling, make_scheduler, sample_latents
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
@@ -121,10 +121,8 @@ def partway(
         data.uncond.to(model.device),
         seeds,
         [settings.start_guidance] * len(seeds),
-        steps=settings.sampling_steps,
-        height=height,
-        width=width,
-        scheduler="DDIMScheduler",
+        Sampling(steps=settings.sampling_steps, scheduler="DDIMScheduler"),
+        size=(height, width),
         stop=stop,
     )
     timestep = make_scheduler(model, "DDIMScheduler", settings.sampling_steps).timesteps[stop]

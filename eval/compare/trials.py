@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from erase_concept.eval.images import Asked
     from erase_concept.eval.report.report import Pair
     from erase_concept.masks.mask import Mask
+    from erase_concept.pipelines.image_set import ImageSet
     from erase_concept.pipelines.model import Diffusion
-    from erase_concept.pipelines.sample import ImageSet
     from erase_concept.recipe import Recipe
 
 PRESETS = ("default", "paper")
@@ -181,8 +181,8 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
     """Erase, sample and judge. Keeps a few of the images in ``samples/KEY`` of the comparison's folder."""
     from erase_concept.eval.images import Gathered
     from erase_concept.eval.report.report import drawn
+    from erase_concept.pipelines.image_set import read_images
     from erase_concept.pipelines.load import load
-    from erase_concept.pipelines.sample import read_images
 
     began = time.perf_counter()
     recipe = recipe_of(context.model, trial)
@@ -265,14 +265,15 @@ def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
 def _sampled(model: Diffusion, asked: Asked, folder: Path, *, guarded: bool) -> ImageSet:
     """Return the images that are asked for, and sample them where they are not there."""
     from erase_concept.eval.images import fitting
-    from erase_concept.pipelines.sample import read_images, sample
+    from erase_concept.pipelines.image_set import read_images
+    from erase_concept.pipelines.sample import Sampling, iter_sample
 
     if asked.size not in (None, model.size):
         raise RequestError("model", model.source, f"draws {model.size} pixels; the benchmark judges {asked.size}")
     if not (folder / "manifest.jsonl").is_file():
         partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
         options = {**asked.options, **(asked.guarded if guarded else {})}
-        for _ in sample(model, fitting(asked.prompts, model), partial, **options):
+        for _ in iter_sample(model, fitting(asked.prompts, model), partial, Sampling(**options)):
             pass
         partial.rename(folder)
     return read_images(folder)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from erase_concept.eval.metrics.fidelity import Extractor
-    from erase_concept.pipelines.sample import ImageSet
+    from erase_concept.pipelines.image_set import ImageSet
 
 Measure = Callable[["NDArray[np.uint8]", "NDArray[np.uint8]"], float]
 

@@ -9,18 +9,13 @@ from torch import Tensor
 from erase_concept.pipelines.guards import GUARDS
 from erase_concept.pipelines.guards.guard import Guard, Predict, classifier_free, encode_names
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.settings import settings
-
-
-@settings
-class NegativePrompt:
-    """It has no settings."""
+from erase_concept.settings import NoSettings
 
 
 def negative_prompt(
     model: Diffusion,
     names: Sequence[str],
-    settings: NegativePrompt,
+    settings: NoSettings,
     embeddings: Tensor,
     uncond: Tensor,
     scale: Tensor,
@@ -31,5 +26,5 @@ def negative_prompt(
 
 
 GUARDS.add(
-    Guard("negative-prompt", "Guide away from the concept's names.", NegativePrompt, guide=negative_prompt),
+    Guard("negative-prompt", "Guide away from the concept's names.", NoSettings, guide=negative_prompt),
 )

@@ -25,8 +25,8 @@ from erase_concept.eval.score import Score, wilson
 from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
 from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.image_set import ImageSet
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.sample import ImageSet
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow
 

@@ -27,7 +27,7 @@ from erase_concept.eval.metrics.fidelity import read_image
 from erase_concept.eval.report.report import Report, read_report
 from erase_concept.pipelines.emojinette import CATALOG, CLASSIFIER
 from erase_concept.pipelines.emojinette.classifier import load_classifier
-from erase_concept.pipelines.sample import read_images
+from erase_concept.pipelines.image_set import read_images
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 

@@ -20,7 +20,8 @@ from erase_concept.eval.metrics.accuracy import forget_mask
 from erase_concept.eval.report.report import read_report
 from erase_concept.eval.report.write import report_json
 from erase_concept.pipelines.emojinette import CATALOG
-from erase_concept.pipelines.sample import ImageSet
+from erase_concept.pipelines.image_set import ImageSet
+from erase_concept.pipelines.sample import Sampling
 from erase_concept.prompts.concept import Concept, combine
 from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptSet
@@ -222,7 +223,7 @@ def test_images_made_elsewhere_are_matched_by_order_and_manifest(church: Concept
     assert [pair.seed for pair in by_line.pairs] == sorted(row.seed for row in rows[::-2])
     assert sum(pair.forget for pair in by_line.pairs) == forget_mask(rows[::-2], church).sum()
     assert f"1 image is of no prompt of the set: {unlabelled.files[-1].name}" in by_line.provenance["notes"]["erased"]
-    with pytest.raises(RequestError, match=r"DIR .*images for .* prompts"):
+    with pytest.raises(RequestError, match=r"^images .*images for .* prompts"):
         next(benchmark(tmp_path / "counted", "church", out=tmp_path / "c", seeds=2))
 
 
@@ -230,7 +231,7 @@ def test_images_made_elsewhere_are_matched_by_order_and_manifest(church: Concept
 def test_images_of_another_size_are_refused(church: Concept, images: Draw, tmp_path: Path) -> None:
     rows = emojinette_benchmark(church, 1).rows
     good, large = images("good", rows), images("large", rows, size=72)
-    for model, base, argument in ((large, good, "DIR"), (good, large, "--baseline")):
+    for model, base, argument in ((large, good, "images"), (good, large, "baseline")):
         with pytest.raises(RequestError) as refused:
             next(benchmark(model.files[0].parent, "church", base.files[0].parent, out=tmp_path / "out", seeds=1))
         told = f"{argument} {tmp_path / 'large'}: 00000.png has 72 x 72 pixels; this benchmark judges 64 x 64"
@@ -249,8 +250,8 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     (run / "recipe.yaml").write_text(yaml.safe_dump({"concept": church.to_dict()}), encoding="utf-8")
     loaded = []
 
-    def sample(model: str, prompts: PromptSet, out: Path, **options: int) -> Iterator[Path]:
-        loaded.append((model, options))
+    def iter_sample(model: str, prompts: PromptSet, out: Path, sampling: Sampling) -> Iterator[Path]:
+        loaded.append((model, sampling))
         drawn = images(str(out.relative_to(tmp_path)), prompts.rows, seed=len(loaded))
         _listed(drawn)
         yield from drawn.files
@@ -259,9 +260,9 @@ def test_benchmark_of_a_run_knows_concept_and_base(
     about = {"size": 64, "unet": part, "vae": part, "text_encoders": {}, "device": part.weight.device}
     about["scheduler"] = SimpleNamespace(config={})
     monkeypatch.setattr("erase_concept.pipelines.load.load", type("Model", (str,), about))
-    monkeypatch.setattr("erase_concept.pipelines.sample.sample", sample)
+    monkeypatch.setattr("erase_concept.pipelines.sample.iter_sample", iter_sample)
     *events, report = benchmark(run, out=run, seeds=1, batch_size=5)
-    assert loaded == [(str(run), {"batch_size": 5}), ("emojinette", {"batch_size": 5})]
+    assert loaded == [(str(run), Sampling(batch_size=5)), ("emojinette", Sampling(batch_size=5))]
     total = len(emojinette_benchmark(church, 1).rows)
     assert events == [(who, done, total) for who in ("erased", "base") for done in range(total + 1)]
     assert (report.concept, report.model, report.provenance["run"]["seed"]) == ("church", "emojinette", 3)

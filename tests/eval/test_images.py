@@ -83,7 +83,7 @@ def test_images_are_not_asked_for_again(i2p: str, tmp_path: Path, measured: Meas
         measured(folder, out=tmp_path / "out", settings={"extractor": "emojinette"}, seeds=2, **asked)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "manifest.jsonl").touch()
-    with pytest.raises(RequestError, match=r"--baseline .*holds no manifest"):
+    with pytest.raises(RequestError, match=r"^baseline .*holds no manifest"):
         measured(folder, out=tmp_path / "out", **asked | {"baseline": str(tmp_path / "empty")})
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from erase_concept.errors import RequestError
 from erase_concept.eval.metrics.fidelity import extractor, image_features
 from erase_concept.eval.metrics.similarity import feature_distance, pixel_distance, similarity
-from erase_concept.pipelines.sample import ImageSet
+from erase_concept.pipelines.image_set import ImageSet
 from erase_concept.prompts.promptset import PromptRow
 
 

@@ -22,7 +22,7 @@ from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, published_name, weights_hash
-from erase_concept.pipelines.sample import sample_images
+from erase_concept.pipelines.sample import Sampling, sample_images
 from erase_concept.prompts.label_grid import catalog_prompts
 from erase_concept.recipe import recipe_for
 from erase_concept.run import erase, read_run
@@ -84,7 +84,7 @@ def test_text_that_is_cut_or_empty_is_embedded_alike(model: Diffusion) -> None:
 
 def test_latents_are_normalised(model: Diffusion) -> None:
     rows = catalog_prompts(CATALOG, range(1)).rows[::4]
-    images = np.stack([image for _, image in sample_images(model, rows, steps=8, guidance=5.0)])
+    images = np.stack([image for _, image in sample_images(model, rows, Sampling(steps=8, guidance=5.0))])
     tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     latents = model.encode_images(tensors, torch.Generator().manual_seed(0))
     assert latents.mean((0, 2, 3)).abs().max() < 0.5
@@ -94,7 +94,7 @@ def test_latents_are_normalised(model: Diffusion) -> None:
 def test_draws_what_it_is_asked_for(model: Diffusion) -> None:
     rows = catalog_prompts(CATALOG, range(1), first_seed=77_000).rows[1::2]
     images = np.zeros((len(rows), 64, 64, 3), np.uint8)
-    for place, image in sample_images(model, rows, steps=15, guidance=5.0):
+    for place, image in sample_images(model, rows, Sampling(steps=15, guidance=5.0)):
         images[place] = image
     seen = classify(images, rows, load_classifier(emojinette.CLASSIFIER))
     right = sum(a == row.object for a, row in zip(seen.objects, rows, strict=True))

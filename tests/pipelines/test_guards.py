@@ -15,8 +15,9 @@ from torch import Tensor
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.guards import GUARDS, find_guard
 from erase_concept.pipelines.guards.guard import AppliedGuard
+from erase_concept.pipelines.image_set import read_images
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.pipelines.sample import read_images, sample, sample_images, sample_latents
+from erase_concept.pipelines.sample import Sampling, iter_sample, sample_images, sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 from erase_concept.settings import settings_of
@@ -48,7 +49,7 @@ def named(square: Concept) -> Concept:
 def latents(model: Diffusion, guard: AppliedGuard | None, steps: int, prompts: Sequence[str] = PROMPTS) -> Tensor:
     embeddings = model.encode_prompts(prompts) if guard is None else guard.encode(model, prompts)
     seeds, scales = range(len(prompts)), SCALES[: len(prompts)]
-    return sample_latents(model, embeddings, model.encode_uncond(), seeds, scales, steps=steps, guard=guard)
+    return sample_latents(model, embeddings, model.encode_uncond(), seeds, scales, Sampling(steps=steps, guard=guard))
 
 
 @torch.no_grad()
@@ -113,8 +114,8 @@ def test_a_negative_prompt_is_that_of_diffusers(tiny: Diffusion, named: Concept)
         output_type="np",
     ).images[0]
     row, guard = PromptRow("a square on a line", 5, guidance=6.0), find_guard("negative-prompt", named)
-    ((_, ours),) = sample_images(tiny, [row], steps=4, scheduler="DDIMScheduler", guard=guard)
-    ((_, plain),) = sample_images(tiny, [row], steps=4, scheduler="DDIMScheduler")
+    ((_, ours),) = sample_images(tiny, [row], Sampling(steps=4, scheduler="DDIMScheduler", guard=guard))
+    ((_, plain),) = sample_images(tiny, [row], Sampling(steps=4, scheduler="DDIMScheduler"))
     assert np.abs(ours - theirs * 255).max() <= 1
     assert np.abs(ours.astype(int) - plain).max() > 1
 
@@ -122,7 +123,7 @@ def test_a_negative_prompt_is_that_of_diffusers(tiny: Diffusion, named: Concept)
 def test_a_negative_prompt_replaces_the_empty_one_in_every_family(family: Diffusion, named: Concept) -> None:
     guard = find_guard("negative-prompt", named)
     away = family.encode_prompts(["square, box"])
-    wanted = sample_latents(family, family.encode_prompts(PROMPTS), away, range(3), SCALES, steps=3)
+    wanted = sample_latents(family, family.encode_prompts(PROMPTS), away, range(3), SCALES, Sampling(steps=3))
     assert torch.equal(latents(family, guard, 3), wanted)
 
 
@@ -179,7 +180,9 @@ def test_batch_size_changes_no_image(exact: Diffusion, named: Concept, name: str
     guard = find_guard(name, named)
     rows = [PromptRow(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     whole, alone = (
-        np.stack([image for _, image in sorted(sample_images(exact, rows, steps=4, batch_size=size, guard=guard))])
+        np.stack(
+            [image for _, image in sorted(sample_images(exact, rows, Sampling(steps=4, batch_size=size, guard=guard)))]
+        )
         for size in (3, 1)
     )
     assert np.array_equal(whole, alone)
@@ -190,18 +193,18 @@ def test_images_of_another_guard_never_mix(tiny: Diffusion, named: Concept, tmp_
     prompts = PromptSet("p", (PromptRow("a square", 1), PromptRow("a line", 2)))
     medium, plain = find_guard("sld-medium", named), tmp_path / "plain"
     before = {name: p.clone() for name, p in tiny.unet.named_parameters()}
-    assert len(list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=medium))) == 2
+    assert len(list(iter_sample(tiny, prompts, tmp_path / "out", Sampling(steps=2, guard=medium)))) == 2
     assert all(torch.equal(before[name], p) for name, p in tiny.unet.named_parameters())
     assert read_images(tmp_path / "out").settings["guard"] == "sld-medium: square, box"
-    assert list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=medium)) == []
+    assert list(iter_sample(tiny, prompts, tmp_path / "out", Sampling(steps=2, guard=medium))) == []
     other = find_guard("sld-medium", replace(named, synonyms=()))
     for guard in (None, other, find_guard("sld-max", named)):
         with pytest.raises(RequestError, match="another model, prompt set or setting"):
-            list(sample(tiny, prompts, tmp_path / "out", steps=2, guard=guard))
-    list(sample(tiny, prompts, plain, steps=2))
+            list(iter_sample(tiny, prompts, tmp_path / "out", Sampling(steps=2, guard=guard)))
+    list(iter_sample(tiny, prompts, plain, Sampling(steps=2)))
     assert "guard" not in read_images(plain).settings
     with pytest.raises(RequestError, match="another model, prompt set or setting"):
-        list(sample(tiny, prompts, plain, steps=2, guard=medium))
+        list(iter_sample(tiny, prompts, plain, Sampling(steps=2, guard=medium)))
 
 
 def test_given_settings_are_used_and_told(exact: Diffusion, named: Concept) -> None:

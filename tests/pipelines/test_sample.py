@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -19,9 +20,11 @@ import torch
 from PIL import Image
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.pipelines.image_set import read_images
 from erase_concept.pipelines.load import load
+from erase_concept.pipelines.match_images import match_images
 from erase_concept.pipelines.model import Diffusion, weights_hash
-from erase_concept.pipelines.sample import SCHEDULERS, match_images, read_images, sample, sample_images
+from erase_concept.pipelines.sample import SCHEDULERS, Sampling, iter_sample, sample, sample_images
 from erase_concept.prompts.promptset import PromptRow, PromptSet, read_prompts
 
 ROWS = tuple(PromptRow(f"prompt {i}", seed=i * 7, guidance=None if i % 2 else 3.0) for i in range(5))
@@ -30,7 +33,7 @@ ROWS = tuple(PromptRow(f"prompt {i}", seed=i * 7, guidance=None if i % 2 else 3.
 def images(
     model: Diffusion, rows: tuple[PromptRow, ...], batch_size: int, scheduler: str | None = None, steps: int = 3
 ) -> np.ndarray:
-    found = dict(sample_images(model, rows, steps=steps, batch_size=batch_size, scheduler=scheduler))
+    found = dict(sample_images(model, rows, Sampling(steps=steps, batch_size=batch_size, scheduler=scheduler)))
     return np.stack([found[i] for i in range(len(rows))])
 
 
@@ -55,7 +58,7 @@ def test_an_image_depends_on_its_own_row_alone(tiny: Diffusion) -> None:
 
 def test_sizes_are_grouped_and_kept(tiny: Diffusion) -> None:
     rows = (PromptRow("a", 0), PromptRow("b", 1, width=32, height=16), PromptRow("c", 2))
-    found = dict(sample_images(tiny, rows, steps=2))
+    found = dict(sample_images(tiny, rows, Sampling(steps=2)))
     assert [found[i].shape for i in range(3)] == [(16, 16, 3), (16, 32, 3), (16, 16, 3)]
 
 
@@ -81,7 +84,7 @@ def as_before(model: Diffusion, rows: list[PromptRow], batch_size: int, steps: i
 
 def test_the_defaults_give_the_same_bits_as_ever(family: Diffusion) -> None:
     rows = [PromptRow(f"prompt {i % 4}", seed=i, guidance=None if i % 3 else 2.0) for i in range(11)]
-    found = dict(sample_images(family, rows, steps=4, batch_size=4))
+    found = dict(sample_images(family, rows, Sampling(steps=4, batch_size=4)))
     assert np.array_equal(np.stack([found[i] for i in range(11)]), as_before(family, rows, 4, 4))
 
 
@@ -95,7 +98,7 @@ def test_each_prompt_is_encoded_once(tiny: Diffusion, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Diffusion, "encode_prompts", spy)
     rows = [PromptRow("abc"[i % 3], i, width=16 + 8 * (i % 2), height=16) for i in range(12)]
-    assert len(list(sample_images(tiny, rows, steps=1, batch_size=2))) == 12
+    assert len(list(sample_images(tiny, rows, Sampling(steps=1, batch_size=2)))) == 12
     assert sorted(seen) == ["", "a", "b", "c"]
 
 
@@ -127,25 +130,25 @@ def test_schedulers_match_the_diffusers_pipeline(tiny: Diffusion, scheduler: str
 
 def test_schedulers_are_told_and_refused(tiny: Diffusion, tmp_path: Path) -> None:
     prompts = PromptSet("p", ROWS[:1])
-    list(sample(tiny, prompts, tmp_path, steps=2, scheduler="DDIMScheduler"))
+    list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=2, scheduler="DDIMScheduler")))
     assert read_images(tmp_path).settings["sampler"] == "DDIMScheduler"
     with pytest.raises(RequestError, match="another model, prompt set or setting"):
-        list(sample(tiny, prompts, tmp_path, steps=2))
+        list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=2)))
     for name in ("DDIM", "FlowMatchEulerDiscreteScheduler", "StableDiffusionPipeline", "__version__"):
-        with pytest.raises(RequestError, match=f"--scheduler {name}: allowed: DDIMScheduler, DDPMScheduler"):
-            list(sample(tiny, prompts, tmp_path / "no", steps=2, scheduler=name))
-    with pytest.raises(RequestError, match="--scheduler DDIMScheduler: cannot go 1001 steps"):
-        list(sample(tiny, prompts, tmp_path / "no", steps=1001, scheduler="DDIMScheduler"))
+        with pytest.raises(RequestError, match=f"scheduler {name}: allowed: DDIMScheduler, DDPMScheduler"):
+            list(iter_sample(tiny, prompts, tmp_path / "no", Sampling(steps=2, scheduler=name)))
+    with pytest.raises(RequestError, match="scheduler DDIMScheduler: cannot take 1001 steps"):
+        list(iter_sample(tiny, prompts, tmp_path / "no", Sampling(steps=1001, scheduler="DDIMScheduler")))
     assert not (tmp_path / "no").exists()
 
 
 def test_too_little_memory_is_told_in_a_line(tiny: Diffusion) -> None:
     side = 8 * 10**8  # more bytes than a processor can address, so that nothing is really taken
     rows = [PromptRow("a", 0, width=side, height=side), PromptRow("b", 1, width=side, height=side)]
-    with pytest.raises(EraseError, match=f"sample 2 images of {side} x {side} pixels at once: give a smaller --batch"):
-        next(sample_images(tiny, rows, steps=1))
+    with pytest.raises(EraseError, match=f"sample 2 images of {side} x {side} pixels at once: choose a smaller batch"):
+        next(sample_images(tiny, rows, Sampling(steps=1)))
     with pytest.raises(EraseError, match=f"too little memory to sample an image of {side} x {side} pixels"):
-        next(sample_images(tiny, rows, steps=1, batch_size=1))
+        next(sample_images(tiny, rows, Sampling(steps=1, batch_size=1)))
 
 
 def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
@@ -156,7 +159,7 @@ def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
     )
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11))[None]
     theirs = pipeline("a prompt", num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="np").images[0]
-    ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=3.0),), steps=4)))[1]
+    ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=3.0),), Sampling(steps=4))))[1]
     assert np.abs(ours - theirs * 255).max() <= 1
     assert ours.std() > 1
 
@@ -164,24 +167,49 @@ def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
 def test_goes_on_where_it_was_killed(tiny: Diffusion, tmp_path: Path) -> None:
     prompts = PromptSet("p", ROWS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert len(list(sample(tiny, prompts, whole, steps=2, batch_size=1))) == 5
-    stopped = sample(tiny, prompts, killed, steps=2, batch_size=1)
+    assert len(list(iter_sample(tiny, prompts, whole, Sampling(steps=2, batch_size=1)))) == 5
+    stopped = iter_sample(tiny, prompts, killed, Sampling(steps=2, batch_size=1))
     next(stopped)
     next(stopped)
     stopped.close()
     with (killed / "manifest.jsonl").open("a") as stream:
         stream.write('{"image": "0000')  # a line cut short
-    assert len(list(sample(tiny, prompts, killed, steps=2, batch_size=1))) == 3
-    assert list(sample(tiny, prompts, killed, steps=2, batch_size=1)) == []
+    assert len(list(iter_sample(tiny, prompts, killed, Sampling(steps=2, batch_size=1)))) == 3
+    assert list(iter_sample(tiny, prompts, killed, Sampling(steps=2, batch_size=1))) == []
     first, second = read_images(whole), read_images(killed)
     assert first.rows == second.rows == ROWS
     assert np.array_equal(first.arrays(), second.arrays())
 
 
+def test_sample_runs_to_the_end_and_returns_the_images(
+    tiny: Diffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = PromptSet("p", ROWS)
+    next(iter_sample(tiny, prompts, tmp_path / "one", Sampling(steps=2, guidance=4)))  # and sample goes on from there
+    made = sample(tiny, prompts, str(tmp_path / "one"), steps=2, guidance=4)
+    list(iter_sample(tiny, prompts, tmp_path / "other", Sampling(steps=2, guidance=4)))
+    again = read_images(tmp_path / "other")
+    assert (made.rows, made.settings) == (again.rows, again.settings)
+    assert made.rows == ROWS
+    assert np.abs(made.arrays().astype(int) - again.arrays()).max() <= 1
+    assert capsys.readouterr().out == ""  # the bar is for stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("steps", 0), ("guidance", -1.0), ("guidance", float("nan")), ("batch_size", 0), ("guard", "sld")],
+)
+def test_settings_out_of_range_are_refused(tiny: Diffusion, tmp_path: Path, setting: str, value: Any) -> None:
+    with pytest.raises(RequestError) as refused:
+        sample(tiny, PromptSet("p", ROWS), tmp_path / "out", **{setting: value})
+    assert refused.value.setting == setting
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_follow_the_prompt_set(tiny: Diffusion, tmp_path: Path) -> None:
-    list(sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, steps=1))
+    list(iter_sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, Sampling(steps=1)))
     told = tuple(replace(row, category="hate", case_number=7 + i) for i, row in enumerate(ROWS[:2]))
-    assert list(sample(tiny, PromptSet("p", told), tmp_path, steps=1)) == []
+    assert list(iter_sample(tiny, PromptSet("p", told), tmp_path, Sampling(steps=1))) == []
     assert [(row.category, row.case_number) for row in read_images(tmp_path).rows] == [("hate", 7), ("hate", 8)]
 
 
@@ -192,16 +220,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.sample import read_images, sample, sample_images
+from erase_concept.pipelines.image_set import read_images
+from erase_concept.pipelines.sample import Sampling, iter_sample, sample_images
 from erase_concept.prompts.find_prompts import find_prompts
 
 home = Path(sys.argv[1])
 model, asked = load(home / "model", device="cpu"), find_prompts(str(home / "p.csv"))
 for name in ("fresh", "resumed"):
-    made = [file.name for file in sample(model, asked, home / name, steps=2, batch_size=2)]
+    made = [file.name for file in iter_sample(model, asked, home / name, Sampling(steps=2, batch_size=2))]
     print(json.dumps(made))
 files = read_images(home / "fresh").files
-alone = dict(sample_images(model, asked.rows, steps=2, batch_size=2))  # by this process alone
+alone = dict(sample_images(model, asked.rows, Sampling(steps=2, batch_size=2)))  # by this process alone
 assert len(alone) == len(files)
 assert all(np.array_equal(alone[i], np.asarray(Image.open(file))) for i, file in enumerate(files))
 """
@@ -212,7 +241,7 @@ def test_processes_share_the_work(tiny: Diffusion, tmp_path: Path) -> None:
     rows = tuple(PromptRow(f"prompt {i % 3}", i, width=16 if i % 2 else None) for i in range(9))
     PromptSet("p", rows).save(tmp_path / "p.csv")
     model = load(tmp_path / "model", device="cpu")
-    list(sample(model, read_prompts(tmp_path / "p.csv"), tmp_path / "alone", steps=2, batch_size=2))
+    list(iter_sample(model, read_prompts(tmp_path / "p.csv"), tmp_path / "alone", Sampling(steps=2, batch_size=2)))
     # Two processes were killed before their parts of the manifest were merged, one of them while it wrote a line.
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "alone", resumed)
@@ -260,24 +289,24 @@ def test_processes_share_the_work(tiny: Diffusion, tmp_path: Path) -> None:
 
 def test_folder_of_another_model_is_refused(tiny: Diffusion, tmp_path: Path) -> None:
     prompts = PromptSet("p", ROWS[:1])
-    list(sample(tiny, prompts, tmp_path, steps=2))
-    with pytest.raises(RequestError, match=r"--out .*another model"):
-        list(sample(tiny, prompts, tmp_path, steps=3))
+    list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=2)))
+    with pytest.raises(RequestError, match=r"^out .*another model"):
+        list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=3)))
     with torch.no_grad():
         tiny.unet.conv_out.bias += 1
     with pytest.raises(RequestError, match="another model"):
-        list(sample(tiny, prompts, tmp_path, steps=2))
+        list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=2)))
 
 
 def test_changed_images_are_noticed(tiny: Diffusion, tmp_path: Path) -> None:
-    list(sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, steps=2))
+    list(iter_sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, Sampling(steps=2)))
     prompts = PromptSet("p", ROWS[:2])
     whole = read_images(tmp_path).arrays()
     for harm in (lambda file: file.write_bytes(b"other"), Path.unlink):
         harm(tmp_path / "00001.png")
         with pytest.raises(RequestError, match=r"00001\.png is missing or differs"):
             read_images(tmp_path)
-        assert [file.name for file in sample(tiny, prompts, tmp_path, steps=2)] == ["00001.png"]
+        assert [file.name for file in iter_sample(tiny, prompts, tmp_path, Sampling(steps=2))] == ["00001.png"]
         assert np.abs(read_images(tmp_path).arrays().astype(int) - whole).max() <= 1
     with pytest.raises(RequestError, match=r"no manifest\.jsonl"):
         read_images(tmp_path / "absent")
@@ -285,7 +314,7 @@ def test_changed_images_are_noticed(tiny: Diffusion, tmp_path: Path) -> None:
 
 def test_prompts_are_data_not_paths(tiny: Diffusion, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    list(sample(tiny, PromptSet("p", (PromptRow("../../etc/x/\n", 0),)), out, steps=1))
+    list(iter_sample(tiny, PromptSet("p", (PromptRow("../../etc/x/\n", 0),)), out, Sampling(steps=1)))
     assert {file.name for file in out.iterdir()} == {"00000.png", "manifest.jsonl", "sampling.json"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -293,14 +322,14 @@ def test_prompts_are_data_not_paths(tiny: Diffusion, tmp_path: Path) -> None:
 def test_any_text_is_a_prompt(tiny: Diffusion, tmp_path: Path) -> None:
     texts = ("x" * 10**5, "🪦 שלום \u2067rtl\u2069", "a\u2028b\x85c\x0bd\r\ne", '"quoted", {"a": 1}', "<script>", "")
     rows = tuple(PromptRow(text, i) for i, text in enumerate(texts))
-    list(sample(tiny, PromptSet("p", rows), tmp_path, steps=1))
+    list(iter_sample(tiny, PromptSet("p", rows), tmp_path, Sampling(steps=1)))
     assert read_images(tmp_path).rows == rows
-    assert list(sample(tiny, PromptSet("p", rows), tmp_path, steps=1)) == []
+    assert list(iter_sample(tiny, PromptSet("p", rows), tmp_path, Sampling(steps=1))) == []
     assert {file.name for file in tmp_path.glob("*.png")} == {f"{i:05d}.png" for i in range(len(rows))}
 
 
 def test_manifests_name_no_paths(tiny: Diffusion, tmp_path: Path) -> None:
-    list(sample(tiny, PromptSet("p", ROWS[:1]), tmp_path / "out", steps=1))
+    list(iter_sample(tiny, PromptSet("p", ROWS[:1]), tmp_path / "out", Sampling(steps=1)))
     manifest = tmp_path / "out" / "manifest.jsonl"
     [line] = map(json.loads, manifest.read_text().splitlines())
     (tmp_path / "00000.png").write_bytes((tmp_path / "out" / "00000.png").read_bytes())
@@ -417,7 +446,7 @@ def test_a_set_without_case_numbers_counts_its_places(tmp_path: Path) -> None:
 def test_images_that_fit_no_prompt_are_refused(tmp_path: Path, names: list[str], problem: str) -> None:
     with pytest.raises(RequestError, match=problem) as raised:
         matched(tmp_path, names)
-    assert str(raised.value).startswith(f"DIR {tmp_path}: ")
+    assert str(raised.value).startswith(f"images {tmp_path}: ")
     assert "\n" not in str(raised.value)
 
 
@@ -434,7 +463,7 @@ def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "3.png").write_bytes(b"")
     (tmp_path / "7.png").write_text("<html>")
     (tmp_path / "12.png").write_bytes((tmp_path / "20.png").read_bytes()[:-300])
-    with pytest.raises(RequestError, match="3 images are not to be read") as raised:
+    with pytest.raises(RequestError, match="3 images cannot be read") as raised:
         match_images(tmp_path, ASKED)
     told = str(raised.value)
     assert "3.png (an empty file), 7.png (cannot identify image file), 12.png (" in told
@@ -445,12 +474,12 @@ def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
 def test_images_of_several_sizes_are_told(tmp_path: Path) -> None:
     picture(tmp_path / "101.png", 0, (16, 24))
     matched(tmp_path, [f"{number}.png" for number in CASES[:-1]])
-    with pytest.raises(RequestError, match="its images are of several sizes: 16 x 16, 24 x 16"):
+    with pytest.raises(RequestError, match="have several sizes: 16 x 16, 24 x 16"):
         match_images(tmp_path, ASKED).arrays()
 
 
 def test_our_own_folders_are_matched_by_their_manifest(tiny: Diffusion, tmp_path: Path) -> None:
-    list(sample(tiny, ASKED, tmp_path, steps=1))
+    list(iter_sample(tiny, ASKED, tmp_path, Sampling(steps=1)))
     part = PromptSet("part", (ASKED.rows[3], replace(ASKED.rows[1], object="church"), PromptRow("another", 1)))
     found = match_images(tmp_path, part)
     assert [file.name for file in found.files] == ["00003.png", "00001.png"]

@@ -1,0 +1,136 @@
+"""Images on disk with the prompts that they were made from, and the manifest of a folder of them.
+
+``manifest.jsonl`` has a line for each image: its file name, SHA-256, prompt, seed and labels. ``sampling.json`` holds
+the settings of the sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from erase_concept.errors import RequestError
+from erase_concept.files import atomic_write
+from erase_concept.prompts.promptset import PromptRow
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MANIFEST = "manifest.jsonl"
+SETTINGS = "sampling.json"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images on disk and the rows they were made from; ``settings`` of the sampling; ``notes`` on what is unusual."""
+
+    files: tuple[Path, ...]
+    rows: tuple[PromptRow, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def arrays(self) -> np.ndarray:
+        """Return the images as uint8 [n, h, w, 3]; raises RequestError when they differ in size."""
+        found = [np.asarray(Image.open(file).convert("RGB")) for file in self.files]
+        if len(sizes := sorted({f"{image.shape[1]} x {image.shape[0]}" for image in found})) > 1:
+            raise RequestError("images", self.files[0].parent, f"have several sizes: {shortened(sizes)}")
+        return np.stack(found)
+
+
+def read_images(folder: str | Path, *, setting: str = "images") -> ImageSet:
+    """Read what ``sample`` wrote.
+
+    Raises RequestError naming ``setting`` when there is no image, or one is missing or differs from the manifest.
+    """
+    folder = Path(folder)
+    lines = sorted(read_manifest(folder), key=lambda line: natural_order(line["image"]))
+    if not lines:
+        raise RequestError(setting, folder, "holds no manifest.jsonl with images in it")
+    try:
+        for line in lines:
+            if not is_intact(folder, line):
+                raise RequestError(setting, folder, f"{line['image']} is missing or differs from the manifest")
+        rows = tuple(PromptRow(**{k: v for k, v in line.items() if k not in ("image", "sha256")}) for line in lines)
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+        raise RequestError(setting, folder, f"not as 'sample' writes it: {problem!r}") from None
+    return ImageSet(tuple(folder / line["image"] for line in lines), rows, settings)
+
+
+def image_name(place: int) -> str:
+    """Return the file name of the image of a prompt, by the prompt's place in its set."""
+    return f"{place:05d}.png"
+
+
+def manifest_name(process: int, processes: int) -> str:
+    """Return the name of the manifest that a process writes to; of several processes each has its own."""
+    return MANIFEST if processes == 1 else f"manifest-{process}.jsonl"
+
+
+def manifest_line(file: Path, row: PromptRow) -> str:
+    """Return an image's line of the manifest."""
+    labels = {key: value for key, value in asdict(row).items() if key == "prompt" or value not in ("", None)}
+    return json.dumps({"image": file.name, "sha256": _sha256(file), **labels}, ensure_ascii=False) + "\n"
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Return the manifest, and those of processes that were killed before they were merged."""
+    return [file for file in sorted(folder.glob("manifest*.jsonl")) if re.fullmatch(r"manifest(-\d+)?", file.stem)]
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of all manifests of a folder; a line that a kill cut short does not count."""
+    lines = {}
+    for file in manifests(folder):
+        for text in file.read_text(encoding="utf-8").split("\n"):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if (
+                isinstance(line, dict)
+                and isinstance(line.get("image"), str)
+                and Path(line["image"]).name == line["image"]
+            ):
+                lines[line["image"]] = line
+    return list(lines.values())
+
+
+def merge_manifests(folder: Path, rows: Sequence[PromptRow]) -> None:
+    """Write one manifest from those of all processes, of the images that are there and intact, in their order."""
+    places = {image_name(place): place for place in range(len(rows))}
+    parts = manifests(folder)
+    intact = sorted(
+        places[line["image"]] for line in read_manifest(folder) if line["image"] in places and is_intact(folder, line)
+    )
+    with atomic_write(folder / MANIFEST) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(manifest_line(folder / image_name(place), rows[place]) for place in intact)
+    for part in parts:
+        if part.name != MANIFEST:
+            part.unlink()
+
+
+def is_intact(folder: Path, line: dict[str, Any]) -> bool:
+    """Tell whether the image of a manifest's line is there, with the SHA-256 that the line has."""
+    file = folder / line["image"]
+    return file.is_file() and _sha256(file) == line.get("sha256")
+
+
+def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:
+    """Return a key that sorts names as people do: img2 before img10."""
+    return [(text.lower(), int(digits or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name)], name
+
+
+def shortened(items: Sequence[object]) -> str:
+    """List the first five of many."""
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
