@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from erase_concept.eval.compare.aggregate import Aggregate, Share, dominated
+from erase_concept.eval.compare.aggregate import Aggregate, Share, aggregate, dominated
 from erase_concept.eval.compare.comparison import Comparison
 from erase_concept.eval.compare.curves import LEVELS, CurveDifference, StrengthCurve
 from erase_concept.eval.compare.trials import read_examples
@@ -22,6 +22,13 @@ from erase_concept.eval.report.write import write_side_by_side
 from erase_concept.eval.score import Interval, Score, difference_interval
 from erase_concept.files import atomic_write
 
+METHODS = (
+    "Shares have 95 % intervals (Wilson, over all images). “Of base” is the share of the base model's own value from "
+    "the same prompts and seeds. Seconds of erasing and peak memory of the process are medians over the trials, "
+    "without what trials share. “Changed” is the share of the UNet's weights that differ from the base model's, or of the text "
+    "encoder's where only that is trained. “Not dominated”: no other method forgets and retains as much, is better in "
+    "one of these, and is as quick."
+)
 METHOD_DIFFERENCES = (
     "Differences in points with 95 % intervals (Newcombe) over all images, which are taken as independent. Equal "
     "prompts and seeds make the methods agree more than that, so the intervals are rather too wide; the images of one "
@@ -72,7 +79,7 @@ def write_curves(comparison: Comparison, file: Path) -> None:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the tables of a comparison with their captions."""
-    parts = [f"# Methods and masks on {comparison.model}", _caption(comparison)]
+    parts = [f"# Methods and masks on {comparison.model}", _caption(comparison).strip()]
     if comparison.curves:
         parts += ["## Along the multiplier", "![What is retained over what is forgotten](curves.svg)"]
         parts += [curves_table(comparison.curves)]
@@ -253,23 +260,16 @@ def _caption(comparison: Comparison) -> str:
     seconds = sum(result.trial_seconds for result in results)
     took = f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
     versions = ", ".join(sorted({result.version for result in results}))
-    return (
+    text = (
         f"{len(results)} trials: {', '.join(comparison.concepts)}; seeds {seeds}; {took}; measured with version "
-        f"{versions}. {_forgotten(comparison)} "
-        "Shares have 95 % intervals (Wilson, over all images). “Of base” is the share of the base model's own value "
-        "from the same prompts and seeds. Seconds of erasing and peak memory of the process are medians over the "
-        "trials, without what trials share. “Changed” is the share of the UNet's weights that differ from the base "
-        "model's, or of the text encoder's where only that is trained. “Not dominated”: no other method forgets and "
-        "retains as much, is better in one of these, and is as quick."
+        f"{versions}. "
     )
-
-
-def _forgotten(comparison: Comparison) -> str:
-    one = next(iter(comparison.aggregates.values()), None)
-    if one is None:
-        return ""
-    what = title(one.forget_metric)
-    return f"“Forgotten” is {'100 % less ' if one.flipped else ''}“{what}”."
+    if one := aggregate(results):
+        retained = " and ".join(f"“{title(metric)}”" for metric in one.retained)
+        least = "the smallest of " if len(one.retained) > 1 else ""
+        text += f"“Forgotten” is {'100 % less ' if one.flipped else ''}“{title(one.forget_metric)}”. "
+        text += f"“Retained” is {least}{retained}, as a share of the base model's own. "
+    return text if comparison.curves else text + METHODS
 
 
 def _write_sheet(concept: str, comparison: Comparison, folder: Path) -> None:
