@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,24 +18,22 @@ EXAMPLES = examples(
 )
 
 
+def _list(sentence: str, **more: Any) -> Any:
+    return typer.Option(metavar="LIST", help=sentence, **more)
+
+
 def compare(
     out: OutOption,
     methods: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST", help="Methods, presets and guards, such as 'default,esd-x\\[eta=2],safree'; or all."
-        ),
+        str, _list("Methods, presets and guards, such as 'default,esd-x\\[eta=2],safree'; or all.")
     ] = "all",
-    concepts: Annotated[
-        str, typer.Option(metavar="LIST", help="Concepts to erase. (default: a built-in model's own)")
-    ] = "",
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds; each makes a run of its own.")] = "0,1",
+    concepts: Annotated[str, _list("Concepts to erase. (default: a built-in model's own)")] = "",
+    seeds: Annotated[str, _list("Seeds; each makes a run of its own.")] = "0,1",
     masks: Annotated[
         str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Masks; a number after @ is a factor of the multipliers: 'salient,none,random@2'. "
-            "(default: each method's own)",
+        _list(
+            "Masks; a number after @ is a factor of the multipliers: 'salient,none,random@2'. "
+            "(default: each method's own)"
         ),
     ] = None,
     model: Annotated[
@@ -43,26 +41,17 @@ def compare(
     ] = None,
     benchmark: Annotated[
         str,
-        typer.Option(
-            "--benchmark",
-            "-b",
-            metavar="NAME|FILE",
-            help="The benchmark, which tells what is forgotten and what is retained. (default: a built-in model's own)",
-        ),
+        typer.Option("--benchmark", "-b", metavar="NAME|FILE", help="The benchmark. (default: a built-in model's own)"),
     ] = "",
     multipliers: Annotated[
         str,
-        typer.Option(
-            metavar="LIST",
-            help="Multipliers of each method's tuned setting. With several, whole curves are compared.",
+        _list(
+            "Multipliers of each method's tuned setting. With several, whole curves are compared.",
             rich_help_panel=_TUNING,
         ),
     ] = "1",
     tune: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST", help="Concepts on which each method's multiplier is tuned first.", rich_help_panel=_TUNING
-        ),
+        str, _list("Concepts on which each method's multiplier is tuned first.", rich_help_panel=_TUNING)
     ] = "",
     trials: Annotated[
         int, typer.Option(min=1, metavar="N", help="Multipliers tried for each method.", rich_help_panel=_TUNING)
@@ -72,16 +61,12 @@ def compare(
     """Erase with many methods, masks and multipliers, and compare forgetting, retention, time and memory."""
     from erase_concept.eval.compare.compare import compare as run
     from erase_concept.eval.compare.comparison import CompareRequest
-    from erase_concept.eval.compare.trials import PRESETS
-    from erase_concept.methods import METHODS
     from erase_concept.pipelines.builtin import builtin_models
-    from erase_concept.pipelines.guards import GUARDS
 
-    every = (*PRESETS, *METHODS.all(), *GUARDS.all())
     run(
         CompareRequest(
             model or next(iter(builtin_models())),
-            methods=every if methods == "all" else split_methods(methods),
+            methods=_every_method() if methods == "all" else split_methods(methods),
             out=out,
             concepts=_words(concepts),
             benchmark=benchmark,
@@ -93,6 +78,14 @@ def compare(
         )
     )
     typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)
+
+
+def _every_method() -> tuple[str, ...]:
+    from erase_concept.eval.compare.trials import PRESETS
+    from erase_concept.methods import METHODS
+    from erase_concept.pipelines.guards import GUARDS
+
+    return (*PRESETS, *METHODS.all(), *GUARDS.all())
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ from erase_concept.files import atomic_write
 METHODS = (
     "Shares have 95 % intervals (Wilson, over all images). “Of base” is the share of the base model's own value from "
     "the same prompts and seeds. Seconds of erasing and peak memory of the process are medians over the trials, "
-    "without what trials share. “Changed” is the share of the UNet's weights that differ from the base model's, or of the text "
-    "encoder's where only that is trained. “Not dominated”: no other method forgets and retains as much, is better in "
-    "one of these, and is as quick."
+    "without what trials share. “Changed” is the share of the UNet's weights that differ from the base model's, or "
+    "of the text encoder's where only that is trained. “Not dominated”: no other method forgets and retains as much, "
+    "is better in one of these, and is as quick."
 )
 METHOD_DIFFERENCES = (
     "Differences in points with 95 % intervals (Newcombe) over all images, which are taken as independent. Equal "
