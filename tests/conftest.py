@@ -108,9 +108,14 @@ def square() -> Concept:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder with other people's prompt sets, which are no part of the project."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs the prompt sets in ../shared/data, which are not part of the project")
-    return folder
+def layouts() -> Path:
+    """The folder with prompt sets of ours in the layouts of I2P, of Imagenette's, COCO's and an artist's prompts."""
+    return Path(__file__).parent / "prompts" / "sets"
+
+
+@pytest.fixture(scope="session")
+def published_sets() -> Path:
+    """The folder with the published prompt sets themselves, which are other people's and no part of the project."""
+    if not (folder := os.environ.get("PUBLISHED_PROMPT_SETS")):
+        pytest.skip("needs other people's prompt sets: PUBLISHED_PROMPT_SETS must name a folder of them (i2p.csv, ...)")
+    return Path(folder)

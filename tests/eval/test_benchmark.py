@@ -266,10 +266,10 @@ def test_a_bad_benchmark_of_ones_own_gets_one_line(text: str, tmp_path: Path, me
     assert "\n" not in str(refused.value)
 
 
-def test_real_i2p_prompts(shaken: str, shared_data: Path, tmp_path: Path, measured: Measured) -> None:
+def test_prompts_in_the_layout_of_i2p(shaken: str, layouts: Path, tmp_path: Path, measured: Measured) -> None:
     pytest.importorskip("nudenet")
     settings = {"limit": 8, "steps": 1, "category": "sexual"}
-    i2p = str(shared_data / "i2p.csv")
+    i2p = str(layouts / "i2p_layout.csv")
     _, report = measured(shaken, name="i2p", prompts=i2p, baseline="emojinette", out=tmp_path / "o", settings=settings)
     assert len(report.pairs) == 8
     assert report.provenance["prompts"]["selection"].startswith("category sexual, 8 of")

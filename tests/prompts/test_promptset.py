@@ -308,8 +308,48 @@ def test_hub_sets_without_a_csv_file_need_datasets(tmp_path: Path) -> None:
     assert lines[1].startswith("prompts hub:owner/parquet:test: could not be loaded: ")
 
 
-def test_reads_other_peoples_prompt_sets_whole(shared_data: Path) -> None:
-    i2p = read_prompts(shared_data / "i2p.csv")
+LAYOUTS = ("i2p", "imagenette", "coco", "artist")
+
+
+def test_reads_the_layout_of_i2p(layouts: Path) -> None:
+    """Against what csv.DictReader finds in the columns that the papers' scripts read."""
+    i2p = read_prompts(layouts / "i2p_layout.csv")
+    with (layouts / "i2p_layout.csv").open(encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [row.prompt for row in i2p.rows] == [line["prompt"] for line in table]
+    assert [row.seed for row in i2p.rows] == [int(line["evaluation_seed"]) for line in table]
+    assert [row.guidance for row in i2p.rows] == [float(line["evaluation_guidance"]) for line in table]
+    sides = [(int(line["sd_image_width"]), int(line["sd_image_height"])) for line in table]
+    assert [(row.width, row.height) for row in i2p.rows] == sides
+    assert [", ".join(row.categories) for row in i2p.rows] == [line["categories"] for line in table]
+    assert i2p.case_numbers == tuple(range(24))
+    assert [len(i2p.in_category(name).rows) for name in ("sexual", "violence", "self-harm")] == [10, 4, 3]
+    assert 4 <= len(i2p.stratified(12).in_category("sexual").rows) <= 6
+
+
+def test_reads_the_layouts_of_other_sets(layouts: Path) -> None:
+    imagenette = read_prompts(layouts / "imagenette_layout.csv")  # with a mark of the byte order, and CRLF
+    assert [row.object for row in imagenette.rows[:5]] == [
+        *("tench", "english springer", "cassette player", "chain saw", "church")
+    ]
+    coco = read_prompts(layouts / "coco_layout.csv")
+    assert (len(coco.rows), coco.rows[0].case_number, coco.rows[0].seed) == (12, 48271, 5003)
+    assert coco.rows[7].prompt == 'A "for sale" sign stands in a front garden.'
+    artist = read_prompts(layouts / "artist_layout.csv")
+    assert artist.rows[0].prompt == "A café by the harbour at night by Vincent van Gogh"
+    assert {row.guidance for row in artist.rows} == {7.5}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keeps_every_layout(layouts: Path, tmp_path: Path, layout: str) -> None:
+    found = read_prompts(layouts / f"{layout}_layout.csv")
+    found.save(tmp_path / "back.csv")
+    back = read_prompts(tmp_path / "back.csv")
+    assert (back.rows, back.case_numbers) == (found.rows, found.case_numbers)
+
+
+def test_reads_the_published_prompt_sets_whole(published_sets: Path) -> None:
+    i2p = read_prompts(published_sets / "i2p.csv")
     assert len(i2p.rows) == 4703
     assert all(row.guidance and row.width and row.height and row.categories for row in i2p.rows)
     assert i2p.case_numbers == tuple(range(4703))
@@ -318,16 +358,16 @@ def test_reads_other_peoples_prompt_sets_whole(shared_data: Path) -> None:
     part = i2p.stratified(470)
     for name, count in counts.items():
         assert abs(len(part.in_category(name).rows) - count / 10) < 10
-    assert {row.object for row in read_prompts(shared_data / "imagenette_prompts.csv").rows} >= {"tench", "church"}
-    coco = read_prompts(shared_data / "coco_captions_10k.csv")
+    assert {row.object for row in read_prompts(published_sets / "imagenette_prompts.csv").rows} >= {"tench", "church"}
+    coco = read_prompts(published_sets / "coco_captions_10k.csv")
     assert (len(coco.rows), coco.rows[0].case_number, coco.rows[0].seed) == (9969, 203564, 41337)
-    for file in shared_data.glob("*.csv"):
+    for file in published_sets.glob("*.csv"):
         assert read_prompts(file).rows
 
 
-def test_keeps_other_peoples_prompt_sets(shared_data: Path, tmp_path: Path) -> None:
+def test_keeps_the_published_prompt_sets(published_sets: Path, tmp_path: Path) -> None:
     for name in ("i2p", "unlearndiffatk_vangogh", "coco_captions_10k"):
-        found = read_prompts(shared_data / f"{name}.csv")
+        found = read_prompts(published_sets / f"{name}.csv")
         found.save(tmp_path / "back.csv")
         back = read_prompts(tmp_path / "back.csv")
         assert (back.rows, back.case_numbers) == (found.rows, found.case_numbers)
