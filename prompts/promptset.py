@@ -82,12 +82,12 @@ class PromptSet:
 
     def in_category(self, name: str) -> PromptSet:
         """Return the rows that have this category; raises RequestError when there are none."""
-        places = [place for place, row in enumerate(self.rows) if name in row.categories]
-        if not places:
+        indices = [index for index, row in enumerate(self.rows) if name in row.categories]
+        if not indices:
             there = sorted({category for row in self.rows for category in row.categories})
             allowed = f"allowed: {', '.join(there)}" if there else "the set has no categories"
             raise RequestError("category", name, f"no prompt of {self.name} has this category; {allowed}")
-        return self._part(places, f"category {name}")
+        return self._part(indices, f"category {name}")
 
     def stratified(self, limit: int, by: Literal["category", "object", "style"] | None = None) -> PromptSet:
         """Return ``limit`` rows that keep each label's share, in the order of the set.
@@ -106,18 +106,18 @@ class PromptSet:
         by = by or next((name for name in names if any(getattr(row, name) for row in self.rows)), None)
 
         groups: dict[tuple[str, ...], list[int]] = {}
-        for place, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             label = tuple(sorted(row.categories)) if by == "category" else (getattr(row, by),) if by else ()
-            groups.setdefault(label, []).append(place)
-        ordered = [place for label in sorted(groups) for place in groups[label]]
-        places = sorted(ordered[(2 * i + 1) * count // (2 * limit)] for i in range(limit))
+            groups.setdefault(label, []).append(index)
+        ordered = [index for label in sorted(groups) for index in groups[label]]
+        indices = sorted(ordered[(2 * i + 1) * count // (2 * limit)] for i in range(limit))
         how = f"stratified by {by}" if by else "evenly spaced"
-        return self._part(places, f"{limit:,} of {count:,} prompts, {how}")
+        return self._part(indices, f"{limit:,} of {count:,} prompts, {how}")
 
-    def _part(self, places: Sequence[int], how: str) -> PromptSet:
+    def _part(self, indices: Sequence[int], how: str) -> PromptSet:
         """Return the rows at some positions, with the case numbers that they have in the whole set."""
         numbers = self.case_numbers
-        rows = tuple(replace(self.rows[place], case_number=numbers[place]) for place in places)
+        rows = tuple(replace(self.rows[index], case_number=numbers[index]) for index in indices)
         return PromptSet(self.name, rows, f"{self.selection}, {how}" if self.selection else how)
 
 
@@ -133,19 +133,19 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
             reader = csv.reader(stream, strict=True)
             header = next(reader, [])
             columns = column_positions(header, file, setting)
-            place, line = 0, reader.line_num + 1
+            index, line = 0, reader.line_num + 1
             for record in reader:
-                begun, line = line, reader.line_num + 1
+                row_line, line = line, reader.line_num + 1
                 if not record:
                     continue
                 try:
                     if len(record) != len(header):
                         raise ValueError(f"has {len(record)} values for {len(header)} columns")
-                    row = make_row({name: record[column] for name, column in columns.items()}, place)
+                    row = make_row({name: record[column] for name, column in columns.items()}, index)
                 except ValueError as problem:
-                    raise RequestError(setting, f"{file}, line {begun}", str(problem)) from None
+                    raise RequestError(setting, f"{file}, line {row_line}", str(problem)) from None
                 yield row
-                place += 1
+                index += 1
     except csv.Error as problem:
         if "field larger" in str(problem) or "unexpected end" in str(problem):
             what = f"a value of more than {csv.field_size_limit():,} characters, or a quote that is never closed"
@@ -159,7 +159,7 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
 
 
 def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:
-    """Read a CSV file, or its first ``limit`` rows, as ``read_rows`` does; raises RequestError when it has none too."""
+    """Read a CSV file, or its first ``limit`` rows, as ``read_rows`` does; having no row is an error too."""
     rows = tuple(islice(read_rows(file, setting=setting), limit))
     if not rows:
         raise RequestError(setting, file, "the prompt set is empty")
@@ -172,13 +172,13 @@ def column_positions(header: Sequence[str], source: object, setting: str) -> dic
     spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
     if spelled["prompt"] is None:
         # In many countries spreadsheets save CSV files with another separator.
-        apart = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
-        what = "its values must be separated by commas" if apart else "its first line must name the columns"
+        other_separator = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
+        what = "its values must be separated by commas" if other_separator else "its first line must name the columns"
         raise RequestError(setting, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
     return {name: names.index(spelling) for name, spelling in spelled.items() if spelling is not None}
 
 
-def make_row(values: Mapping[str, str], place: int) -> PromptRow:
+def make_row(values: Mapping[str, str], index: int) -> PromptRow:
     """Make a row from the texts of one CSV record; raises ValueError that names the column."""
     seed, number = _number(values, "seed", int), _number(values, "case_number", int)
     guidance = _number(values, "guidance", float)
@@ -193,7 +193,7 @@ def make_row(values: Mapping[str, str], place: int) -> PromptRow:
             raise ValueError(f"{name} must be a positive multiple of 8, not {size}")
     return PromptRow(
         prompt=values["prompt"],
-        seed=place if seed is None else seed,
+        seed=index if seed is None else seed,
         guidance=guidance,
         width=width,
         height=height,
@@ -201,7 +201,7 @@ def make_row(values: Mapping[str, str], place: int) -> PromptRow:
         object=sys.intern(values.get("object", "")),
         style=sys.intern(values.get("style", "")),
         category=sys.intern(values.get("category", "")),
-        case_number=place if number is None else number,
+        case_number=index if number is None else number,
     )
 
 
