@@ -127,11 +127,6 @@ def dominated(aggregates: dict[str, Aggregate]) -> set[str]:
     return {name for name, one in aggregates.items() if any(beats(other, one) for other in aggregates.values())}
 
 
-def measures_both(metrics: Iterable[str]) -> bool:
-    """Tell whether these metrics give a share of what is forgotten and one of what is retained."""
-    return {"forget", "retain"} <= {record.about for name in metrics if (record := _cited(name))}
-
-
 @cache
 def _cited(metric: str) -> Metric | None:
     """Return the record of a metric that verdicts cite as a share of images, None for any other metric."""
