@@ -25,12 +25,13 @@ from erase_concept.eval.compare.pages import comparison_markdown, write_curves
 from erase_concept.eval.compare.sweep import RESULTS, read_results
 from erase_concept.eval.compare.trials import PRESETS, Trial, TrialResult
 from erase_concept.methods import METHODS
+from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.guards import GUARDS
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEPT = DOCS / "comparison" / RESULTS
 WORK = Path("runs/comparison")
-MODEL, BENCHMARK = "emojinette", "emojinette"
+MODEL = next(iter(builtin_models()))
 HELD_OUT = ("church", "dog", "parachute", "guitar", "truck", "flat", "3d")
 MORE = ("fish", "radio", "horn", "gas pump", "golf", "flower", "car", "bicycle", "umbrella", "cake", "rocket")
 TABLES = {
@@ -39,20 +40,16 @@ TABLES = {
         methods=(*METHODS.all(), *GUARDS.all(), *PRESETS),
         out=WORK,
         concepts=HELD_OUT,
-        benchmark=BENCHMARK,
         tune_on=("house", "sketch"),
         tuning_steps=5,
     ),
     # All concepts that the default was not found with.
-    "paper": CompareRequest(
-        MODEL, methods=("default", "paper"), out=WORK, concepts=HELD_OUT + MORE, benchmark=BENCHMARK
-    ),
+    "paper": CompareRequest(MODEL, methods=("default", "paper"), out=WORK, concepts=HELD_OUT + MORE),
     "masks": CompareRequest(
         MODEL,
         methods=("salun[lr=2.0e-4]", "esd-x[lr=8.0e-4]", "gradient-ascent[lr=4.0e-5]"),  # as they were tuned
         out=WORK,
         concepts=("church", "dog", "flat"),
-        benchmark=BENCHMARK,
         masks=("none", "salient", "random@2", "least-salient@4"),  # the last two forget as much only at greater rates
         multipliers=(0.25, 0.5, 1.0, 2.0, 4.0),
     ),
@@ -75,7 +72,6 @@ TABLES = {
         ),
         out=WORK,
         concepts=("house", "cat", "sketch", "pixel"),
-        benchmark=BENCHMARK,
         seeds=(100, 101),
     ),
 }

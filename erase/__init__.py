@@ -13,6 +13,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public names and where they live. They are imported when first used, so that importing the package loads no torch.
 _NAMES = {
+    "CompareRequest": "eval.compare.comparison",
+    "Comparison": "eval.compare.comparison",
     "Concept": "prompts.concept",
     "Diffusion": "pipelines.model",
     "EraseError": "errors",
@@ -21,8 +23,10 @@ _NAMES = {
     "Report": "eval.report.report",
     "RequestError": "errors",
     "benchmark": "eval.benchmark",
+    "compare": "eval.compare.compare",
     "erase": "run",
     "find_concept": "prompts.find",
+    "iter_compare": "eval.compare.compare",
     "load": "pipelines.load",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
@@ -33,6 +37,8 @@ __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of 
 if TYPE_CHECKING:
     from erase_concept.errors import EraseError, RequestError
     from erase_concept.eval.benchmark import benchmark
+    from erase_concept.eval.compare.compare import compare, iter_compare
+    from erase_concept.eval.compare.comparison import CompareRequest, Comparison
     from erase_concept.eval.report.report import Report
     from erase_concept.eval.report.write import write_report
     from erase_concept.masks.mask import Mask
