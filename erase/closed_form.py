@@ -16,10 +16,9 @@ float64. Rows with the same free weights share one factorisation: without a mask
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +27,22 @@ from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
+
+_UCE = "UCE's first code"
 
 
-@dataclass(frozen=True)
+@settings
 class ClosedFormSettings:
-    """Settings that every closed form has; the defaults are those of UCE's first code."""
+    """Settings that every closed form has."""
 
-    erase_scale: float = 1.0  # s of the tokens to erase
-    preserve_scale: float = 0.1  # s of all tokens of the retained prompts
-    ridge: float = 0.5  # weight of the change itself, which makes the solution unique
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        for name in ("erase_scale", "preserve_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 < self.ridge < math.inf:
-            raise ValueError(f"ridge must be above 0, not {self.ridge}")
+    erase_scale: Annotated[float, described("Weight of the tokens to erase.", ge=0, source=_UCE)] = 1.0
+    preserve_scale: Annotated[float, described("Weight of all tokens of the retained prompts.", ge=0, source=_UCE)] = (
+        0.1
+    )
+    ridge: Annotated[
+        float, described("Weight of the change itself; it makes the solution unique.", gt=0, source=_UCE)
+    ] = 0.5
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import catalogs_of
 from erase_concept.presets import preset
 from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
-from erase_concept.settings import merge
+from erase_concept.settings import check_settings, described, merge, read_assignments, settings
 
-if TYPE_CHECKING:
-    from erase_concept.method import Method
-
+SALUN = "SalUn, arXiv 2310.12508"
 # What a run's memory presets set.
 MEMORY: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -31,84 +30,85 @@ MEMORY: dict[str, dict[str, Any]] = {
 }
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@settings
+class MaskRecipe:
+    """Which weights may change."""
+
+    kind: Annotated[str, described("salient, none, random, least-salient, or the path of a mask file.")] = "salient"
+    scope: Annotated[str, described("The part of the UNet that is ranked, and may change at all.")] = "full"
+    sparsity: Annotated[
+        float, described("Share of the scope's weights that stay frozen.", ge=0, lt=1, source=SALUN)
+    ] = 0.5
+    combine: Annotated[
+        Literal["joint", "union"],
+        described("Of several concepts: one mask from the sum of gradients, or the union of a mask for each."),
+    ] = "joint"
+    accumulate: Annotated[
+        Literal["signed", "absolute"],
+        described("Sum the gradients of batches with their signs, or their sizes.", source=SALUN),
+    ] = "signed"
+    guidance: Annotated[
+        float, described("Guidance w of the prediction in the saliency loss; SalUn's code uses 7.5.", ge=0)
+    ] = 0.0
+    passes: Annotated[int, described("Times that each forget row is seen, with new noise.", ge=1)] = 1
+    batch_size: Annotated[int, described("Forget rows in a batch.", ge=1, source=SALUN)] = 8
+    recompute: Annotated[
+        bool, described("Compute activations anew in the backward pass: less memory, a third more time, the same bits.")
+    ] = False
+    offload: Annotated[bool, described("Keep the sums of gradients in main memory.")] = False
 
 
-class MaskRecipe(_Part):
-    """Which weights may change: ``kind`` is salient, none, random, least-salient, or the path of a mask file."""
+@settings
+class DataRecipe:
+    """What the erasing learns from: rows that the model samples itself, or folders of images."""
 
-    kind: str = "salient"
-    scope: str = "full"  # the part of the UNet that is ranked, and may change at all
-    sparsity: float = Field(0.5, ge=0, lt=1)  # share of the scope's weights that stay frozen
-    combine: Literal["joint", "union"] = "joint"  # of several concepts: one sum of gradients, or a mask for each
-    accumulate: Literal["signed", "absolute"] = "signed"
-    guidance: float = Field(0.0, ge=0)  # w of the guided prediction in the saliency loss; the reference uses 7.5
-    passes: int = Field(1, ge=1)  # times each forget row is seen, with new noise
-    batch_size: int = Field(8, ge=1)
-    recompute: bool = False  # activations in the backward pass: less memory, a third more time, the same bits
-    offload: bool = False  # keep the sums of gradients in main memory
-
-
-class DataRecipe(_Part):
-    """What the erasing learns from: rows sampled from the model itself, or folders of images."""
-
-    forget: int = Field(64, ge=1)
-    retain: int = Field(128, ge=1)
-    anchor: int = Field(0, ge=0)  # rows that show the anchor, for the forget term; the reference has none
-    steps: int = Field(25, ge=1)
-    guidance: float = Field(7.5, ge=0)
-    size: int | None = Field(None, ge=1)  # pixels a side, by default the model's; smaller takes less memory
-    forget_images: Path | None = None
-    retain_images: Path | None = None
+    forget: Annotated[int, described("Rows that show the concept.", ge=1)] = 64
+    retain: Annotated[int, described("Rows that show what is retained.", ge=1)] = 128
+    anchor: Annotated[int, described("Rows that show the anchor, for the forget loss.", ge=0, source=SALUN)] = 0
+    steps: Annotated[int, described("Sampling steps of a row.", ge=1)] = 25
+    guidance: Annotated[float, described("Guidance scale of the sampling.", ge=0)] = 7.5
+    size: Annotated[int | None, described("Pixels a side, by default the model's; fewer take less memory.", ge=1)] = (
+        None
+    )
+    forget_images: Annotated[Path | None, described("Folder of images of the concept.")] = None
+    retain_images: Annotated[Path | None, described("Folder of images of what is retained.")] = None
 
 
-class Recipe(_Part):
-    """A whole run. ``settings`` are the method's own, see ``erase-concept list methods``."""
+@settings
+class Recipe:
+    """A whole run. ``settings`` are the method's own, of its record's class."""
 
     model: str
-    ema: bool = True  # of a single file with both, take the UNet's averaged weights and not the live ones
     concept: Concept
-    method: str = "salun"
-    settings: dict[str, Any] = {}
-    mask: MaskRecipe = MaskRecipe()
-    data: DataRecipe = DataRecipe()
-    seed: int = Field(0, ge=0)
-
-    @field_validator("concept", mode="before")
-    @classmethod
-    def _find_concept(cls, value: Any, about: ValidationInfo) -> Any:
-        return value if isinstance(value, Concept) else find_concept(value, about.data.get("model", ""))
-
-    def erasure(self) -> Method:
-        """Return the recipe's method; raises RequestError when there is no such one."""
-        from erase_concept.methods import METHODS
-
-        return METHODS.find(self.method)
+    method: str
+    settings: Any
+    mask: MaskRecipe
+    data: DataRecipe
+    seed: Annotated[int, described("Seed of the whole run.", ge=0)] = 0
+    ema: Annotated[
+        bool, described("Of a single file with both, take the UNet's averaged weights and not the live ones.")
+    ] = True
 
     @property
     def latents(self) -> dict[str, int]:
         """How many rows of each part of the data are made: what neither method nor mask needs is left out."""
-        needed = {*self.erasure().latents, *(("forget",) if self.mask.kind in ("salient", "least-salient") else ())}
+        ranked = ("forget",) if self.mask.kind in ("salient", "least-salient") else ()
+        needed = {*METHODS.find(self.method).latents, *ranked}
         return {part: getattr(self.data, part) if part in needed else 0 for part in ("forget", "anchor", "retain")}
 
-    def config(self) -> Any:
-        """Return the method's config with the settings in it; raises RequestError for a setting it does not have."""
-        config = self.erasure().settings
-        fields = config.__dataclass_fields__
-        for name, value in self.settings.items():
-            if name not in fields:
-                raise RequestError("--set", f"{name}={value}", f"{self.method} has: {', '.join(fields)}")
-        try:
-            return TypeAdapter(config).validate_python(self.settings)
-        except ValidationError as problem:
-            first = problem.errors()[0]
-            where = "".join(f"{part}=" for part in first["loc"])
-            raise RequestError("--set", f"{where}{first['input'] if where else ''}", first["msg"]) from None
-
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in YAML."""
-        return self.model_dump(mode="json", exclude={"concept"}) | {"concept": self.concept.to_dict()}
+        """Return plain values, as they stand in YAML: settings that differ from their defaults, and kind and scope."""
+        mask = {"kind": self.mask.kind, "scope": self.mask.scope} | _changed(self.mask)
+        return {
+            "model": self.model,
+            "concept": self.concept.to_dict(),
+            "method": self.method,
+            "settings": _changed(self.settings),
+            "mask": mask,
+            "data": _changed(self.data),
+            "seed": self.seed,
+            "ema": self.ema,
+        }
 
     def fingerprint(self, *more: object) -> str:
         """Return a SHA-256 over the recipe and whatever else is given."""
@@ -120,46 +120,67 @@ class Recipe(_Part):
             partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def make_recipe(values: dict[str, Any], *, argument: str = "recipe") -> Recipe:
-    """Build a recipe from nested values; mask and scope are the method's own unless they are named.
+def _changed(part: Any) -> dict[str, Any]:
+    """Return the settings of a part of the recipe that differ from their defaults, as plain values."""
+    values = {field.name: (getattr(part, field.name), field.default) for field in fields(part)}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
 
-    Raises RequestError that names the first bad value.
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of nested plain values, as they stand in YAML.
+
+    Method, mask and scope that are not named are SalUn and the method's own. Raises RequestError that names the first
+    bad value.
     """
-    try:
-        recipe = Recipe.model_validate(values)
-        method = recipe.erasure()
-        own = {"kind": method.mask, "scope": method.scope} | recipe.mask.model_dump(exclude_unset=True)
-        return recipe.model_copy(update={"mask": MaskRecipe(**own)})
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(map(str, first["loc"])) or argument
-        raise RequestError(where, first.get("input", ""), first["msg"]) from None
+    known = [field.name for field in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise RequestError(name, values[name], f"a recipe has no such entry; it has: {', '.join(known)}")
+    for name in ("model", "concept"):
+        if not values.get(name):
+            raise RequestError(name, "(not given)", "needed in a recipe")
+    model, concept = str(values["model"]), values["concept"]
+    method = METHODS.find(values.get("method", "salun"))
+    parts: dict[str, Any] = {
+        "settings": check_settings(method.settings, _mapping(values, "settings"), "settings."),
+        "mask": check_settings(
+            MaskRecipe, {"kind": method.mask, "scope": method.scope} | _mapping(values, "mask"), "mask."
+        ),
+        "data": check_settings(DataRecipe, _mapping(values, "data"), "data."),
+        "concept": concept if isinstance(concept, Concept) else find_concept(concept, model),
+    }
+    return check_settings(Recipe, {**values, "model": model, "method": method.name, **parts})
 
 
-def read_settings(texts: Iterable[str], argument: str) -> dict[str, dict[str, Any]]:
-    """Read settings given as KEY=VALUE: the method's, and the recipe's mask and data where KEY begins with "mask." so.
+def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    part = values.get(name, {})
+    if not isinstance(part, dict):
+        raise RequestError(name, part, "must hold a mapping of settings")
+    return part
 
-    Values are read as in YAML, and numbers such as 1e-5, which YAML takes for text. Raises RequestError for another
-    form, named by the argument.
+
+def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
+    """Return the recipe with some of the method's settings changed; raises RequestError for a bad value."""
+    changed = check_settings(type(recipe.settings), asdict(recipe.settings) | changes, "settings.")
+    return replace(recipe, settings=changed)
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read settings given as KEY=VALUE, by their part of a recipe: "mask.KEY", "data.KEY", or the method's own.
+
+    Raises RequestError for another form.
     """
     found: dict[str, dict[str, Any]] = {"settings": {}, "mask": {}, "data": {}}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise RequestError(argument, text, "must be KEY=VALUE")
-        part, dot, name = key.strip().rpartition(".")
+    for key, value in read_assignments(texts).items():
+        part, dot, name = key.rpartition(".")
         if dot and part not in ("mask", "data"):
-            raise RequestError(argument, text, "KEY is a setting of the method, mask.KEY or data.KEY")
-        found[part or "settings"][name] = _value(value)
+            raise RequestError("set", key, "KEY is a setting of the method, mask.KEY or data.KEY")
+        found[part or "settings"][name] = value
     return found
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) and value[:1].isdigit() else value
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
@@ -167,9 +188,9 @@ def read_recipe(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise RequestError("--recipe", file, f"not readable: {problem}") from None
+        raise RequestError("recipe", file, f"not readable: {problem}") from None
     if not isinstance(values, dict):
-        raise RequestError("--recipe", file, "must hold a mapping, such as a run's recipe.yaml")
+        raise RequestError("recipe", file, "must hold a mapping, such as a run's recipe.yaml")
     return values
 
 
@@ -186,9 +207,9 @@ def earlier_runs(model: str) -> list[dict[str, Any]]:
     folder = Path(model)
     if not (folder / "run.json").is_file():
         return []
-    account = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    run_info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     concept = read_recipe(folder / "recipe.yaml")["concept"]
-    return [*account.get("earlier", []), {"concept": concept, "base": account["base"]["source"]}]
+    return [*run_info.get("earlier", []), {"concept": concept, "base": run_info["base"]["source"]}]
 
 
 def first_base(model: str) -> str:
@@ -215,13 +236,12 @@ def recipe_for(
     """
     found = find_concept(what, model)
     if memory not in MEMORY:
-        raise RequestError("--memory", memory, f"allowed: {', '.join(MEMORY)}")
+        raise RequestError("memory", memory, f"allowed: {', '.join(MEMORY)}")
     kinds = {part.kind for part in found.parts}
     kind = kinds.pop() if len(kinds) == 1 else found.kind  # of several kinds, the preset for any
-    start = merge(preset(preset_name, first_base(model), kind, values.get("method")), MEMORY[memory])
-    recipe = make_recipe(merge(start, {"model": model, "concept": found, **values}))
+    start = merge(preset(preset_name, first_base(str(model)), kind, values.get("method")), MEMORY[memory])
+    merged = merge(start, {**values, "model": model, "concept": found})
     # What a preset says for all methods, a method takes where it has such a setting.
-    given = values.get("settings", {})
-    known = recipe.erasure().settings.__dataclass_fields__
-    settings = {key: value for key, value in recipe.settings.items() if key in known or key in given}
-    return recipe.model_copy(update={"settings": settings})
+    known = {field.name for field in fields(METHODS.find(merged["method"]).settings)} | {*values.get("settings", {})}
+    merged["settings"] = {name: value for name, value in merged.get("settings", {}).items() if name in known}
+    return make_recipe(merged)

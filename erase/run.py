@@ -57,8 +57,7 @@ def erase(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> Itera
     Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
     fails or a weight changed that should not have.
     """
-    config = recipe.config()
-    method = recipe.erasure()
+    config, method = recipe.settings, METHODS.find(recipe.method)
     given = check(recipe)
     if _claimed(recipe, out) and complete(out):
         return
@@ -238,7 +237,7 @@ def _data(recipe: Recipe, model: Diffusion, base_hash: str, out: Path) -> Forget
 
 def make_data_for(recipe: Recipe, model: Diffusion) -> ForgetRetain:
     """Make the recipe's data with the recipe's seed."""
-    counted = {**dict(recipe.data), **recipe.latents}
+    counted = asdict(recipe.data) | recipe.latents
     return make_data(model, recipe.concept, seed=stage_seed(recipe.seed, "data"), **counted)
 
 

@@ -7,9 +7,10 @@ report and the docs read what the fields say of themselves.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import annotated_types
 import yaml
@@ -24,21 +25,36 @@ _T = TypeVar("_T")
 _CONFIG = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def described(sentence: str, *, source: str = "", **bounds: Any) -> Any:
+def described(sentence: str = "", *, source: str = "", **bounds: Any) -> Any:
     """Describe a setting, for ``Annotated``: what it does, its bounds (``ge``, ``gt``, ``le``, ``lt``), where from.
 
     ``source`` says where the default value comes from: a paper, its authors' code, or "ours".
     """
-    extra: dict[str, Any] | None = {"source": source} if source else None
-    return Field(description=sentence, json_schema_extra=extra, **bounds)
+    if sentence:
+        bounds["description"] = sentence
+    return Field(json_schema_extra={"source": source}, **bounds)
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of the fields that a class itself declares, with what is said of them."""
+    every = get_type_hints(cls, include_extras=True)
+    return {name: every[name] for name in inspect.get_annotations(cls)}
 
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[_T]) -> type[_T]:
     """Make a class a frozen dataclass that checks its fields whenever one is made. Its numbers are finite.
 
-    Raises pydantic's ValidationError, a ValueError, for a value out of bounds and for a field that it does not have.
+    A subclass may give a field another default and no description: it keeps the sentence and the bounds, but not the
+    source, which was that of the other default. Raises pydantic's ValidationError, a ValueError, for a value out of
+    bounds and for a field that it does not have.
     """
+    inherited = {name: hint for base in reversed(cls.__mro__[1:]) for name, hint in _hints(base).items()}
+    for name, hint in _hints(cls).items():
+        if name in inherited and get_origin(inherited[name]) is Annotated:
+            kind, own = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+            said = get_args(inherited[name])[1:]
+            cls.__annotations__[name] = Annotated[(kind, *said, *(own or (described(),)))]  # type: ignore[index]
     return pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload, no-any-return]
 
 
@@ -62,16 +78,11 @@ def settings_of(cls: Any) -> dict[str, Setting]:
     """Return what the settings of a class say of themselves, by name, in the order of their declaration."""
     found = {}
     for field in dataclasses.fields(cls):
-        info = cls.__pydantic_fields__[field.name]
+        info: FieldInfo = cls.__pydantic_fields__[field.name]
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        default = info.get_default(call_default_factory=True)
         sentence, source = info.description or "", str(extra.get("source", ""))
-        for base in cls.__mro__[1:]:  # a subclass that changes a default alone keeps what was said of the field
-            inherited: FieldInfo | None = getattr(base, "__pydantic_fields__", {}).get(field.name)
-            if not sentence and inherited is not None:
-                sentence = inherited.description or ""
-        found[field.name] = Setting(
-            field.name, info.get_default(call_default_factory=True), _allowed(info), sentence, source
-        )
+        found[field.name] = Setting(field.name, default, _allowed(info), sentence, source)
     return found
 
 

@@ -160,9 +160,7 @@ class RecipeOptions:
         values = merge(values, {key: value for key, value in given.items() if value not in (None, {})})
         if not (wanted := self.concept or concept):
             raise RequestError("concept", "(not given)", "needed, here or in the recipe")
-        recipe = recipe_for(self.model, wanted, preset_name=self.preset, memory=self.memory, **values)
-        recipe.config()
-        return recipe
+        return recipe_for(self.model, wanted, preset_name=self.preset, memory=self.memory, **values)
 
 
 def assigned(texts: Iterable[str] | None, *parts: str, own: str = "") -> dict[str, dict[str, Any]]:

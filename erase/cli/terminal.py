@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
     """Print what a recipe would do, its settings in full, the folder, and what it would take, in YAML or JSON."""
     from erase_concept.dry_run import expect
 
-    plan = recipe.to_dict() | {"settings": vars(recipe.config()), "out": str(out), "expected": expect(recipe)}
+    plan = recipe.to_dict() | {"settings": asdict(recipe.settings), "out": str(out), "expected": expect(recipe)}
     if json_:
         print_json(plan)
     else:

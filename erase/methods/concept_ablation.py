@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -17,24 +15,23 @@ from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
+_CODE = "the authors' code"
 
-@dataclass(frozen=True)
+
+@settings
 class ConceptAblationSettings(Training):
     """Concept Ablation's settings, those of its styles and objects."""
 
-    steps: int = 100
-    lr: float = 1.6e-5  # 2e-6 for each row of the batch
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    weight_decay: float = 0.01
-    alpha: float = 1.0  # lambda, weight of the regularisation
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+    steps: Annotated[int, described(source=_CODE)] = 100
+    lr: Annotated[float, described(source="the authors' code: 2e-6 for each row of the batch")] = 1.6e-5
+    optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adamw"
+    weight_decay: Annotated[float, described(source=_CODE)] = 0.01
+    alpha: Annotated[
+        float, described("Weight of the loss on pictures of the anchor; the paper's lambda.", ge=0, source=_CODE)
+    ] = 1.0
 
 
 @method(

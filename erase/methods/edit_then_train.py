@@ -6,10 +6,9 @@ It is ours, and the default of the built-in model. It is made of parts of SalUn 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,29 +19,28 @@ from erase_concept.data import Batch, ForgetRetain, draw
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 _RIDGE = 1000.0  # of MACE's recipes for single objects
 
 
-@dataclass(frozen=True)
+@settings
 class EditThenTrainSettings(Training):
-    """The settings beside those of the training."""
+    """The settings beside those of the training; the values were found on the built-in model."""
 
-    steps: int = 20
-    batch_size: int = 16
-    lr: float = 1e-4
-    decay: bool = True
-    alpha: float = 1.0  # weight of the retain term
-    guidance: float = 0.5  # how far the target lies beyond the anchor, away from the concept
-    erase_scale: float = 8.0  # of the closed form, shared by all concepts
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        for name in ("alpha", "guidance", "erase_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+    steps: Annotated[int, described(source="ours")] = 20
+    batch_size: Annotated[int, described(source="ours")] = 16
+    lr: Annotated[float, described(source="ours")] = 1e-4
+    decay: Annotated[bool, described(source="ours")] = True
+    alpha: Annotated[float, described("Weight of the retain loss.", ge=0, source="ours")] = 1.0
+    guidance: Annotated[
+        float, described("How far the target lies beyond the anchor, away from the concept.", ge=0, source="ours")
+    ] = 0.5
+    erase_scale: Annotated[
+        float,
+        described("Weight of the tokens to erase in the closed form, shared by all concepts.", ge=0, source="ours"),
+    ] = 8.0
 
 
 @method(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -15,27 +14,22 @@ from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
-@dataclass(frozen=True)
+@settings
 class EraseDiffSettings(Training):
     """EraseDiff's settings beside those of the training."""
 
-    eta: float = 0.1  # share of its own gradient by which the constraint is to fall at least
-    inner_steps: int = 2  # K, of gradient descent on the forget loss alone
-    inner_lr: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps must be at least 1, not {self.inner_steps}")
-        if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be at least 0, not {self.eta}")
-        if not 0 < self.inner_lr < math.inf:
-            raise ValueError(f"inner_lr must be above 0, not {self.inner_lr}")
+    eta: Annotated[
+        float, described("The constraint falls at least by this share of its own gradient's square.", ge=0)
+    ] = 0.1
+    inner_steps: Annotated[
+        int, described("Steps of gradient descent on the forget loss alone, K.", ge=1, source="the authors' code")
+    ] = 2
+    inner_lr: Annotated[float, described("Learning rate of the inner steps.", gt=0)] = 1e-3
 
 
 @method(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -17,33 +17,35 @@ from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import Sampling, make_scheduler, sample_latents
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
+_CODE = "the authors' code"
 
-@dataclass(frozen=True)
+
+@settings
 class PartwayTraining(Training):
     """Settings of methods that learn on latents which the current model has sampled part of the way."""
 
-    batch_size: int = 1
-    eta: float = 1.0  # how far the target lies beyond what the concept becomes, away from the concept
-    start_guidance: float = 3.0  # of the sampling
-    sampling_steps: int = 50  # of which a random number is taken
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        for name in ("eta", "start_guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.sampling_steps < 1:
-            raise ValueError(f"sampling_steps must be at least 1, not {self.sampling_steps}")
+    batch_size: Annotated[int, described("Rows in a step.", source=_CODE)] = 1
+    eta: Annotated[
+        float, described("How far the target lies beyond the anchor, away from the concept.", ge=0, source=_CODE)
+    ] = 1.0
+    start_guidance: Annotated[
+        float, described("Guidance scale of the sampling that makes the noisy latents.", ge=0, source=_CODE)
+    ] = 3.0
+    sampling_steps: Annotated[
+        int, described("Steps of that sampling, of which a random number is taken.", ge=1, source=_CODE)
+    ] = 50
 
 
-@dataclass(frozen=True)
+@settings
 class ESDSettings(PartwayTraining):
     """ESD's settings."""
 
-    steps: int = 1000
+    steps: Annotated[int, described(source=_CODE)] = 1000
+    lr: Annotated[float, described(source=_CODE)] = 1e-5
+    optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adam"
 
 
 @method(

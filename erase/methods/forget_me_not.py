@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +14,21 @@ from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
+_CODE = "the authors' code"
 
-@dataclass(frozen=True)
+
+@settings
 class ForgetMeNotSettings(Training):
     """Forget-Me-Not's settings."""
 
-    steps: int = 35
-    batch_size: int = 1
-    lr: float = 2e-6
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    weight_decay: float = 0.01
+    steps: Annotated[int, described(source=_CODE)] = 35
+    batch_size: Annotated[int, described("Forget rows in a step.", source=_CODE)] = 1
+    lr: Annotated[float, described(source=_CODE)] = 2e-6
+    optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adamw"
+    weight_decay: Annotated[float, described(source=_CODE)] = 0.01
 
 
 @method(

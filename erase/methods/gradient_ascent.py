@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,20 +13,15 @@ from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
-@dataclass(frozen=True)
+@settings
 class GradientAscentSettings(Training):
-    """Gradient ascent's settings beside those of the training; the defaults are those of SalUn's baseline."""
+    """Gradient ascent's settings beside those of the training."""
 
-    alpha: float = 0.1  # weight of the retain term
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+    alpha: Annotated[float, described("Weight of the retain loss.", ge=0, source="SalUn's baseline")] = 0.1
 
 
 @method(

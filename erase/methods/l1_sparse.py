@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -14,20 +13,15 @@ from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, steps_done, train
 
 
-@dataclass(frozen=True)
+@settings
 class L1SparseSettings(Training):
     """l1-sparse's settings beside those of the training."""
 
-    gamma: float = 5e-4  # weight of the l1 norm at the start
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"gamma must be at least 0, not {self.gamma}")
+    gamma: Annotated[float, described("Weight of the l1 norm at the start; it falls to zero.", ge=0)] = 5e-4
 
 
 @method(

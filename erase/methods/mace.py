@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record
 
 
-@dataclass(frozen=True)
+@settings
 class MACESettings(ClosedFormSettings):
-    """The settings of MACE's closed form; ridge as in the authors' recipes for single objects."""
+    """The settings of MACE's closed form."""
 
-    ridge: float = 1000.0
+    ridge: Annotated[float, described(source="the authors' recipes for single objects")] = 1000.0
 
 
 @method(

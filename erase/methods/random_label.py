@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from erase_concept.data import ForgetRetain, Remap
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnSettings, salun_loss
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, train
 
 
-@dataclass(frozen=True)
+@settings
 class RandomLabelSettings(SalUnSettings):
-    """SalUn's settings; each row's label becomes a random other one."""
+    """SalUn's settings; the label of each row becomes a random other one."""
 
-    remap: Remap = "random"
+    remap: Annotated[Remap, described(source="arXiv 2310.12508")] = "random"
 
 
 @method(

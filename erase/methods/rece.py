@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,24 +16,21 @@ from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.uce import UCESettings
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record
 
+_CODE = "the authors' code for objects"
 
-@dataclass(frozen=True)
+
+@settings
 class RECESettings(UCESettings):
-    """RECE's settings beside UCE's; the defaults are those of the authors' code for objects."""
+    """RECE's settings beside UCE's."""
 
-    ridge: float = 0.1
-    epochs: int = 5  # rounds after UCE
-    regular_scale: float = 1e-3  # how small the tokens are kept that would bring the concept back
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {self.epochs}")
-        if not 0 < self.regular_scale < math.inf:
-            raise ValueError(f"regular_scale must be above 0, not {self.regular_scale}")
+    ridge: Annotated[float, described(source=_CODE)] = 0.1
+    epochs: Annotated[int, described("Rounds after UCE's edit.", ge=1, source=_CODE)] = 5
+    regular_scale: Annotated[
+        float, described("How small the tokens are kept that would bring the concept back.", gt=0, source=_CODE)
+    ] = 1e-3
 
 
 @method(

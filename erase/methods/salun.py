@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -15,21 +14,26 @@ from erase_concept.data import ForgetRetain, Remap, draw
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Loss, Record, TargetProgress, Tensors, Training, train
 
+_PAPER = "arXiv 2310.12508"
 
-@dataclass(frozen=True)
+
+@settings
 class SalUnSettings(Training):
     """SalUn's settings beside those of the training."""
 
-    alpha: float = 0.5  # weight of the retain term
-    remap: Remap = "anchor"  # c' is the anchor, a random retained name for each row, or the empty prompt
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be at least 0, not {self.alpha}")
+    alpha: Annotated[
+        float, described("Weight of the retain loss.", ge=0, source=f"{_PAPER}, for an Imagenette class")
+    ] = 0.5
+    remap: Annotated[
+        Remap,
+        described(
+            "What the concept's prompts become: the anchor, a random retained name for each row, or the empty prompt.",
+            source=_PAPER,
+        ),
+    ] = "anchor"
 
 
 @method(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,18 @@ from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.methods.salun import SalUnSettings, salun_loss
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, train
 
 
-@dataclass(frozen=True)
+@settings
 class SalUnSoftSettings(SalUnSettings):
-    """SalUn's settings, and the weight of the l1 penalty, which falls linearly to zero."""
+    """SalUn's settings, and the weight of the l1 penalty."""
 
-    beta: float = 0.5  # in units of Adam's step, which is about the learning rate
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta must be at least 0, not {self.beta}")
+    beta: Annotated[
+        float,
+        described("Weight of the l1 penalty at the start, in learning rates; it falls to zero.", ge=0, source="ours"),
+    ] = 0.5
 
 
 @method(

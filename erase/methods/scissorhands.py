@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,24 @@ from erase_concept.masks.saliency import accumulate
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
+from erase_concept.settings import described, settings
 from erase_concept.training.gradients import onto_half_space, salient_gradient, with_gradient
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
+_CODE = "the authors' code"
 
-@dataclass(frozen=True)
+
+@settings
 class ScissorhandsSettings(Training):
-    """Scissorhands' settings beside those of the training; the defaults are those of the authors' Stable Diffusion."""
+    """Scissorhands' settings beside those of the training."""
 
     lr: float = 5e-5
-    batch_size: int = 16
-    trimmed: float = 0.1  # share of the weights that are made new, of those that may move
-    trim_batches: int = 1  # of forget rows, for the sensitivity
-    ascent: float = 0.1  # weight of the forget loss, which is to rise
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.trimmed <= 1:
-            raise ValueError(f"trimmed must be between 0 and 1, not {self.trimmed}")
-        if self.trim_batches < 1:
-            raise ValueError(f"trim_batches must be at least 1, not {self.trim_batches}")
-        if not 0 <= self.ascent < math.inf:
-            raise ValueError(f"ascent must be at least 0, not {self.ascent}")
+    batch_size: Annotated[int, described(source=_CODE)] = 16
+    trimmed: Annotated[
+        float, described("Share of the weights that are reset, of those that may change.", ge=0, le=1)
+    ] = 0.1
+    trim_batches: Annotated[int, described("Batches of forget rows behind the sensitivity.", ge=1)] = 1
+    ascent: Annotated[float, described("Weight of the forget loss, which rises.", ge=0, source=_CODE)] = 0.1
 
 
 @method(

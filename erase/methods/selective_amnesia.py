@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -19,24 +18,25 @@ from erase_concept.masks.saliency import accumulate
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
-@dataclass(frozen=True)
+@settings
 class SelectiveAmnesiaSettings(Training):
-    """Selective Amnesia's settings beside those of the training; 50 is the authors' strength for Stable Diffusion."""
+    """Selective Amnesia's settings beside those of the training."""
 
-    penalty: float = 50.0  # lambda, weight of the elastic weight consolidation
-    surrogate: Literal["anchor", "noise"] = "anchor"  # what the concept's prompts come to show
-    fisher_rows: int = 500  # retain rows behind the Fisher information, each at ``batch_size`` time steps
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.penalty < math.inf:
-            raise ValueError(f"penalty must be at least 0, not {self.penalty}")
-        if self.fisher_rows < 1:
-            raise ValueError(f"fisher_rows must be at least 1, not {self.fisher_rows}")
+    penalty: Annotated[
+        float,
+        described("Weight of the penalty on moving weights that matter, lambda.", ge=0, source="the authors' code"),
+    ] = 50.0
+    surrogate: Annotated[
+        Literal["anchor", "noise"], described("What the concept's prompts show afterwards.", source="arXiv 2305.10120")
+    ] = "anchor"
+    fisher_rows: Annotated[
+        int,
+        described("Retain rows behind the Fisher information.", ge=1, source="ours"),
+    ] = 500
 
 
 @method(

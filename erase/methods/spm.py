@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -18,31 +17,28 @@ from erase_concept.method import method
 from erase_concept.methods.esd import PartwayTraining, partway
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
+from erase_concept.settings import described, settings
 from erase_concept.training.adapters import Adapters
 from erase_concept.training.loop import Record, TargetProgress, Tensors, train
 
+_CODE = "the authors' code"
 
-@dataclass(frozen=True)
+
+@settings
 class SPMSettings(PartwayTraining):
     """SPM's settings."""
 
-    steps: int = 3000
-    lr: float = 1e-4
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    weight_decay: float = 0.01
-    warmup: int = 500
-    decay: bool = True
-    sampling_steps: int = 30
-    anchoring: float = 1000.0  # lambda, weight of the latent anchoring
-    anchors: int = 4  # retained prompts for each row
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        super().__post_init__()
-        if not 0 <= self.anchoring < math.inf:
-            raise ValueError(f"anchoring must be at least 0, not {self.anchoring}")
-        if self.anchors < 1:
-            raise ValueError(f"anchors must be at least 1, not {self.anchors}")
+    steps: Annotated[int, described(source=_CODE)] = 3000
+    lr: Annotated[float, described(source=_CODE)] = 1e-4
+    optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adamw"
+    weight_decay: Annotated[float, described(source=_CODE)] = 0.01
+    warmup: Annotated[int, described(source=_CODE)] = 500
+    decay: Annotated[bool, described(source="the authors' code, with one cosine for their three")] = True
+    sampling_steps: Annotated[int, described(source=_CODE)] = 30
+    anchoring: Annotated[float, described("Weight of the loss on retained prompts, lambda.", ge=0, source=_CODE)] = (
+        1000.0
+    )
+    anchors: Annotated[int, described("Retained prompts for each row.", ge=1, source=_CODE)] = 4
 
 
 @method(

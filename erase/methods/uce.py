@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record
 
 
-@dataclass(frozen=True)
+@settings
 class UCESettings(ClosedFormSettings):
     """UCE's settings beside those of every closed form."""
 
-    becomes: Literal["anchor", "empty"] = (
-        "anchor"  # what the concept's tokens become: the anchor's, or those of no prompt
-    )
+    becomes: Annotated[
+        Literal["anchor", "empty"], described("What the concept's tokens become: the anchor's, or the empty prompt's.")
+    ] = "anchor"
 
 
 @method(

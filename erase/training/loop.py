@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from erase_concept.files import atomic_write
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
+from erase_concept.settings import described, settings
 from erase_concept.training.optimizer import MaskedOptimizer, State
 
 Tensors = tuple[Tensor, ...]
@@ -31,34 +32,28 @@ Loss = Callable[[Diffusion, torch.Generator, Tensors], tuple[Tensor, dict[str, T
 Start = Callable[[Diffusion], object]  # changes the weights, of those that may, where the training is to begin
 
 
-@dataclass(frozen=True)
+_SALUN = "SalUn, arXiv 2310.12508"
+
+
+@settings
 class Training:
-    """Settings that every trained method has; the defaults are those of SalUn's reference."""
+    """Settings that every trained method has."""
 
-    steps: int = 500
-    batch_size: int = 8  # forget rows and as many retain rows
-    lr: float = 1e-5
-    optimizer: Literal["adam", "adamw"] = "adam"
-    weight_decay: float = 0.0
-    warmup: int = 0  # steps over which the learning rate rises from zero
-    decay: bool = False  # whether it then falls to zero along a cosine
-    accumulation: int = 1  # batches whose gradients are averaged in one step
-    max_grad_norm: float | None = None
-    precision: Literal["no", "bf16"] = "no"
-    state: State = "fp32"  # of the optimizer
-    recompute: bool = False  # activations in the backward pass: less memory, a third more time, the same bits
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        """Raise ValueError that names the first setting out of its range."""
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0, not {self.max_grad_norm}")
+    steps: Annotated[int, described("Training steps.", ge=1, source="ours, near SalUn's five epochs")] = 500
+    batch_size: Annotated[int, described("Forget rows in a step, and as many retain rows.", ge=1, source=_SALUN)] = 8
+    lr: Annotated[float, described("Learning rate.", ge=0, source=_SALUN)] = 1e-5
+    optimizer: Annotated[Literal["adam", "adamw"], described("The optimizer.", source=_SALUN)] = "adam"
+    weight_decay: Annotated[float, described("Weight decay; AdamW's is decoupled.", ge=0, source=_SALUN)] = 0.0
+    warmup: Annotated[int, described("Steps over which the learning rate rises from zero.", ge=0)] = 0
+    decay: Annotated[bool, described("Let the learning rate fall to zero along a cosine.")] = False
+    accumulation: Annotated[int, described("Batches whose gradients are averaged in one step.", ge=1)] = 1
+    max_grad_norm: Annotated[float | None, described("Clip the gradient to this norm.", gt=0)] = None
+    precision: Annotated[Literal["no", "bf16"], described("Precision of the arithmetic; weights stay fp32.")] = "no"
+    state: Annotated[State, described("Precision of the optimizer's state.")] = "fp32"
+    recompute: Annotated[
+        bool, described("Compute activations anew in the backward pass: less memory, a third more time, the same bits.")
+    ] = False
+    checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 100
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

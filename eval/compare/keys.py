@@ -22,13 +22,14 @@ def trial_key(context: TrialContext, trial: Trial) -> str:
 
     These are the recipe, the base model's weights, the code, the benchmark, and a mask that is read from a file.
     """
+    from erase_concept.methods import METHODS
     from erase_concept.run import MASK_KINDS
 
     recipe = recipe_of(context.model, trial)
     guard = trial.method if is_guard(trial.method) else ""
     mask = "" if recipe.mask.kind in MASK_KINDS else _sha256(Path(recipe.mask.kind))
     # A method may be another package's, whose files the code's version does not hold.
-    method = "" if guard else _sha256(Path(inspect.getfile(inspect.unwrap(recipe.erasure().run))))
+    method = "" if guard else _sha256(Path(inspect.getfile(inspect.unwrap(METHODS.find(recipe.method).run))))
     return recipe.fingerprint(EXAMPLES, guard, mask, method, context.weights, context.code, context.benchmark_text)
 
 

@@ -109,7 +109,7 @@ def split_settings(method: str) -> tuple[str, dict[str, dict[str, Any]]]:
     if matched is None:
         raise RequestError("methods", method, "must be NAME or NAME[KEY=VALUE,...]")
     texts = matched[2].split(",") if matched[2] else ()
-    return matched[1], {part: given for part, given in read_settings(texts, "methods").items() if given}
+    return matched[1], {part: given for part, given in read_settings(texts).items() if given}
 
 
 def split_mask(mask: str | None) -> tuple[str | None, float]:
@@ -140,7 +140,8 @@ def recipe_of(model: str, trial: Trial) -> Recipe:
 
     Of a guard's recipe, which erases nothing, only the concept and the seed count.
     """
-    from erase_concept.recipe import recipe_for
+    from erase_concept.methods import METHODS
+    from erase_concept.recipe import recipe_for, with_settings
     from erase_concept.run import check_scope
 
     name, given = split_settings(trial.method)
@@ -156,11 +157,9 @@ def recipe_of(model: str, trial: Trial) -> Recipe:
         values["method"] = name
     recipe = recipe_for(model, trial.concept, preset_name=preset, **values)
     check_scope(recipe)
-    tuned_setting, config = recipe.erasure().tuned_setting, recipe.config()
-    if trial.multiplier != 1:
-        multiplied = recipe.settings | {tuned_setting: getattr(config, tuned_setting) * trial.multiplier}
-        recipe = recipe.model_copy(update={"settings": multiplied})
-        recipe.config()  # refuses, for example, a share of more than 1
+    tuned = METHODS.find(recipe.method).tuned_setting
+    if trial.multiplier != 1:  # refuses, for example, a share of more than 1
+        recipe = with_settings(recipe, **{tuned: getattr(recipe.settings, tuned) * trial.multiplier})
     return recipe
 
 
@@ -207,9 +206,10 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
 def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) -> TrialResult:
     """Erase from a loaded model, and return what it took and how much changed, or why it failed."""
     from erase_concept.method import method_seed
+    from erase_concept.methods import METHODS
     from erase_concept.training.loop import Record
 
-    method, config, base_hash = recipe.erasure(), recipe.config(), model.describe()["unet"]
+    method, config, base_hash = METHODS.find(recipe.method), recipe.settings, model.describe()["unet"]
     data = _data(recipe, model, base_hash, folder)
     mask = _mask(recipe, model, data, base_hash, folder)
     trained = getattr(model, "unet" if mask is None else mask.part)
@@ -284,7 +284,7 @@ def _data(recipe: Recipe, model: Diffusion, base_hash: str, work: Path) -> Forge
     from erase_concept.data import ForgetRetain
     from erase_concept.run import make_data_for
 
-    parts = [base_hash, recipe.concept.to_dict(), {**dict(recipe.data), **recipe.latents}, recipe.seed]
+    parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.data) | recipe.latents, recipe.seed]
     key = digest(parts)
     file = work / "data" / f"{key}.safetensors"
     data = ForgetRetain.load(file, key)
@@ -303,7 +303,7 @@ def _mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str, 
         return None
     if recipe.mask.kind not in MASK_KINDS:
         return choose_mask(recipe, Mask.load(Path(recipe.mask.kind)), model, data, base_hash)
-    parts = [base_hash, recipe.concept.to_dict(), dict(recipe.mask), recipe.seed, len(data.forget_latents)]
+    parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.mask), recipe.seed, len(data.forget_latents)]
     file = work / "masks" / f"{digest(parts)}.safetensors"
     if not file.exists():
         choose_mask(recipe, None, model, data, base_hash).save(file)

@@ -52,7 +52,7 @@ WRONG = {
     "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
     "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
     "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),
-    "bad setting": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lrr=1"], "--set lrr=1: salun has:"),
+    "bad setting": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lrr=1"], "--set lrr=1: no such setting"),
     "no value": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lr"], "--set lr: must be KEY=VALUE"),
     "bad part": (
         ["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "x.y=1"],

@@ -187,5 +187,5 @@ def test_learning_rate_warms_up_and_decays() -> None:
     ],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=rf"{name}\n  Input should be"):
         SalUnSettings(**{name: value})

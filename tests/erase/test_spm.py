@@ -153,5 +153,5 @@ def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, square: Conc
 
 @pytest.mark.parametrize(("name", "value"), [("anchoring", -1.0), ("anchors", 0), ("eta", -1.0), ("lr", float("nan"))])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=rf"{name}\n  Input should be"):
         SPMSettings(**{name: value})
