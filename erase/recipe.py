@@ -169,16 +169,16 @@ def with_settings(recipe: Recipe, **changes: Any) -> Recipe:
     return replace(recipe, settings=changed)
 
 
-def read_settings(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+def read_settings(texts: Iterable[str], setting: str = "set") -> dict[str, dict[str, Any]]:
     """Read settings given as KEY=VALUE, by their part of a recipe: "mask.KEY", "data.KEY", or the method's own.
 
-    Raises RequestError for another form.
+    Raises RequestError for another form, which names ``setting``.
     """
     found: dict[str, dict[str, Any]] = {"settings": {}, "mask": {}, "data": {}}
-    for key, value in read_assignments(texts).items():
+    for key, value in read_assignments(texts, setting).items():
         part, dot, name = key.rpartition(".")
         if dot and part not in ("mask", "data"):
-            raise RequestError("set", key, "KEY is a setting of the method, mask.KEY or data.KEY")
+            raise RequestError(setting, key, "KEY is a setting of the method, mask.KEY or data.KEY")
         found[part or "settings"][name] = value
     return found
 

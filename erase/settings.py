@@ -54,7 +54,8 @@ def settings(cls: type[_T]) -> type[_T]:
         if name in inherited and get_origin(inherited[name]) is Annotated:
             kind, own = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
             said = get_args(inherited[name])[1:]
-            cls.__annotations__[name] = Annotated[(kind, *said, *(own or (described(),)))]  # type: ignore[index]
+            if not any(isinstance(one, FieldInfo) and one.description for one in own):
+                cls.__annotations__[name] = Annotated[(kind, *said, *(own or (described(),)))]  # type: ignore[index]
     return pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload, no-any-return]
 
 
@@ -104,16 +105,16 @@ def check_settings(cls: type[_T], values: Mapping[str, Any], prefix: str = "") -
         raise RequestError(f"{prefix}{name}", given, _sentence(first["msg"])) from None
 
 
-def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
+def read_assignments(texts: Iterable[str], setting: str = "set") -> dict[str, Any]:
     """Read KEY=VALUE texts as one mapping, each value as ``read_value`` does.
 
-    Raises RequestError for another form.
+    Raises RequestError for another form, which names ``setting``.
     """
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise RequestError("set", text, "must be KEY=VALUE")
+            raise RequestError(setting, text, "must be KEY=VALUE")
         found[key.strip()] = read_value(value)
     return found
 

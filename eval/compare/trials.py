@@ -109,7 +109,7 @@ def split_settings(method: str) -> tuple[str, dict[str, dict[str, Any]]]:
     if matched is None:
         raise RequestError("methods", method, "must be NAME or NAME[KEY=VALUE,...]")
     texts = matched[2].split(",") if matched[2] else ()
-    return matched[1], {part: given for part, given in read_settings(texts).items() if given}
+    return matched[1], {part: given for part, given in read_settings(texts, "methods").items() if given}
 
 
 def split_mask(mask: str | None) -> tuple[str | None, float]:

@@ -31,6 +31,7 @@ from erase_concept.eval.report.report import read_report
 from erase_concept.eval.score import Score
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.emojinette import MODEL
+from erase_concept.recipe import with_settings
 
 CONTEXT = TrialContext("emojinette", "weights", "code", "emojinette", Path("nowhere"))
 
@@ -52,11 +53,11 @@ def test_methods_are_names_with_settings_in_brackets() -> None:
 @pytest.mark.parametrize("concept", ["church", "flat"])
 def test_every_method_has_a_recipe_whose_tuned_setting_is_multiplied(method: str, concept: str) -> None:
     own, double = (recipe_of("emojinette", Trial(method, concept, 0, multiplier=factor)) for factor in (1.0, 2.0))
-    tuned_setting = own.erasure().tuned_setting
+    tuned_setting = METHODS.find(own.method).tuned_setting
     before, after = (getattr(recipe.settings, tuned_setting) for recipe in (own, double))
     assert after == pytest.approx(2 * before)
     assert before > 0
-    same = own.model_copy(update={"settings": own.settings | {tuned_setting: after}})
+    same = with_settings(own, **{tuned_setting: after})
     assert same.to_dict() == double.to_dict()
 
 
