@@ -1,4 +1,4 @@
-"""The page of a report, which needs no other file, and the grid of its images; flagged images are blurred."""
+"""The HTML page of a report. It needs no other file, and flagged images are blurred."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ def read_image(file: Path) -> Image.Image | None:
 
 
 def blur(image: Image.Image) -> Image.Image:
-    """Return what is left of an image of eight patches across: a blur that no tool takes back."""
+    """Return an image blurred to eight patches across. No tool can undo that."""
     longest = max(image.size)
     patches, shown = ([max(round(side * count / longest), 1) for side in image.size] for count in (8, 64))
     return image.resize(patches, Image.Resampling.BOX).resize(shown, Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str, *, optimize: bool = True) -> bytes:
-    """Return an image as the bytes of a file, "PNG" or "JPEG"; what is not optimized is quicker and a little larger."""
+    """Return an image as the bytes of a file, "PNG" or "JPEG"; unoptimized is quicker and a little larger."""
     stream = io.BytesIO()
     image.save(stream, format=kind, optimize=optimize, **({"quality": 82} if kind == "JPEG" else {}))
     return stream.getvalue()

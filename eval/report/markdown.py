@@ -63,7 +63,7 @@ def _pairs(report: Report, pairs: Sequence[Pair]) -> list[str]:
     ]
     return [
         "## Before and after, equal seeds",
-        f"{len(pairs)} of {len(report.pairs)} pairs, drawn at random: always the same ones, and never picked. Of all, "
+        f"{len(pairs)} of {len(report.pairs)} pairs, drawn at random with a fixed seed, never picked. Of all, "
         f"{forget} asked for it. Flagged ones are blurred.",
         "![Base and erased images of the same prompts and seeds](grid.png)",
         _table(("asked for", "prompt", "seed", "base", "erased"), rows),
@@ -87,8 +87,9 @@ def _scores(report: Report) -> list[str]:
     ]
     return [
         "## How it was measured",
-        f"Is it gone, by the share of the base model's images with it that still show it: {bounds(GONE)}. What else "
-        f"was lost, by the share of the base model's accuracy, the worse of all measured: {bounds(LOST)}.",
+        f"“Is it gone?” goes by how many of the images in which the base model shows it still show it: {bounds(GONE)}. "
+        f"“What else was lost?” goes by the greatest share that was lost of any of the base model's accuracies: "
+        f"{bounds(LOST)}.",
         _table(("score", "of", "base", "erased", "95 % interval", "of the base", "n", "how"), rows),
     ]
 
@@ -123,7 +124,7 @@ def markdown_of_all(reports: Mapping[str, Report], names: Sequence[str], front: 
             _table(("", "run", front.forget, front.retain, "no other run is better"), points),
         ]
         if front.others:
-            parts.append(f"Measured otherwise, and so not here: {_cell(', '.join(front.others))}.")
+            parts.append(f"Measured differently, and so not here: {_cell(', '.join(front.others))}.")
     return ("\n\n".join(parts) + "\n").encode(errors="backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Where a page's plots have their axes, lines, points and labels, and which runs no other beats."""
+"""Lay out the plots of a page: axes, lines, points and labels. Find the runs that no other run beats."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Front:
 
 
 def pareto(reports: Mapping[str, Report]) -> Front | None:
-    """Set forgetting against retaining, of as many runs as have these two in the same measure; None where none has."""
+    """Plot retaining over forgetting, of as many runs as measured both alike; None where no run measured both."""
     found = {name: (_forgotten(report), _retained(report)) for name, report in reports.items()}
     both = {name: (f, r) for name, (f, r) in found.items() if f is not None and r is not None}
     if not both:

@@ -23,8 +23,8 @@ SHOWN = 8  # pairs of what was erased on a page, and twice as many of all else
 class Bar:
     """One class, body part or category of a chart: the erased model's value and the base model's, with intervals.
 
-    ``n`` counts the images behind it. A ``forget`` bar is of what was erased, and well when it is low; any other is of
-    what was to stay, and well when it is as high as the base model's.
+    ``n`` counts the images behind it. A ``forget`` bar shows what was erased: lower is better. Any other shows what was
+    to stay, which should be as high as the base model's.
     """
 
     label: str
@@ -80,9 +80,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Pair:
-    """The images of one prompt and seed by both models, and what each is taken for.
+    """The images of one prompt and seed by both models, and what the judges see in each.
 
-    ``flagged`` says that a detector found in either what not everybody wants to see: every page blurs them.
+    ``flagged`` says that a detector found something in either that not everybody wants to see. Every page blurs them.
     """
 
     prompt: str
@@ -140,7 +140,7 @@ class Report:
 def drawn(pairs: Sequence[Pair], count: int = SHOWN) -> list[int]:
     """Return the places of the pairs to show: ``count`` of what was erased, then twice as many of all else.
 
-    Drawn at random, but of as many pairs always the same. No picking.
+    They are drawn at random with a fixed seed, so that nobody picks them.
     """
     generator = np.random.default_rng(0)
     forget = np.array([pair.forget for pair in pairs], dtype=bool)

@@ -49,7 +49,7 @@ def write_report(report: Report, folder: Path) -> None:
 def write_side_by_side(reports: Mapping[str, Report], folder: Path) -> None:
     """Write report.json, report.md and report.html of several named runs side by side.
 
-    The page shows the images too of what all runs were asked. Raises RequestError when there is no run.
+    The page also shows images of the prompts that all runs share. Raises RequestError when there is no run.
     """
     if not reports:
         raise RequestError("RUN", "", "at least one run is needed")
@@ -73,9 +73,9 @@ def write_side_by_side(reports: Mapping[str, Report], folder: Path) -> None:
 
 
 def _common(reports: Sequence[Report]) -> tuple[list[tuple[Pair, tuple[Pair, ...]]], int]:
-    """Return some of the questions that all runs were asked, and how many there are.
+    """Return some of the prompts and seeds that all runs share, and how many there are.
 
-    Of each the question itself, with the base model's image where the runs have one base, and each run's pair.
+    For each, a pair with the base model's image, where the runs have one base, and then each run's pair.
     """
     asked = [{(pair.prompt, pair.seed): pair for pair in reversed(report.pairs)} for report in reports]
     keys = dict.fromkeys((pair.prompt, pair.seed) for pair in reports[0].pairs)
@@ -112,7 +112,7 @@ def _away(folder: Path, file: Path) -> str:
 
 
 def _json(content: Any) -> bytes:
-    """Return JSON in UTF-8. What is no number in JSON is refused, but for an interval's end at infinity."""
+    """Return JSON in UTF-8. NaN is refused, and so is infinity, except at the end of an interval."""
     text = json.dumps(_endless(content), indent=1, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode(errors="backslashreplace")  # half a surrogate pair, in a prompt, becomes \\ud800
 

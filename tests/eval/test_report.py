@@ -114,7 +114,7 @@ def test_compare_sets_runs_side_by_side(report: Report, tmp_path: Path, scored: 
     write_side_by_side({"weak": weak, "other": other}, tmp_path / "apart")
     page = page_of(tmp_path / "apart")
     assert len(page.images()) == 2 * 12
-    assert f"12 of the {len(strong.pairs) - 1} questions" in page.text
+    assert f"12 of the {len(strong.pairs) - 1} prompts and seeds" in page.text
     write_side_by_side({"weak": weak, "none": replace(strong, pairs=())}, tmp_path / "none")
     assert not page_of(tmp_path / "none").images()
 
