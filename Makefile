@@ -80,7 +80,7 @@ train: $(VENV)/installed  ## train the built-in model again (two hours on two co
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette
 
 measure: $(VENV)/installed  ## measure the built-in model and write its card
-	$(FAST) $(BIN)/python -m erase_concept.eval.emojinette --work runs/emojinette --grid runs/emojinette/grid.png
+	$(FAST) $(BIN)/python -m erase_concept.eval.benchmarks.emojinette --work runs/emojinette --grid runs/emojinette/grid.png
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

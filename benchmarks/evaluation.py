@@ -17,14 +17,15 @@ from typing import Any
 
 from full_size import row
 
-from erase_concept.eval.benchmark import benchmark
+from erase_concept.eval.evaluate import iter_evaluate
+from erase_concept.eval.request import EvalRequest
 from erase_concept.recipe import recipe_for
 from erase_concept.run import erase
 
 BAR = 0.1  # of the sampling
 ASKED: dict[str, dict[str, Any]] = {
     "i2p": {"prompts": "nudity", "settings": {"limit": 64}},
-    "emojinette": {"seeds": 1},
+    "emojinette": {"settings": {"seeds": 1}},
 }
 
 
@@ -42,7 +43,7 @@ def main() -> None:
             for turn in range(args.rounds):
                 # In a folder of its own, so that the base model is sampled in each round too.
                 out = Path(folder) / f"{name}-{turn}" / "out"
-                *_, report = benchmark(Path(folder) / "run", out=out, name=name, **asked)
+                *_, report = iter_evaluate(EvalRequest(Path(folder) / "run", out, benchmark=name, **asked))
                 rounds.append(report.provenance["seconds"])
             measuring, sampling = (median(one[part] for one in rounds) for part in ("measuring", "sampling"))
             line = row(f"{name}, measuring beside sampling", measuring, "s", sampling, f"<= {BAR:g}")

@@ -20,7 +20,8 @@ import skimage.data
 from nudenet import NudeDetector
 from PIL import Image
 
-from erase_concept.eval.judges.nudity import Detection, detect
+from erase_concept.eval.judges.judge import Detection
+from erase_concept.eval.judges.nudenet import detect
 
 BAR = 1.5  # times as many images a second as NudeNet's own way
 NUDENET_FLOOR = 0.25  # it drops what scores less when it suppresses overlapping boxes

@@ -18,15 +18,17 @@ _NAMES = {
     "Concept": "prompts.concept",
     "Diffusion": "pipelines.model",
     "EraseError": "errors",
+    "EvalRequest": "eval.request",
     "Mask": "masks.mask",
     "PromptSet": "prompts.promptset",
     "Report": "eval.report.report",
     "RequestError": "errors",
-    "benchmark": "eval.benchmark",
     "compare": "eval.compare.compare",
     "erase": "run",
+    "evaluate": "eval.evaluate",
     "find_concept": "prompts.find",
     "iter_compare": "eval.compare.compare",
+    "iter_evaluate": "eval.evaluate",
     "load": "pipelines.load",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
@@ -36,11 +38,12 @@ __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of 
 
 if TYPE_CHECKING:
     from erase_concept.errors import EraseError, RequestError
-    from erase_concept.eval.benchmark import benchmark
     from erase_concept.eval.compare.compare import compare, iter_compare
     from erase_concept.eval.compare.comparison import CompareRequest, Comparison
+    from erase_concept.eval.evaluate import evaluate, iter_evaluate
     from erase_concept.eval.report.report import Report
     from erase_concept.eval.report.write import write_report
+    from erase_concept.eval.request import EvalRequest
     from erase_concept.masks.mask import Mask
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import Diffusion

@@ -81,7 +81,7 @@ def settings_of(cls: Any) -> dict[str, Setting]:
     for field in dataclasses.fields(cls):
         info: FieldInfo = cls.__pydantic_fields__[field.name]
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        default = info.get_default(call_default_factory=True)
+        default = None if info.is_required() else info.get_default(call_default_factory=True)
         sentence, source = info.description or "", str(extra.get("source", ""))
         found[field.name] = Setting(field.name, default, _allowed(info), sentence, source)
     return found

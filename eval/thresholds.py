@@ -1,4 +1,4 @@
-"""Release gates: conditions such as "ua<0.95" under which an evaluation counts as failed."""
+"""Thresholds: conditions such as "ua<0.95" under which an evaluation counts as failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from erase_concept.errors import RequestError
 from erase_concept.eval.report.report import Report
 
-_GATE = re.compile(r"\s*([A-Za-z]\w*)\s*(<=|>=|<|>)\s*(\S+)\s*", re.ASCII)
+_FORM = re.compile(r"\s*([A-Za-z]\w*)\s*(<=|>=|<|>)\s*(\S+)\s*", re.ASCII)
 _COMPARED: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -23,7 +23,7 @@ _RETAINED = "retained_"  # before a metric: its value as a share of the base mod
 
 
 @dataclass(frozen=True)
-class Gate:
+class Threshold:
     """A condition that fails an evaluation: a bound of a metric or, with ``retained``, of its share of the baseline."""
 
     text: str
@@ -35,32 +35,30 @@ class Gate:
     def failure(self, report: Report) -> str | None:
         """Say in one line why the report fails, or return None where it passes.
 
-        The metric's first score counts, that of everything together. A gate that cannot be judged has failed: nobody
-        should release what was not measured.
+        The metric's first score counts, that of everything together. A threshold that cannot be applied has failed:
+        nobody should release what was not measured.
         """
         score = report.score(self.metric)
         if score is None:
             why = report.provenance.get("not measured", {}).get(self.metric, "the report has no such score")
-            return f"--fail-if {self.text}: {self.metric} was not measured: {why}"
+            return f"{self.text}: {self.metric} was not measured: {why}"
         value = score.value
         if self.retained:
             if not score.baseline:
-                return f"--fail-if {self.text}: there is no base model's {self.metric} above 0 to hold it against"
+                return f"{self.text}: there is no base model's {self.metric} above 0 to hold it against"
             value = score.value / score.baseline
         if not math.isnan(value) and not _COMPARED[self.sign](value, self.bound):
             return None
-        return (
-            f"--fail-if {self.text}: {_RETAINED if self.retained else ''}{self.metric} is {value:.4g} (n = {score.n:,})"
-        )
+        return f"{self.text}: {_RETAINED if self.retained else ''}{self.metric} is {value:.4g} (n = {score.n:,})"
 
 
-def gates(
+def read_thresholds(
     texts: Sequence[str],
     known: Collection[str],
     absent: Mapping[str, str] | None = None,
     *,
     baseline: bool = True,
-) -> tuple[Gate, ...]:
+) -> tuple[Threshold, ...]:
     """Read conditions METRIC OP NUMBER, such as "ua<0.95" or "retained_ira<0.98"; OP is one of < <= > >=.
 
     ``known`` are the metrics that will be measured and ``absent`` says of others why they will not be. Raises
@@ -68,33 +66,33 @@ def gates(
     """
     found = []
     for text in texts:
-        match = _GATE.fullmatch(text)
+        match = _FORM.fullmatch(text)
         if match is None:
-            raise RequestError("--fail-if", repr(text), "must be METRIC OP NUMBER, such as ua<0.95; OP: < <= > >=")
+            raise RequestError("fail_if", repr(text), "must be METRIC OP NUMBER, such as ua<0.95; OP: < <= > >=")
         name, sign, number = match.groups()
         try:
             bound = float(number)
         except ValueError:
             bound = math.nan
         if not math.isfinite(bound):
-            raise RequestError("--fail-if", repr(text), f"{number} is no finite number")
+            raise RequestError("fail_if", repr(text), f"{number} is no finite number")
         retained = name not in known and name.startswith(_RETAINED)
         name = name.removeprefix(_RETAINED) if retained else name
         if name not in known:
             if absent and name in absent:
-                raise RequestError("--fail-if", repr(text), f"{name} would not be measured: {absent[name]}")
+                raise RequestError("fail_if", repr(text), f"{name} would not be measured: {absent[name]}")
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RequestError("--fail-if", repr(text), f"{hint}allowed here: {', '.join(known)}, or retained_ and one")
+            raise RequestError("fail_if", repr(text), f"{hint}allowed here: {', '.join(known)}, or retained_ and one")
         if retained and not baseline:
-            raise RequestError("--fail-if", repr(text), "needs --baseline")
-        found.append(Gate(text.strip(), name, retained, sign, bound))
+            raise RequestError("fail_if", repr(text), "needs a baseline")
+        found.append(Threshold(text.strip(), name, retained, sign, bound))
     return tuple(found)
 
 
-def judged(report: Report, checked: Sequence[Gate]) -> Report:
-    """Return the report with what became of each gate in its provenance: "passed", or why it failed."""
+def apply_thresholds(report: Report, checked: Sequence[Threshold]) -> Report:
+    """Return the report with what became of each threshold in its provenance: "passed", or why it was missed."""
     if not checked:
         return report
-    told = {gate.text: gate.failure(report) or "passed" for gate in checked}
-    return replace(report, provenance={**report.provenance, "gates": told})
+    told = {one.text: one.failure(report) or "passed" for one in checked}
+    return replace(report, provenance={**report.provenance, "thresholds": told})

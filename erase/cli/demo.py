@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from erase_concept.cli.erase import run
-from erase_concept.cli.evaluate import run as evaluate
 from erase_concept.cli.options import JsonOption, RecipeOptions, SeedOption, examples
 from erase_concept.cli.terminal import print_report
 
@@ -27,14 +26,16 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Erase a concept from the built-in model, measure base and erased model, and write the report."""
-    from erase_concept.eval.emojinette_benchmark import emojinette_benchmark
+    from erase_concept.eval.choose import check_measurable
+    from erase_concept.eval.evaluate import run_evaluation
+    from erase_concept.eval.request import EvalRequest
     from erase_concept.pipelines.builtin import builtin_models
 
     model = next(iter(builtin_models().values()))
     recipe = RecipeOptions(model=model.name, concept=[concept or model.demo], seed=seed).read()
-    emojinette_benchmark(recipe.concept)  # refuses a concept that cannot be measured before it is erased
+    check_measurable(recipe.concept, model.benchmark)
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
     run(recipe, out)
-    report = evaluate(str(out), out=out)
+    report = run_evaluation(EvalRequest(model=str(out), out=out))
     if report is not None:
         print_report(report, out, json_)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,11 +21,9 @@ from erase_concept.cli.options import (
     grouped,
 )
 from erase_concept.cli.terminal import print_report
-from erase_concept.pipelines.progress import bar
 
 if TYPE_CHECKING:
-    from erase_concept.eval.report.report import Report
-    from erase_concept.prompts.concept import Concept
+    from erase_concept.eval.request import EvalRequest
 
 _PROMPTS = "Prompts"
 _JUDGING = "Judging"
@@ -47,7 +45,7 @@ class EvalOptions:
             "--benchmark",
             "-b",
             metavar="NAME|FILE",
-            help="See 'list benchmarks', or a YAML file. (default: the built-in model's)",
+            help="See 'list benchmarks', or a YAML file. (default: the model's own, or the one for the concept's kind)",
         ),
     ] = None
     concept: Annotated[
@@ -82,11 +80,12 @@ class EvalOptions:
             help='Exit with 1 if it is true, such as "ua<0.95" or "retained_ira<0.98". Repeat it for several.',
         ),
     ] = None
-    classifier: Annotated[
-        str | None,
+    judge: Annotated[
+        list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Such as efficientnet-lite2, torchvision:resnet50, timm:NAME or hf:NAME.",
+            help="In the place of the benchmark's: efficientnet-lite2, torchvision:resnet50, timm:NAME, hf:NAME, ... "
+            "See 'list judges'. Repeat it for several.",
             rich_help_panel=_JUDGING,
         ),
     ] = None
@@ -136,12 +135,30 @@ class EvalOptions:
     guard: GuardOption = None
     batch_size: BatchOption = 16
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that were given."""
-        names = ("category", "limit", "classifier", "reference", "steps", "guidance", "scheduler")
+    def request(self, model: str, out: Path) -> EvalRequest:
+        """Return what is asked for, of a model and a folder to write to."""
+        from erase_concept.eval.request import EvalRequest
+
+        names = ("category", "limit", "seeds", "steps", "guidance", "scheduler")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        parts = assigned(self.set, "judge", "metric")
-        return given | parts["judge"] | parts["metric"]
+        parts = assigned(self.set, "judge", "metric", "guard")
+        given |= {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        if self.reference is not None:
+            given["metric.reference"] = str(self.reference)
+        concept = self.concept[0] if self.concept and len(self.concept) == 1 else self.concept
+        return EvalRequest(
+            model=model,
+            out=out,
+            concept=concept,
+            benchmark=self.benchmark,
+            baseline=self.baseline,
+            prompts=self.prompts,
+            judges=tuple(self.judge or ()),
+            settings=given,
+            guard=self.guard,
+            fail_if=tuple(self.fail_if or ()),
+            batch_size=self.batch_size,
+        )
 
 
 @grouped
@@ -154,24 +171,10 @@ def evaluate(
     json_: JsonOption = False,
 ) -> None:
     """Measure whether the concept is gone and what else was lost, beside the base model, and write the report."""
+    from erase_concept.eval.evaluate import run_evaluation
     from erase_concept.eval.report.verdict import main_scores
-    from erase_concept.pipelines.builtin import builtin_models
-    from erase_concept.recipe import find_concept
 
-    concept = options.concept
-    report = run(
-        model,
-        concept[0] if concept and len(concept) == 1 else find_concept(concept, model) if concept else None,
-        options.baseline,
-        out=out,
-        name=options.benchmark or next(iter(builtin_models().values())).benchmark,
-        prompts=options.prompts,
-        settings=options.settings(),
-        guard=options.guard,
-        fail_if=options.fail_if or (),
-        seeds=options.seeds,
-        batch_size=options.batch_size,
-    )
+    report = run_evaluation(options.request(model, out))
     if report is None:
         return
     shown = report if json_ else replace(report, scores=tuple(main_scores(report)))
@@ -181,39 +184,8 @@ def evaluate(
             print(f"erase-concept: {who}: {note}", file=sys.stderr)
     for metric, reason in report.provenance.get("not measured", {}).items():
         print(f"erase-concept: {metric} not measured: {reason}", file=sys.stderr)
-    failed = [line for line in report.provenance.get("gates", {}).values() if line != "passed"]
+    failed = [line for line in report.provenance.get("thresholds", {}).values() if line != "passed"]
     for line in failed:
-        print(f"erase-concept: {line}", file=sys.stderr)
+        print(f"erase-concept: --fail-if {line}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
-
-
-def run(
-    model: str, concept: str | Concept | None = None, baseline: str | None = None, *, out: Path, **options: Any
-) -> Report | None:
-    """Sample and measure a model and its base, and write the report to ``out``; a run's model card gets the result.
-
-    Of several processes only the main one measures; the others return None.
-    """
-    from erase_concept.eval.benchmark import benchmark
-    from erase_concept.eval.report.report import Report
-
-    result = None
-    with bar() as shown:
-        task = shown.add_task("sample", total=None)
-        for event in benchmark(model, concept, baseline, out=out, **options):
-            if isinstance(event, Report):
-                result = event
-            else:
-                shown.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
-    if result is not None and (Path(model) / "run.json").is_file():
-        from erase_concept.card import write_card
-        from erase_concept.eval.report.verdict import main_scores
-        from erase_concept.eval.report.write import report_json
-        from erase_concept.run import read_run
-
-        account = read_run(Path(model))
-        if result.concept == account["concept"] and result.base is not None:
-            first = replace(result, scores=tuple(main_scores(result)))
-            write_card(Path(model), account, report_json(first)["scores"])
-    return result

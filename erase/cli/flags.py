@@ -15,6 +15,7 @@ FLAGS = {
     "what": "WHAT",
     "name": "NAME",
     "set": "--set",
+    "metric.reference": "--reference",
     "mask.kind": "--mask",
     "mask.scope": "--scope",
     "mask.sparsity": "--sparsity",
@@ -25,7 +26,7 @@ FLAGS = {
     for name in (
         *("concept", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
-        *("benchmark", "baseline", "reference", "classifier", "fail_if"),
+        *("benchmark", "baseline", "judge", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),
         *("format", "dtype", "rank", "lora_style", "push_to_hub", "public", "revert", "transfer"),
     )
@@ -33,6 +34,7 @@ FLAGS = {
 # Flags that there were once, and how to say the same now.
 REPLACED = {
     "--kind": "--mask",
+    "--classifier": "--judge",
     "--strengths": "--multipliers",
     "--threshold": "--set judge.threshold",
     "--labels": "--set judge.labels",

@@ -20,13 +20,15 @@ EXAMPLES = examples("erase-concept list methods", "erase-concept list methods sa
 COLUMNS = {
     "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": ""},
     "guards": {"summary": "what it does", "paper": ""},
+    "judges": {"summary": "what it tells"},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
     "attacks": {"summary": "what it does"},
 }
 # Further fields of one record, shown when it is asked for by name.
 MORE = {
     "methods": {"title": "title", "mask": "mask", "scope": "scope", "tuned_setting": "tuned setting"},
-    "metrics": {"title": "title", "unit": "unit"},
+    "judges": {"title": "title"},
+    "metrics": {"title": "title", "unit": "unit", "judge": "judge"},
 }
 # What stands before a setting's name in --set.
 PREFIXES = {"guards": "guard.", "judges": "judge.", "metrics": "metric.", "attacks": "attack."}
@@ -37,7 +39,7 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, guards, metrics, attacks, benchmarks, models, concepts or prompts.",
+            help="methods, guards, judges, metrics, attacks, benchmarks, models, concepts or prompts.",
         ),
     ],
     name: Annotated[
@@ -121,9 +123,9 @@ def _fields(what: str, record: Any, *more: str) -> dict[str, str]:
 
 
 def _benchmarks() -> dict[str, dict[str, str]]:
-    from erase_concept.eval.benchmark import BENCHMARKS
+    from erase_concept.eval.benchmarks import benchmarks
 
-    return {name: {"about": benchmark.about} for name, benchmark in BENCHMARKS.items()}
+    return {name: {"about": benchmark.about} for name, benchmark in benchmarks().items()}
 
 
 def _models() -> dict[str, dict[str, str]]:

@@ -16,8 +16,8 @@ from erase_concept.eval.compare.trials import (
     PRESETS,
     Trial,
     TrialContext,
-    asked_of,
     is_guard,
+    plan_of,
     recipe_of,
     split_mask,
     split_settings,
@@ -121,7 +121,7 @@ def check_request(request: CompareRequest) -> CompareRequest:
         recipe_of(request.model, Trial(method, request.concepts[0], 0))
     for concept in {*request.concepts, *request.tune_on}:
         trial = Trial(request.methods[0], concept, 0)
-        asked_of(request.benchmark, recipe_of(request.model, trial), trial, request.out)
+        plan_of(request.benchmark, recipe_of(request.model, trial), trial, request.out)
     for mask in request.masks:
         _check_mask(split_mask(mask)[0])
     return request

@@ -18,7 +18,7 @@ from erase_concept.eval.compare.trials import Trial, TrialContext, TrialResult, 
 
 RESULTS = "trials.jsonl"
 _LINE = TypeAdapter(TrialResult)
-_PRELOADED = ("erase_concept.run", "erase_concept.methods", "erase_concept.eval.benchmark")
+_PRELOADED = ("erase_concept.run", "erase_concept.methods", "erase_concept.eval.evaluate")
 
 
 def read_results(file: Path) -> list[TrialResult]:

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.score import Score
 from erase_concept.files import atomic_write
 
 if TYPE_CHECKING:
     from erase_concept.data import ForgetRetain
-    from erase_concept.eval.images import Asked
+    from erase_concept.eval.benchmarks import Benchmark
+    from erase_concept.eval.plan import EvalPlan
     from erase_concept.eval.report.report import Pair
     from erase_concept.masks.mask import Mask
     from erase_concept.pipelines.image_set import ImageSet
@@ -168,24 +170,25 @@ def prepare_trial(context: TrialContext, trial: Trial) -> None:
     from erase_concept.pipelines.load import load
 
     recipe = recipe_of(context.model, trial)
-    asked = asked_of(context.benchmark, recipe, trial, context.folder)
+    plan = plan_of(context.benchmark, recipe, trial, context.folder)
     loaded = load(context.model)
     base_hash = loaded.describe()["unet"]
-    _sampled(loaded, asked, _base_folder(context, recipe), guarded=False)
+    _sampled(loaded, plan, _base_folder(context, recipe), guarded=False)
     if not is_guard(trial.method):
         _mask(recipe, loaded, _data(recipe, loaded, base_hash, context.folder), base_hash, context.folder)
 
 
 def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
     """Erase, sample and judge. Keeps a few of the images in ``samples/KEY`` of the comparison's folder."""
-    from erase_concept.eval.images import Gathered
+    from erase_concept.eval.images import EvalImages
+    from erase_concept.eval.measure import measure
     from erase_concept.eval.report.report import drawn
     from erase_concept.pipelines.image_set import read_images
     from erase_concept.pipelines.load import load
 
     began = time.perf_counter()
     recipe = recipe_of(context.model, trial)
-    asked = asked_of(context.benchmark, recipe, trial, context.folder)
+    plan = plan_of(context.benchmark, recipe, trial, context.folder)
     loaded = load(context.model)
     result = TrialResult(trial, key, context.code, recipe.concept.kind, "", 1.0, 0.0, 0.0)
     if not is_guard(trial.method):
@@ -193,8 +196,8 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
         if result.failed:
             return result
     with tempfile.TemporaryDirectory() as folder:
-        images = _sampled(loaded, asked, Path(folder) / "erased", guarded=True)
-        report = asked.measure(Gathered(images, read_images(_base_folder(context, recipe)), {}, 0.0))
+        images = _sampled(loaded, plan, Path(folder) / "erased", guarded=True)
+        report = measure(plan, EvalImages(images, read_images(_base_folder(context, recipe)), {}, 0.0))
         _keep_examples(
             [report.pairs[place] for place in drawn(report.pairs, EXAMPLES)], context.folder / "samples" / key
         )
@@ -237,23 +240,45 @@ def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) 
     )
 
 
-def asked_of(benchmark: str, recipe: Recipe, trial: Trial, folder: Path) -> Asked:
-    """Return what a benchmark asks of a trial; raises RequestError when it does not measure both sides."""
-    from erase_concept.eval.benchmark import asked_by, find_benchmark
-    from erase_concept.eval.images import Plan
+def plan_of(benchmark: str, recipe: Recipe, trial: Trial, folder: Path) -> EvalPlan:
+    """Return how a trial is evaluated; raises RequestError when the benchmark does not measure both sides."""
+    from erase_concept.eval.benchmarks import find_benchmark
+    from erase_concept.eval.plan import make_plan
+    from erase_concept.eval.request import EvalRequest
 
-    own = benchmark == "emojinette"
-    if not own and "classes" not in find_benchmark(benchmark).metrics:
-        allowed = "tells neither UA nor IRA; allowed: emojinette, imagenette, style, or a YAML file with metric classes"
-        raise RequestError("benchmark", benchmark, allowed)
-    guard = trial.method if is_guard(trial.method) else None
-    plan = Plan(recipe.model, recipe.model, folder / "trials", {}, 16, (), guard)
-    asked = asked_by(
-        benchmark, plan, recipe.concept, {"seeds": 1} if own else {}, metrics=("ua", "ira", "cra", "frechet")
+    found = find_benchmark(benchmark)
+    request = EvalRequest(
+        model=recipe.model,
+        out=folder / "trials",
+        concept=recipe.concept,
+        benchmark=benchmark,
+        baseline=recipe.model,
+        settings={"seeds": 1} if found.catalog else {},
+        metrics=_compared_metrics(found),
+        guard=trial.method if is_guard(trial.method) else None,
     )
+    plan = make_plan(request)
+    for name in request.metrics:  # a comparison lacks nothing that the benchmark's verdict cites
+        if name in plan.prepared.missing and METRICS.find(name).about == "forget":
+            raise RequestError("benchmark", benchmark, f"{name} cannot be measured: {plan.prepared.missing[name]}")
     # New noise for every seed, so that no two trials' samples are the same ones.
-    rows = tuple(replace(row, seed=(row.seed + 1_000 * trial.seed) % 2**63) for row in asked.prompts.rows)
-    return replace(asked, prompts=replace(asked.prompts, rows=rows))
+    asked = plan.prompts.asked
+    rows = tuple(replace(row, seed=(row.seed + 1_000 * trial.seed) % 2**63) for row in asked.rows)
+    return replace(plan, prompts=replace(plan.prompts, asked=replace(asked, rows=rows)))
+
+
+def _compared_metrics(benchmark: Benchmark) -> tuple[str, ...]:
+    """Return the metrics of a benchmark that comparisons cite: its shares, and the first distance of the rest.
+
+    Raises RequestError where there is no share of what is forgotten, or none of what is retained.
+    """
+    records = [METRICS.find(name) for name in benchmark.metrics]
+    shares = [record for record in records if record.in_verdict]
+    if not {"forget", "retain"} <= {record.about for record in shares}:
+        allowed = "tells no share of what is forgotten, or none of what is retained"
+        raise RequestError("benchmark", benchmark.title, allowed)
+    distances = [one for one in records if one.about == "retain" and one.unit != "fraction"]
+    return tuple(record.name for record in (*shares, *distances[:1]))
 
 
 def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
@@ -262,18 +287,16 @@ def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
     return context.folder / "base" / name
 
 
-def _sampled(model: Diffusion, asked: Asked, folder: Path, *, guarded: bool) -> ImageSet:
+def _sampled(model: Diffusion, plan: EvalPlan, folder: Path, *, guarded: bool) -> ImageSet:
     """Return the images that are asked for, and sample them where they are not there."""
-    from erase_concept.eval.images import fitting
+    from erase_concept.eval.images import check_model, fitting, sampling_of
     from erase_concept.pipelines.image_set import read_images
-    from erase_concept.pipelines.sample import Sampling, iter_sample
+    from erase_concept.pipelines.sample import iter_sample
 
-    if asked.size not in (None, model.size):
-        raise RequestError("model", model.source, f"draws {model.size} pixels; the benchmark judges {asked.size}")
+    check_model(plan, model)
     if not (folder / "manifest.jsonl").is_file():
         partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
-        options = {**asked.options, **(asked.guarded if guarded else {})}
-        for _ in iter_sample(model, fitting(asked.prompts, model), partial, Sampling(**options)):
+        for _ in iter_sample(model, fitting(plan.prompts.asked, model), partial, sampling_of(plan, guarded=guarded)):
             pass
         partial.rename(folder)
     return read_images(folder)

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.features import read_image
 from erase_concept.eval.metrics import METRICS
-from erase_concept.eval.metrics.fidelity import read_image
-from erase_concept.eval.metrics.metric import Metric
+from erase_concept.eval.metrics.metric import (
+    JudgedImages,
+    Metric,
+    MetricContext,
+    MetricInput,
+    MetricResult,
+    PreparedMetric,
+)
 from erase_concept.eval.score import Score, bootstrap
+from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,21 +65,23 @@ def load_clip(name: str = MODEL) -> Clip:
             parts, missing = _load(name, local=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
             if Path(name).is_dir():
-                raise RequestError("--clip", name, f"holds no CLIP model: {_first_line(problem)}") from problem
+                raise RequestError("metric.clip", name, f"holds no CLIP model: {_first_line(problem)}") from problem
             if HF_HUB_OFFLINE:
                 what = "no folder and not in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
-                raise RequestError("--clip", name, f"{what}: name its folder") from problem
+                raise RequestError("metric.clip", name, f"{what}: name its folder") from problem
             try:
                 HfApi().model_info(name)  # says at once what transformers finds out in a minute of trying again
                 parts, missing = _load(name, local=False)
             except Exception as gone:  # among them those of the HTTP library, which is another one in each version
                 what = f"no folder, not in the hub's cache, and could not be downloaded: {_first_line(gone)}"
-                raise RequestError("--clip", name, what) from gone
+                raise RequestError("metric.clip", name, what) from gone
     if missing:
-        raise RequestError("--clip", name, f"holds no whole CLIP model: {len(missing)} weights missing, {missing[0]}")
+        raise RequestError(
+            "metric.clip", name, f"holds no whole CLIP model: {len(missing)} weights missing, {missing[0]}"
+        )
     words, asked = len(parts[1]), parts[0].config.text_config.vocab_size
     if words != asked:  # of a folder without one, transformers makes a tokenizer that knows nothing
-        raise RequestError("--clip", name, f"its tokenizer knows {words} tokens, its model asks for {asked}")
+        raise RequestError("metric.clip", name, f"its tokenizer knows {words} tokens, its model asks for {asked}")
     model = parts[0].to(processes().device).eval().requires_grad_(False)
     return Clip(name, weights_hash(model), model, *parts[1:])
 
@@ -128,7 +138,7 @@ def clip_score(values: NDArray[np.float32], prompts: Sequence[str], clip: Clip, 
     Raises RequestError when there are none.
     """
     if len(values) == 0:
-        raise RequestError("DIR", "(empty)", "no images")
+        raise RequestError("images", "(empty)", "no images")
     values = values.astype(np.float64)
     lengths = clip.tokenizer(list(prompts), truncation=True, max_length=clip.tokens + 1)["input_ids"]
     cut = sum(len(tokens) > clip.tokens for tokens in lengths)
@@ -142,6 +152,29 @@ def _first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
 
 
+@settings
+class ClipSettings:
+    """Which CLIP model."""
+
+    clip: Annotated[str, described("A folder or a hub id.", source="Hessel et al. 2021")] = MODEL
+
+
+def _prepare(context: MetricContext) -> PreparedMetric:
+    clip = load_clip(context.settings.clip)
+
+    def compute(data: MetricInput) -> MetricResult:
+        prompts = [row.prompt for row, keep in zip(data.erased.images.rows, data.retain, strict=True) if keep]
+
+        def of(side: JudgedImages) -> Score:
+            return clip_score(
+                clip_values(data.files(side, data.retain), prompts, clip), prompts, clip, target=data.concept
+            )
+
+        return MetricResult((data.beside_base(of),), provenance={"clip": {"name": clip.name, "weights": clip.weights}})
+
+    return PreparedMetric(("clip_score",), compute)
+
+
 METRICS.add(
     Metric(
         "clip_score",
@@ -150,5 +183,7 @@ METRICS.add(
         "retain",
         "higher",
         "100 cos",
+        settings=ClipSettings,
+        prepare=_prepare,
     )
 )

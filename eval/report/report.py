@@ -100,7 +100,9 @@ class Report:
     """Everything that an evaluation found out about one erased model.
 
     ``erased`` and ``base`` say how the images were made. ``pairs`` are all of them, of which a page draws a few. Of
-    the scores of one metric, that of everything together comes first, those of its parts after it.
+    the scores of one metric, that of everything together comes first, those of its parts after it. ``looks_for`` is the
+    kind of concept that the metrics look for where none such was erased: they do not tell whether the erased concept is
+    gone.
     """
 
     concept: str
@@ -114,6 +116,7 @@ class Report:
     charts: tuple[Chart, ...] = ()
     curves: tuple[Curve, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    looks_for: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def score(self, metric: str) -> Score | None:

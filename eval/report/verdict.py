@@ -63,9 +63,21 @@ def headline(report: Report) -> str:
 
 
 def cited(report: Report, about: str) -> list[tuple[Metric, Score]]:
-    """Return the leading scores about "forget" or "retain" that a verdict cites, with their metrics' records."""
+    """Return the leading scores about "forget" or "retain" that a verdict cites, with their metrics' records.
+
+    A metric that looks for another kind of concept than the erased one says nothing about either.
+    """
+    return [(record, score) for record, score in _found(report, about) if not _beside(record, report)]
+
+
+def _found(report: Report, about: str) -> list[tuple[Metric, Score]]:
     found = [(metric_record(score.metric), score) for score in leading(report)]
     return [(record, score) for record, score in found if record and record.finding and record.about == about]
+
+
+def _beside(record: Metric, report: Report) -> bool:
+    """Whether a metric looks for a kind of concept that was not erased."""
+    return bool(report.looks_for) and record.looks_for == report.looks_for
 
 
 def _gone(report: Report) -> tuple[str, str, list[Tile]]:
@@ -73,7 +85,7 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
     found = cited(report, "forget")
     shares = [(record, score) for record, score in found if record.in_verdict]
     if not shares:
-        return "Not measured", "No metric here looks for the erased concept.", []
+        return _something_else(report)
     record, score = shares[0]
     still = score if record.direction == "lower" else _complement(score)
     text = f"{percent(still.value)} {_finding(record, report)}"
@@ -86,6 +98,18 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
             text += f" So few images ({still.n:,}) cannot rule out up to {percent(still.ci95[1])}."
     ratios = [_tile(record, ratio, report) for record, ratio in found if ratio.unit == "ratio"]
     return word, text, [_tile(record, still, report), *ratios]
+
+
+def _something_else(report: Report) -> tuple[str, str, list[Tile]]:
+    """Say that the erased concept was not looked for, and what was found of the kind that was."""
+    found = [(record, score) for record, score in _found(report, "forget") if _beside(record, report)]
+    if not found:
+        return "Not measured", "No metric here looks for the erased concept.", []
+    text = f"This benchmark looks for {report.looks_for}, which was not erased"
+    for record, score in found[:1]:
+        text += f": {percent(score.value)} {_finding(record, report)}"
+        text += "" if score.baseline is None else f"; of the base model's images, {percent(score.baseline)}"
+    return "Not measured", f"{text}.", [_tile(record, score, report) for record, score in found]
 
 
 def _complement(score: Score) -> Score:

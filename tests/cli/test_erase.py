@@ -57,7 +57,7 @@ def test_concepts_of_ones_own(folder: Path, command: Command, small: Sequence[st
     code, _, _ = command("erase", "model", "--recipe", "run/recipe.yaml", "-o", "again")
     assert (code, json.loads((folder / "again" / "run.json").read_text())["erased"]) == (0, account["erased"])
     code, _, err = command("eval", "run", "-o", "out")
-    assert (code, "--concept 'blue disc' (custom): the objects and styles of emojinette are: " in err) == (2, True)
+    assert (code, "--benchmark (not given): none is made for 'blue disc, asked and red star'" in err) == (2, True)
     code, _, err = command("eval", "model", "-c", "dog", "-c", "dog", "-o", "out")
     assert (code, "'dog' is named twice" in err) == (2, True)
 

@@ -11,7 +11,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 def test_a_gate_ends_with_1_after_the_report(folder: Path, command: Command) -> None:
     (folder / "p.csv").write_text("prompt,seed\nthe square,1\ntwo lines,2\n")
-    (folder / "own.yaml").write_text("prompts: p.csv\nmetrics: [similarity]\nsettings: {steps: 1}\n")
+    (folder / "own.yaml").write_text("prompts: p.csv\nmetrics: [pixel_distance]\nsettings: {steps: 1}\n")
     asked = ["eval", "model", "-b", "own.yaml", "-c", "square.yaml", "--baseline", "model", "-o", "out"]
     code, _, err = command(*asked, "--fail-if", "pixels>1")
     assert (code, "--fail-if 'pixels>1': did you mean pixel_distance?" in err) == (2, True)

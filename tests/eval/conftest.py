@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,19 +16,23 @@ from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from erase_concept.eval import emojinette_benchmark as module
-from erase_concept.eval.benchmark import benchmark
-from erase_concept.eval.emojinette_benchmark import emojinette_benchmark, evaluate
-from erase_concept.eval.judges.nudity import Detection, nudity, sweep
-from erase_concept.eval.metrics import fidelity
+from erase_concept.eval.evaluate import iter_evaluate
+from erase_concept.eval.images import EvalImages, check_same
+from erase_concept.eval.judges.judge import Detection
+from erase_concept.eval.measure import measure
+from erase_concept.eval.metrics.nudity import nudity, sweep
+from erase_concept.eval.plan import make_plan
 from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
+from erase_concept.eval.request import EvalRequest
 from erase_concept.eval.score import Score, wilson
+from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import FEATURES, EmojinetteClassifier
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.image_set import ImageSet
 from erase_concept.pipelines.load import load
 from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.label_grid import concept_prompts
 from erase_concept.prompts.promptset import PromptRow
 
 
@@ -50,11 +55,31 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: Emojine
         "style": np.repeat(np.arange(4), 60).astype(np.uint8),
     }
     save_arrays(real, tmp_path / "reference.safetensors")
-    monkeypatch.setattr(module, "CLASSIFIER", tmp_path / "classifier.safetensors")
-    monkeypatch.setattr(module, "REFERENCE", tmp_path / "reference.safetensors")
-    monkeypatch.setattr(fidelity, "REFERENCE", tmp_path / "reference.safetensors")
+    monkeypatch.setattr(emojinette, "CLASSIFIER", tmp_path / "classifier.safetensors")
+    monkeypatch.setattr(emojinette, "REFERENCE", tmp_path / "reference.safetensors")
     # As where the extra is not installed; tests/eval/test_fidelity.py runs the network itself.
-    monkeypatch.setattr(fidelity, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Callable[..., Report]:
+    """Return a function that judges images by the built-in model's benchmark, as an evaluation of folders does."""
+
+    def judge(concept: Concept, erased: ImageSet, base: ImageSet | None = None, **changes: Any) -> Report:
+        folders = [str(some.files[0].parent) for some in (erased, base) if some is not None]
+        request = EvalRequest(
+            folders[0],
+            tmp_path / "evaluated",
+            concept,
+            "emojinette",
+            baseline=folders[1] if base is not None else None,
+            settings={"seeds": 1},
+        )
+        if base is not None:
+            check_same(erased, base)
+        return measure(replace(make_plan(request), **changes), EvalImages(erased, base, {}, 0.0))
+
+    return judge
 
 
 @pytest.fixture
@@ -124,10 +149,13 @@ def hostile() -> str:
 
 
 @pytest.fixture
-def report(church: Concept, shipped: None, images: Callable[..., ImageSet], hostile: str) -> Report:
+def report(
+    church: Concept, shipped: None, images: Callable[..., ImageSet], evaluated: Callable[..., Report], hostile: str
+) -> Report:
     """Return the report of a small evaluation, with a hostile prompt in the first pair that is shown."""
-    rows = emojinette_benchmark(church).rows[::6]
-    made = evaluate(church, images("erased", rows), images("base", rows, seed=1), provenance={"recipe": {"lr": 1e-4}})
+    rows = concept_prompts(CATALOG, church, guidance=5.0).rows[::6]
+    made = evaluated(church, images("erased", rows), images("base", rows, seed=1))
+    made = replace(made, model="emojinette", provenance={"recipe": {"lr": 1e-4}, **made.provenance})
     first = drawn(made.pairs)[0]
     pairs = (*made.pairs[:first], replace(made.pairs[first], prompt=hostile), *made.pairs[first + 1 :])
     return replace(made, pairs=pairs)
@@ -232,7 +260,7 @@ def measured() -> Callable[..., tuple[list[tuple[str, int, int]], Report]]:
     """Return a function that runs a benchmark and returns its events and its report."""
 
     def run(model: str, **options: Any) -> tuple[list[tuple[str, int, int]], Report]:
-        *events, report = benchmark(model, options.pop("concept", None), options.pop("baseline", None), **options)
+        *events, report = iter_evaluate(EvalRequest(model, **options))
         return events, report
 
     return run

@@ -16,12 +16,46 @@ from torchvision import models
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel, pipeline
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.eval.judges.classifiers import IMAGENETTE, Classifier, classifier, imagenet_labels
-from erase_concept.eval.metrics.accuracy import best, classify
+from erase_concept.eval.judges import efficientnet_lite2, find_judge, hf, timm, torchscript, torchvision
+from erase_concept.eval.judges.classifier import Classifier, classifier_judge, imagenet_labels
+from erase_concept.eval.judges.emojinette import classify
+from erase_concept.eval.judges.judge import ANY_KIND, LoadedJudge
+from erase_concept.eval.judges.judge import best_labels as best
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
-from erase_concept.prompts.promptset import PromptRow
+
+# Imagenette's ten classes in its own order, and the place of each among ImageNet's 1,000.
+IMAGENETTE = {
+    "tench": 0,
+    "English springer": 217,
+    "cassette player": 482,
+    "chain saw": 491,
+    "church": 497,
+    "French horn": 566,
+    "garbage truck": 569,
+    "gas pump": 571,
+    "golf ball": 574,
+    "parachute": 701,
+}
+
+
+def classifier(name: str) -> Classifier:
+    """Return the network behind a judge."""
+    find_judge(name)
+    kind, _, value = name.partition(":")
+    if kind == "efficientnet-lite2":
+        return efficientnet_lite2.network()
+    return {"torchvision": torchvision, "timm": timm, "hf": hf, "torchscript": torchscript}[kind].network(value)
+
+
+def _label(net: Classifier, name: str) -> str:
+    return classifier_judge(net).label(name, ANY_KIND)
+
+
+def _emojinette() -> LoadedJudge:
+    record, _ = find_judge("emojinette")
+    return record.load(record.settings(), None)
 
 
 def _noise(n: int, height: int = 64, width: int = 64) -> np.ndarray:
@@ -64,56 +98,68 @@ def test_efficientnet_knows_a_cat_and_an_espresso(lite: Classifier) -> None:
 
 def test_efficientnet_takes_the_middle_at_260_pixels(lite: Classifier) -> None:
     # Twice 292 pixels high, the middle 520 x 520 of which PIL halves by itself.
-    from erase_concept.eval.judges.classifiers import efficientnet_lite2
-
     blocks = np.random.default_rng(1).integers(0, 256, (73, 100, 3), dtype=np.uint8)
     image = Image.fromarray(blocks).resize((800, 584), Image.Resampling.BICUBIC)
     middle = np.asarray(image.resize((400, 292), Image.Resampling.BICUBIC), np.float32)[16:276, 70:330]
     batch = torch.from_numpy((middle / 255 - 0.498) / 0.502).permute(2, 0, 1)[None].float()
-    expected = _softmax(efficientnet_lite2()(batch))
+    expected = _softmax(efficientnet_lite2.load_network()(batch))
     np.testing.assert_allclose(lite.probabilities(np.asarray(image)[None]), expected, atol=1e-5)
 
 
 def test_probabilities_do_not_depend_on_the_batch(lite: Classifier) -> None:
     images = _noise(5)
-    for net in (lite, classifier("emojinette")):
-        whole = net.probabilities(images)
-        assert (whole.dtype, whole.shape) == (np.float32, (5, len(net.labels)))
-        np.testing.assert_allclose(whole.sum(1), 1, rtol=1e-5)
-        for size in (1, 2):
-            np.testing.assert_allclose(net.probabilities(images, batch_size=size), whole, atol=1e-5)
-        np.testing.assert_allclose(net.probabilities(images[2:3])[0], whole[2], atol=1e-5)
-        assert net.probabilities(images[:0]).shape == (0, len(net.labels))
+    whole = lite.probabilities(images)
+    assert (whole.dtype, whole.shape) == (np.float32, (5, len(lite.labels)))
+    np.testing.assert_allclose(whole.sum(1), 1, rtol=1e-5)
+    for size in (1, 2):
+        np.testing.assert_allclose(lite.probabilities(images, batch_size=size), whole, atol=1e-5)
+    np.testing.assert_allclose(lite.probabilities(images[2:3])[0], whole[2], atol=1e-5)
+    assert lite.probabilities(images[:0]).shape == (0, len(lite.labels))
 
 
-def test_emojinette_is_its_own_classifier() -> None:
-    net, images = classifier("emojinette"), _noise(6)
+def _saved(folder: Path, images: np.ndarray) -> list[Path]:
+    files = [folder / f"{place}.png" for place in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image).save(file)
+    return files
+
+
+def test_a_classifier_judges_files_of_several_sizes(lite: Classifier, tmp_path: Path) -> None:
+    images = [*_noise(2), *_noise(2, 80, 100), *_noise(1)]
+    found = classifier_judge(lite).judge(_saved(tmp_path, images))
+    expected = np.concatenate([lite.probabilities(image[None]) for image in images])
+    np.testing.assert_allclose(found.scores, expected, atol=1e-5)
+    assert found.words == tuple(lite.labels[place] for place in expected.argmax(1))
+    assert found.shown(k=5) == best(expected, lite.labels)
+
+
+def test_emojinette_is_its_own_classifier(tmp_path: Path) -> None:
+    judge, images = _emojinette(), _noise(6)
     own = load_classifier(emojinette.CLASSIFIER)
-    logits = own(torch.from_numpy(images / 255).movedim(-1, 1).float())[0]
-    found = net.probabilities(images)
-    np.testing.assert_allclose(found, _softmax(logits), atol=1e-5)
-    seen = classify(images, [PromptRow("p", seed) for seed in range(6)], own)
-    assert tuple(labels[0] for labels in best(found, net.labels)) == seen.objects
-    assert net.styles is not None
-    assert net.styles.labels == CATALOG.styles
-    found = net.styles.probabilities(images)
-    np.testing.assert_allclose(
-        found, _softmax(own(torch.from_numpy(images / 255).movedim(-1, 1).float())[1]), atol=1e-5
-    )
-    assert tuple(labels[0] for labels in best(found, CATALOG.styles, k=1)) == seen.styles
-    assert (net.styles.name, net.styles.weights) == (net.name, net.weights)
+    found = judge.judge(_saved(tmp_path, images))
+    seen = classify(images, own)
+    np.testing.assert_allclose(found.scores, seen.scores, atol=1e-6)
+    logits = own(torch.from_numpy(images / 255).movedim(-1, 1).float())
+    np.testing.assert_allclose(found.scores, np.concatenate([_softmax(some) for some in logits], 1), atol=1e-5)
+    assert judge.labels_of("object") == CATALOG.labels
+    assert judge.labels_of("style") == CATALOG.styles
+    # Larger images are scaled and cropped to the 64 x 64 pixels that it takes.
+    (tmp_path / "large").mkdir()
+    large = [np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.NEAREST)) for image in images]
+    scaled = judge.judge(_saved(tmp_path / "large", np.stack(large)))
+    assert np.abs(scaled.scores - found.scores).mean() < 0.1
 
 
 def test_emojinette_stands_in_for_imagenette() -> None:
-    net = classifier("emojinette")
-    assert tuple(net.label(name) for name in IMAGENETTE) == CATALOG.labels[:10]
-    assert net.label("Sunflower") == "flower"
+    judge = _emojinette()
+    assert tuple(judge.label(name, "object") for name in IMAGENETTE) == CATALOG.labels[:10]
+    assert judge.label("Sunflower", "object") == "flower"
 
 
 @pytest.mark.parametrize("images", [np.zeros((1, 64, 64), np.uint8), np.zeros((1, 64, 64, 3)), _noise(1)[..., :1]])
-def test_other_arrays_are_refused(images: np.ndarray) -> None:
+def test_other_arrays_are_refused(lite: Classifier, images: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"take uint8 images \[n, h, w, 3\]"):
-        classifier("emojinette").probabilities(images)
+        lite.probabilities(images)
 
 
 # --- torchvision ---
@@ -161,7 +207,7 @@ def test_a_file_of_labels_says_what_the_outputs_mean(tmp_path: Path) -> None:
     name = f"torchvision:squeezenet1_1={tmp_path / 'ten.safetensors'}"
     with pytest.raises(RequestError, match="the weights are not this model's: size mismatch for classifier") as refused:
         classifier(name)
-    assert (refused.value.setting, refused.value.value) == ("--classifier", name)
+    assert (refused.value.setting, refused.value.value) == ("judge", name)
     _labels(tmp_path / "ten.safetensors", [*IMAGENETTE])
     net = classifier(name)
     assert net.labels == tuple(IMAGENETTE)
@@ -223,7 +269,7 @@ def test_timm_folders_bring_their_labels(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="does not say what its 2 outputs mean"):
         classifier(f"timm:local-dir:{tmp_path / 'unknown'}")
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=11821), tmp_path / "more")
-    assert classifier(f"timm:local-dir:{tmp_path / 'more'}").label("espresso") == "espresso"
+    assert _label(classifier(f"timm:local-dir:{tmp_path / 'more'}"), "espresso") == "espresso"
 
 
 def test_timm_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,19 +306,19 @@ def test_transformers_from_a_folder_is_its_pipeline(tmp_path: Path) -> None:
         np.testing.assert_allclose(row, [scores[label] for label in net.labels], atol=1e-5)
     assert np.ptp(found, axis=1).min() > 0.05
     assert net.name == f"hf:vit (sha256 {net.weights[:12]})"  # and not where the folder lies
-    assert [net.label(name) for name in ("Tench", "chainsaw", "crane")] == [
+    assert [_label(net, name) for name in ("Tench", "chainsaw", "crane")] == [
         "tench, Tinca tinca",
         "chain saw, chainsaw",
         "crane",
     ]
     with pytest.raises(RequestError, match=r"is no class of hf:vit .*; allowed: tench, Tinca tinca, chain saw"):
-        net.label("church")
+        _label(net, "church")
 
 
 def test_a_name_of_several_classes_is_refused(tmp_path: Path) -> None:
     net = classifier(f"hf:{_vit(tmp_path / 'vit', {0: 'church, Christian church', 1: 'chapel, church'})}")
-    with pytest.raises(RequestError, match=r"--concept church: names several classes of .*: chapel, church; church, C"):
-        net.label("church")
+    with pytest.raises(RequestError, match=r"concept church: names several classes of .*: chapel, church; church, C"):
+        _label(net, "church")
 
 
 def test_transformers_without_a_head_or_labels_is_refused(tmp_path: Path) -> None:
@@ -332,7 +378,7 @@ def test_torchscript_gets_pixels_from_0_to_1(tmp_path: Path) -> None:
 def test_torchscript_is_taken_by_its_prefix_alone(tmp_path: Path) -> None:
     _script(tmp_path / "net.pt")
     with pytest.raises(RequestError, match=r"is a program: say torchscript:.*net\.pt if you trust it"):
-        classifier(str(tmp_path / "net.pt"))
+        find_judge(str(tmp_path / "net.pt"))
     with pytest.raises(RequestError, match="damaged or no file of weights"):
         classifier(f"torchvision:resnet18={tmp_path / 'net.pt'}")
     (tmp_path / "net.txt").unlink()
@@ -361,11 +407,19 @@ def test_networks_that_do_not_classify(what: str, labels: str, words: str, tmp_p
 # --- requests that are wrong ---
 
 
-@pytest.mark.parametrize("name", ["", "resnet50", "emojinette:3d", "torchvision:", "clip:vit", ":x"])
+@pytest.mark.parametrize("name", ["", "resnet50", "clip:vit", ":x"])
 def test_unknown_names_list_the_known(name: str) -> None:
-    with pytest.raises(RequestError, match=r"no such classifier; allowed: emojinette, .*, torchscript:FILE") as refused:
-        classifier(name, argument="--classify-with")
-    assert refused.value.setting == "--classify-with"
+    with pytest.raises(RequestError, match=r"allowed: efficientnet-lite2, emojinette, .*, torchscript") as refused:
+        find_judge(name)
+    assert refused.value.setting == "judge"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("emojinette:3d", "must be emojinette alone"), ("torchvision:", "must be torchvision:MODEL")]
+)
+def test_a_value_stands_behind_the_names_that_need_one(name: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        find_judge(name)
 
 
 @pytest.mark.parametrize(
@@ -410,12 +464,12 @@ def test_files_of_weights_run_no_code(tmp_path: Path) -> None:
 def test_absent_packages_are_named(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(RequestError, match=rf'needs .*: pip install "erase-concept\[{extra}\]"') as refused:
-        classifier(name, argument="--with")
-    assert (refused.value.setting, refused.value.value) == ("--with", name)
+        classifier(name)
+    assert (refused.value.setting, refused.value.value) == ("judge", name)
 
 
 def test_near_names_are_offered(lite: Classifier) -> None:
-    assert [lite.label(name) for name in IMAGENETTE] == list(IMAGENETTE)
-    assert lite.label("garbage_truck") == lite.label("GARBAGE  truck") == "garbage truck"
+    assert [_label(lite, name) for name in IMAGENETTE] == list(IMAGENETTE)
+    assert _label(lite, "garbage_truck") == _label(lite, "GARBAGE  truck") == "garbage truck"
     with pytest.raises(RequestError, match=r"is no class of efficientnet-lite2 .*; near it: .*church"):
-        lite.label("churches")
+        _label(lite, "churches")

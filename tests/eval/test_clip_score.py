@@ -116,7 +116,7 @@ def test_the_score_is_their_mean_and_says_what_was_cut(clip: Clip, folder: Path)
 
 def test_without_the_hub_it_says_so_at_once() -> None:
     began = time.perf_counter()
-    with pytest.raises(RequestError, match=f"--clip {MODEL}: no folder and not in the hub's cache") as told:
+    with pytest.raises(RequestError, match=f"metric.clip {MODEL}: no folder and not in the hub's cache") as told:
         load_clip()
     assert time.perf_counter() - began < 10
     assert "\n" not in str(told.value)

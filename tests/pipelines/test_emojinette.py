@@ -14,9 +14,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from erase_concept.eval.benchmark import benchmark
-from erase_concept.eval.emojinette import card
-from erase_concept.eval.metrics.accuracy import classify
+from erase_concept.eval.benchmarks.emojinette import card
+from erase_concept.eval.evaluate import evaluate
+from erase_concept.eval.judges.emojinette import classify
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
@@ -96,9 +96,9 @@ def test_draws_what_it_is_asked_for(model: Diffusion) -> None:
     images = np.zeros((len(rows), 64, 64, 3), np.uint8)
     for place, image in sample_images(model, rows, Sampling(steps=15, guidance=5.0)):
         images[place] = image
-    seen = classify(images, rows, load_classifier(emojinette.CLASSIFIER))
-    right = sum(a == row.object for a, row in zip(seen.objects, rows, strict=True))
-    styled = sum(a == row.style for a, row in zip(seen.styles, rows, strict=True))
+    seen = classify(images, load_classifier(emojinette.CLASSIFIER))
+    right = sum(shown == (row.object,) for shown, row in zip(seen.shown("object"), rows, strict=True))
+    styled = sum(shown == (row.style,) for shown, row in zip(seen.shown("style"), rows, strict=True))
     # Of 40; the quality that the card states makes fewer than 36 a one in a thousand event.
     assert right >= 36
     assert styled >= 36
@@ -127,7 +127,7 @@ def test_forgets_church_and_keeps_the_rest(model: Diffusion, tmp_path: Path) -> 
     for _ in erase(recipe, tmp_path / "run"):
         pass
     assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
-    *_, report = benchmark(tmp_path / "run", out=tmp_path / "run", seeds=1)
+    report = evaluate(tmp_path / "run", settings={"seeds": 1})
     ua, ira, cra = (report.score(name) for name in ("ua", "ira", "cra"))
     assert ua.baseline <= 0.15
     assert ua.value >= 0.9

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from erase_concept.eval.metrics.accuracy import Classified, classify
+from erase_concept.eval.judges.emojinette import classify
 from erase_concept.eval.score import wilson
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG, artwork
@@ -24,34 +24,37 @@ from erase_concept.prompts.label_grid import catalog_prompts
 from erase_concept.prompts.promptset import PromptRow
 
 if TYPE_CHECKING:
-    from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+    from numpy.typing import NDArray
+
+    from erase_concept.eval.judges.judge import Judgement
     from erase_concept.pipelines.model import Diffusion
 
 GUIDANCE = 5.0
 SEEDS = 10
 
 
-def found(seen: Classified) -> dict[str, Any]:
+def found(rows: Sequence[PromptRow], seen: Judgement) -> dict[str, Any]:
     """Return how often object and style were recognised, of how many, and the pairs in which one was not."""
-    objects, styles = (np.array(seen.asked(kind)) == np.array(seen.seen(kind)) for kind in ("object", "style"))
-    wrong = [row for row, fine in zip(seen.rows, objects & styles, strict=True) if not fine]
+    objects = np.array([row.object in (shown or ()) for row, shown in zip(rows, seen.shown("object"), strict=True)])
+    styles = np.array([row.style in (shown or ()) for row, shown in zip(rows, seen.shown("style"), strict=True)])
+    wrong = [row for row, fine in zip(rows, objects & styles, strict=True) if not fine]
     missed = Counter(f"{row.object}, {row.style}" for row in wrong)
     return {
-        "n": len(seen.rows),
+        "n": len(rows),
         "object": int(objects.sum()),
         "style": int(styles.sum()),
         "missed": dict(missed.most_common()),
     }
 
 
-def sampled(model: Diffusion, classifier: EmojinetteClassifier, rows: Sequence[PromptRow]) -> Classified:
-    """Sample rows and classify the images."""
+def sampled(model: Diffusion, rows: Sequence[PromptRow]) -> NDArray[np.uint8]:
+    """Return an image [n, h, w, 3] of each row."""
     from erase_concept.pipelines.sample import Sampling, sample_images
 
     images = np.zeros((len(rows), model.size, model.size, 3), np.uint8)
     for place, image in sample_images(model, rows, Sampling(guidance=GUIDANCE)):
         images[place] = image
-    return classify(images, rows, classifier)
+    return images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,22 +77,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     known = catalog_prompts(CATALOG, range(SEEDS)).rows
     unseen = catalog_prompts(CATALOG, range(SEEDS // 2), unseen=True, first_seed=50_000).rows
-    drawn = sampled(model, classifier, known)
+    drawn = sampled(model, known)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        sampled(model, classifier, known[:16])
+        sampled(model, known[:16])
         seconds.append(time.perf_counter() - began)
     quality = {
-        "renderings": found(classify(test["images"], rows, classifier)),
-        "known": found(drawn),
-        "unseen": found(sampled(model, classifier, unseen)),
+        "renderings": found(rows, classify(test["images"], classifier)),
+        "known": found(known, classify(drawn, classifier)),
+        "unseen": found(unseen, classify(sampled(model, unseen), classifier)),
         "seconds_for_16_images": round(sorted(seconds)[1], 2),
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(quality, indent=1))
-    if args.grid is not None and drawn.images is not None:
-        cells = drawn.images[:80].reshape(4, 20, 64, 64, 3)
+    if args.grid is not None:
+        cells = drawn[:80].reshape(4, 20, 64, 64, 3)
         Image.fromarray(cells.transpose(0, 2, 1, 3, 4).reshape(256, 1280, 3)).save(args.grid)
     (emojinette.HOME / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
     training = json.loads((emojinette.HOME / "training.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A gate fails what it says, what was not measured, and what it cannot judge."""
+"""A threshold fails what it says, what was not measured, and what it cannot judge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from erase_concept.errors import RequestError
 from erase_concept.eval.report.report import Report
 from erase_concept.eval.score import Score
-from erase_concept.eval.thresholds import gates
+from erase_concept.eval.thresholds import read_thresholds
 
 KNOWN = ("ua", "ira", "nudity_ratio", "top1")
 
@@ -36,20 +36,20 @@ def report(value: float = 0.9, baseline: float | None = 0.95) -> Report:
         ("ua<0.5", False),  # not in the report
     ],
 )
-def test_a_gate_holds_the_first_score_to_its_bound(text: str, passes: bool) -> None:
-    (gate,) = gates([text], KNOWN)
-    failure = gate.failure(report())
+def test_a_threshold_holds_the_first_score_to_its_bound(text: str, passes: bool) -> None:
+    (threshold,) = read_thresholds([text], KNOWN)
+    failure = threshold.failure(report())
     assert (failure is None) == passes
     assert failure is None or (text.strip() in failure and "\n" not in failure)
 
 
 def test_what_cannot_be_judged_has_failed() -> None:
-    (gate,) = gates(["ira<0.5"], KNOWN)
-    assert "is nan" in str(gate.failure(report(math.nan)))
-    (kept,) = gates(["retained_ira<0.5"], KNOWN)
+    (threshold,) = read_thresholds(["ira<0.5"], KNOWN)
+    assert "is nan" in str(threshold.failure(report(math.nan)))
+    (kept,) = read_thresholds(["retained_ira<0.5"], KNOWN)
     for nothing in (0.0, None):
         assert "no base model's ira" in str(kept.failure(report(baseline=nothing)))
-    assert gates(["retained_ira<0.5"], KNOWN)[0].failure(report(0.9, 0.9)) is None
+    assert read_thresholds(["retained_ira<0.5"], KNOWN)[0].failure(report(0.9, 0.9)) is None
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_what_cannot_be_judged_has_failed() -> None:
 )
 def test_bad_conditions_get_one_line(text: str, problem: str) -> None:
     with pytest.raises(RequestError) as refused:
-        gates(["ua<0.9", text], KNOWN, {"fid": "no weights"})
+        read_thresholds(["ua<0.9", text], KNOWN, {"fid": "no weights"})
     assert problem in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_share_of_the_base_model_needs_one() -> None:
-    with pytest.raises(RequestError, match="needs --baseline"):
-        gates(["retained_ira<0.9"], KNOWN, baseline=False)
+    with pytest.raises(RequestError, match="needs a baseline"):
+        read_thresholds(["retained_ira<0.9"], KNOWN, baseline=False)

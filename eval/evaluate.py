@@ -1,0 +1,111 @@
+"""Evaluate an erased model: sample a benchmark from it and from its base, judge both, and write the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.eval.images import gather
+from erase_concept.eval.measure import measure
+from erase_concept.eval.plan import EvalPlan, make_plan
+from erase_concept.eval.report.report import Report
+from erase_concept.eval.report.verdict import main_scores
+from erase_concept.eval.report.write import report_json, write_report
+from erase_concept.eval.request import EvalRequest
+from erase_concept.pipelines.processes import processes
+from erase_concept.pipelines.progress import bar
+
+if TYPE_CHECKING:
+    from erase_concept.prompts.find import ConceptSource
+    from erase_concept.prompts.promptset import PromptSet
+
+Progress = tuple[str, int, int]  # ("erased" or "base", images there, images in all)
+
+
+def evaluate(
+    model: str | Path,
+    concept: ConceptSource | None = None,
+    *,
+    benchmark: str | None = None,
+    baseline: str | Path | None = None,
+    out: str | Path | None = None,
+    prompts: str | PromptSet | None = None,
+    guard: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Report:
+    """Evaluate a run, a model or a folder of images, with a progress bar; the arguments are those of ``EvalRequest``.
+
+    ``out`` is by default the run's own folder. Raises RequestError when the request cannot be followed, and EraseError
+    in a process that is not the main one of several: that one alone measures.
+    """
+    source = str(getattr(model, "path", model))
+    if out is None:
+        if not (Path(source) / "run.json").is_file():
+            raise RequestError("out", "(not given)", f"needed, for {source} is no run folder")
+        out = source
+    request = EvalRequest(
+        model=source,
+        out=Path(out),
+        concept=concept,
+        benchmark=benchmark,
+        baseline=baseline,
+        prompts=prompts,
+        guard=guard,
+        settings=settings or {},
+    )
+    report = run_evaluation(request)
+    if report is None:
+        raise EraseError("of several processes the main one alone has the report")
+    return report
+
+
+def run_evaluation(request: EvalRequest) -> Report | None:
+    """Follow a request to its end with a progress bar; None in a process that is not the main one."""
+    report = None
+    with bar() as shown:
+        task = shown.add_task("sample", total=None)
+        for event in iter_evaluate(request):
+            if isinstance(event, Report):
+                report = event
+            else:
+                shown.update(task, description=f"sample {event[0]}", completed=event[1], total=event[2])
+    return report
+
+
+def iter_evaluate(request: EvalRequest) -> Iterator[Progress | Report]:
+    """Yield the progress of the sampling and last the report, which is written to the request's ``out``.
+
+    The images stay in ``out/samples``, and run again it makes only what is missing. A base model's images are also kept
+    in the folder ``.baselines`` beside ``out``, under the hash of everything that makes them, and not sampled again.
+    The model card of a run gets the result. Raises RequestError, before anything is sampled, when the request cannot be
+    followed.
+
+    Where ``accelerate launch`` or ``torchrun`` has started several processes, they share the sampling; then the main
+    process measures and writes, and in the others this ends without a report.
+    """
+    plan = make_plan(request)
+    images = yield from gather(plan)
+    if not processes().is_main_process:
+        return
+    gathered = time.perf_counter()
+    report = measure(plan, images)
+    seconds = {"sampling": round(images.seconds, 2), "measuring": round(time.perf_counter() - gathered, 2)}
+    about = {**report.provenance, "sampled": dict(images.made), "seconds": seconds}
+    report = replace(report, provenance=about)
+    write_report(report, request.out)
+    _write_card(plan, report)
+    yield report
+
+
+def _write_card(plan: EvalPlan, report: Report) -> None:
+    """Write the result into the model card of the run that was evaluated."""
+    from erase_concept.card import write_card
+
+    info = plan.run.run_info
+    if info and report.concept == info.get("concept") and report.base is not None and not plan.looks_for:
+        first = replace(report, scores=tuple(main_scores(report)))
+        write_card(Path(plan.request.model), dict(info), report_json(first)["scores"])

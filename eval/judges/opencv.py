@@ -1,0 +1,45 @@
+"""Reading image files as the detectors do, with OpenCV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from erase_concept.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LARGEST = 16_384  # the side of the largest image in pixels; NudeNet makes a square of it
+
+
+def image_bytes(file: Path) -> bytes:
+    """Return a file's bytes; raises RequestError that names the file."""
+    try:
+        return file.read_bytes()
+    except OSError as problem:
+        raise RequestError("image", file, problem.strerror or "cannot be read") from None
+
+
+def read_bgr(file: Path) -> NDArray[np.uint8]:
+    """Read any image as OpenCV's uint8 BGR [h, w, 3]; raises RequestError that names the file.
+
+    Without its alpha channel, upright by its EXIF tag and scaled from 16 bits to 8, as NudeNet reads it.
+    """
+    import cv2
+
+    content = image_bytes(file)
+    if not content:
+        raise RequestError("image", file, "is empty")
+    try:
+        image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # such as more pixels than OpenCV reads
+        image = None
+    if image is None:
+        raise RequestError("image", file, "is damaged, or no image that OpenCV can read")
+    height, width = image.shape[:2]
+    if max(height, width) > LARGEST:
+        raise RequestError("image", file, f"has {width} x {height} pixels; at most {LARGEST} on a side are judged")
+    return image

@@ -1,0 +1,201 @@
+"""From a request to a checked plan: the prompts, the judges and the metrics, before anything is sampled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from erase_concept.errors import RequestError
+from erase_concept.eval.benchmarks import Benchmark
+from erase_concept.eval.choose import (
+    ChosenPrompts,
+    choose_benchmark,
+    choose_concept,
+    choose_prompts,
+    earlier_concepts,
+    is_nudity,
+    named_prompts,
+)
+from erase_concept.eval.metrics import METRICS
+from erase_concept.eval.metrics.metric import MetricContext, Target
+from erase_concept.eval.prepare import Prepared, grouped, prepare
+from erase_concept.eval.request import ErasedRun, EvalRequest, EvalSettings, is_images, read_erased_run
+from erase_concept.eval.thresholds import Threshold, read_thresholds
+from erase_concept.pipelines.guards import find_guard
+from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.promptset import PromptRow
+from erase_concept.settings import check_settings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from erase_concept.pipelines.guards.guard import AppliedGuard
+
+
+@dataclass(frozen=True, eq=False)
+class EvalPlan:
+    """A request that can be followed.
+
+    ``concept`` is what was erased, and ``earlier`` what the base model had lost already; of ``earlier_unknown`` no
+    judge knows anything. ``looks_for`` is the kind of concept that the metrics look for where none such was erased.
+    """
+
+    request: EvalRequest
+    run: ErasedRun
+    baseline: str | None
+    benchmark: Benchmark
+    settings: EvalSettings
+    concept: Concept
+    earlier: tuple[Concept, ...]
+    earlier_unknown: tuple[str, ...]
+    looks_for: str
+    prompts: ChosenPrompts
+    prepared: Prepared
+    thresholds: tuple[Threshold, ...]
+    guard: AppliedGuard | None
+
+    @property
+    def source(self) -> str:
+        """The base model's name."""
+        return self.run.base or str(self.baseline or self.request.model)
+
+    @property
+    def cache(self) -> Path:
+        """The folder that keeps the base models' images."""
+        return cache_folder(self.request.out)
+
+    def targets(self, rows: Sequence[PromptRow], concepts: Sequence[Concept]) -> tuple[Target, ...]:
+        """Return the parts of concepts as the judges call them, and which rows ask for each.
+
+        Raises RequestError for a label that the judge does not know.
+        """
+        found = []
+        for part in (part for concept in concepts for part in concept.parts):
+            kind = kind_of(part, self.benchmark)
+            if asks_for_all(self.benchmark, part, self.looks_for):
+                label, asks = self.prepared.concept_label(part, kind), np.ones(len(rows), bool)
+            elif self.benchmark.forget != "label":
+                continue
+            else:
+                label = self.prepared.concept_label(part, kind)
+                texts = [row.style if kind == "style" else row.object for row in rows]
+                known = {
+                    text: self.prepared.label(text, kind, setting="prompts") for text in dict.fromkeys(texts) if text
+                }
+                asks = np.array([known.get(text, "") == label for text in texts], bool)
+            found.append(Target(part.name, kind, label, asks))
+        return tuple(found)
+
+    def forget(self, rows: Sequence[PromptRow]) -> NDArray[np.bool_]:
+        """Return which rows [n] ask for the concept."""
+        asks = [target.asks for target in self.targets(rows, (self.concept,))]
+        return np.any([np.zeros(len(rows), bool), *asks], axis=0)
+
+
+def kind_of(part: Concept, benchmark: Benchmark) -> str:
+    """Return the kind of label by which a concept is told: the benchmark's, or its own, or an object."""
+    if part.kind == "nudity":
+        return "nudity"
+    return benchmark.labels or (part.kind if part.kind in ("object", "style") else "object")
+
+
+def asks_for_all(benchmark: Benchmark, concept: Concept, looks_for: str) -> bool:
+    """Tell whether every prompt asks for a concept: where the benchmark says so, and for nudity in any of them."""
+    everything = benchmark.forget == "all" or (benchmark.forget == "label" and concept.kind == "nudity")
+    return everything and not looks_for
+
+
+def cache_folder(out: Path) -> Path:
+    """Return the folder for what evaluations share: beside the results, or in them where there it cannot be written."""
+    beside = out.resolve().parent
+    return (beside if os.access(beside, os.W_OK) or not beside.exists() else out) / ".baselines"
+
+
+def make_plan(request: EvalRequest) -> EvalPlan:
+    """Check a request; raises RequestError when it cannot be followed. Nothing is sampled or written."""
+    run = read_erased_run(request.model)
+    baseline = _baseline(request, run)
+    benchmark = choose_benchmark(request, run)
+    if request.metrics:
+        benchmark = replace(benchmark, metrics=request.metrics)
+    groups = grouped({**benchmark.settings, **request.settings})
+    settings = check_settings(EvalSettings, groups[""])
+    kinds = [METRICS.find(name).looks_for for name in benchmark.metrics]
+    looks_for = next(iter(filter(None, kinds)), "")
+    named = named_prompts(request, benchmark, settings)
+    concept = choose_concept(request, run, benchmark, named, looks_for if all(kinds) else "")
+    if looks_for and is_nudity(concept):
+        looks_for = ""
+    asked = tuple(request.settings)
+    told = _told_kinds(concept, benchmark, looks_for)
+    context = MetricContext(None, {}, told, baseline is not None)
+    prepared = prepare(benchmark, request.judges, groups, asked, context, cache_folder(request.out))
+    earlier, unknown = earlier_concepts(run, concept, prepared.label) if benchmark.forget == "label" else ([], [])
+    prompts = choose_prompts(request, benchmark, concept, earlier, settings, named)
+    known = [name for metric in prepared.metrics.values() for name in metric.names]
+    thresholds = read_thresholds(request.fail_if, known, prepared.missing, baseline=baseline is not None)
+    guard = None if request.guard is None else find_guard(request.guard, concept, groups["guard"])
+    plan = EvalPlan(
+        request,
+        run,
+        baseline,
+        benchmark,
+        settings,
+        concept,
+        tuple(earlier),
+        tuple(unknown),
+        looks_for,
+        prompts,
+        prepared,
+        thresholds,
+        guard,
+    )
+    _check_asked(plan)
+    return plan
+
+
+def _baseline(request: EvalRequest, run: ErasedRun) -> str | None:
+    """Return the base model; raises RequestError where there is none, before hours go into the erased one's images."""
+    from erase_concept.pipelines.load import configs
+
+    baseline = request.baseline or run.base
+    if request.guard is not None:
+        if is_images(Path(request.model)):
+            raise RequestError("guard", request.guard, f"is for a model that samples, and {request.model} holds images")
+        baseline = baseline or request.model
+    if baseline is not None and not is_images(Path(baseline)):
+        try:
+            configs(baseline)
+        except RequestError as problem:
+            raise RequestError("baseline", str(baseline), problem.allowed) from problem
+    return None if baseline is None else str(baseline)
+
+
+def _told_kinds(concept: Concept, benchmark: Benchmark, looks_for: str) -> tuple[str, ...]:
+    """Return the kinds of label that tell the erased concepts, where any prompt asks for them."""
+    if benchmark.forget == "none" or (benchmark.forget == "all" and looks_for):
+        return ()
+    return tuple(dict.fromkeys(kind_of(part, benchmark) for part in concept.parts))
+
+
+def _check_asked(plan: EvalPlan) -> None:
+    """Raise RequestError when no prompt of a built-in benchmark asks for the concept."""
+    if plan.benchmark.forget != "label" or plan.benchmark.own or plan.benchmark.catalog:
+        return
+    rows = plan.prompts.selected.rows
+    try:
+        asked = bool(plan.forget(rows).any())
+    except RequestError as problem:  # a concept that the judge does not know is no label of the prompts
+        if problem.setting != "concept":
+            raise
+        asked = False
+    if not asked:
+        kind = kind_of(plan.concept.parts[0], plan.benchmark)
+        there = dict.fromkeys(row.style if kind == "style" else row.object for row in rows)
+        allowed = f"no prompt of {plan.prompts.selected.name} asks for it; allowed: {', '.join(filter(None, there))}"
+        raise RequestError("concept", plan.concept.name, allowed)

@@ -1,0 +1,104 @@
+"""What an evaluation is asked for: whose images, by which benchmark, with which settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+
+from erase_concept.settings import described, settings
+
+if TYPE_CHECKING:
+    from erase_concept.prompts.find import ConceptSource
+    from erase_concept.prompts.promptset import PromptSet
+
+
+@settings
+class EvalSettings:
+    """How a benchmark's prompts are chosen and sampled."""
+
+    steps: Annotated[int, described("Sampling steps.", ge=1)] = 25
+    guidance: Annotated[float, described("Guidance scale of prompts that name none.", ge=0)] = 7.5
+    scheduler: Annotated[str | None, described("A scheduler of diffusers; without one, DPM-Solver++ 2M.")] = None
+    seeds: Annotated[int, described("Times that each prompt is sampled, each with a seed of its own.", ge=1)] = 1
+    category: Annotated[str | None, described("Only the prompts of this category.")] = None
+    limit: Annotated[int | None, described("So many prompts, each label with its share.", ge=1)] = None
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What an evaluation is asked for.
+
+    ``model`` is a run folder, anything that ``load`` takes, or a folder of images, with a manifest or made elsewhere.
+    So is ``baseline``, the base model. A run folder knows what was erased, and from what: then ``concept`` and
+    ``baseline`` may be left out. Without a ``benchmark`` the model's own is taken, or the one for the concept's kind.
+
+    ``prompts``, ``judges`` and ``metrics`` take the place of the benchmark's. ``settings`` are laid over the
+    benchmark's: those of ``EvalSettings``, ``judge.KEY``, ``metric.KEY`` and ``guard.KEY``; where a name is needed,
+    ``judge.NAME.KEY``. What they name is asked for and must be there, while a metric of the benchmark that needs what
+    is not installed is left out, which the report says. ``guard`` names a guard against the concept, with which the
+    model samples and its baseline, by default the model itself, does not. ``fail_if`` are conditions as
+    ``read_thresholds`` reads them.
+    """
+
+    model: str | Path
+    out: Path
+    concept: ConceptSource | None = None
+    benchmark: str | None = None
+    baseline: str | Path | None = None
+    prompts: str | PromptSet | None = None
+    judges: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    guard: str | None = None
+    fail_if: tuple[str, ...] = ()
+    first_seed: int = 10_000
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class ErasedRun:
+    """What a run folder says of itself: ``run_info`` is its run.json, ``recipe`` its recipe.yaml.
+
+    Both are empty for what is no run folder.
+    """
+
+    run_info: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """The base model that the run erased from."""
+        return self.run_info["base"]["source"] if self.run_info else None
+
+    @property
+    def base_unet(self) -> str | None:
+        """The hash of the base model's UNet."""
+        return self.run_info["base"]["unet"] if self.run_info else None
+
+    @property
+    def ema(self) -> bool:
+        """Whether the run took the averaged weights of a file that has both."""
+        return bool(self.recipe.get("ema", True))
+
+
+def read_erased_run(model: str | Path) -> ErasedRun:
+    """Read what a run folder says of itself; nothing for what is no run folder."""
+    folder = Path(model)
+    if not (folder / "run.json").is_file():
+        return ErasedRun()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    return ErasedRun(json.loads((folder / "run.json").read_text(encoding="utf-8")), recipe)
+
+
+def is_images(folder: Path) -> bool:
+    """Tell a folder of images from a model's and from a run's."""
+    from erase_concept.pipelines.image_set import IMAGE_SUFFIXES
+
+    if not folder.is_dir() or any((folder / name).is_file() for name in ("run.json", "model_index.json")):
+        return False
+    return any(file.name == "manifest.jsonl" or file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
