@@ -54,7 +54,7 @@ class EvalOptions:
             "--concept",
             "-c",
             metavar="CONCEPT",
-            help="What was erased, or a label of the prompts. Repeat it for several. (default: the run's)",
+            help="What was erased, or a label of the prompts. Repeat it. (default: the run's)",
         ),
     ] = None
     baseline: Annotated[
@@ -69,7 +69,7 @@ class EvalOptions:
             "--set",
             "-s",
             metavar="KEY=VALUE",
-            help="judge.KEY ('list judges NAME') or metric.KEY ('list metrics NAME'). Repeat it for several.",
+            help="judge.KEY ('list judges NAME') or metric.KEY ('list metrics NAME'). Repeat it.",
         ),
     ] = None
     fail_if: Annotated[
@@ -77,7 +77,7 @@ class EvalOptions:
         typer.Option(
             "--fail-if",
             metavar="EXPR",
-            help='Exit with 1 if it is true, such as "ua<0.95" or "retained_ira<0.98". Repeat it for several.',
+            help='Exit with 1 if it is true, such as "ua<0.95" or "retained_ira<0.98". Repeat it.',
         ),
     ] = None
     judge: Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +38,7 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, guards, judges, metrics, attacks, benchmarks, models, concepts or prompts.",
+            help="methods, guards, judges, metrics, attacks, benchmarks, recipe, models, concepts or prompts.",
         ),
     ],
     name: Annotated[
@@ -84,21 +83,15 @@ def _show(what: str, name: str, json_: bool) -> None:
     if not settings:
         typer.echo("\nIt has no settings.")
         return
-    rows = []
-    for one in settings:
-        source = f" ({one['source']})" if one["source"] else ""
-        rows.append([one["name"], one["default"], one["allowed"], one["sentence"] + source])
+    rows = [[one["name"], one["default"], one["allowed"], _told(one)] for one in settings]
     typer.echo()
-    print_rows("Settings, for --set NAME=VALUE", ["name", "default", "allowed", "what it does"], rows)
+    print_rows("Settings, for --set KEY=VALUE", ["key", "default", "allowed", "what it does"], rows)
 
 
 def _settings(cls: Any, prefix: str) -> list[dict[str, str]]:
     """Return what settings say of themselves, those that the class itself declares first."""
     from erase_concept.settings import settings_of
 
-    if not hasattr(cls, "__pydantic_fields__"):
-        blank = dict.fromkeys(("allowed", "sentence", "source"), "")
-        return [{"name": prefix + field.name, "default": str(field.default), **blank} for field in fields(cls)]
     own = inspect.get_annotations(cls)
     found = sorted(settings_of(cls).values(), key=lambda setting: setting.name not in own)
     return [
@@ -111,6 +104,11 @@ def _settings(cls: Any, prefix: str) -> list[dict[str, str]]:
         }
         for setting in found
     ]
+
+
+def _told(setting: dict[str, str]) -> str:
+    """Return the sentence of a setting with the source of its default."""
+    return setting["sentence"] + (f" ({setting['source']})" if setting["source"] else "")
 
 
 def _registry(what: str) -> Registry[Any]:
@@ -150,5 +148,14 @@ def _prompts() -> dict[str, dict[str, str]]:
     return {name: {"prompts": str(len(s.rows)), "such as": s.rows[0].prompt} for name, s in prompt_sets().items()}
 
 
+def _recipe() -> dict[str, dict[str, str]]:
+    from erase_concept.recipe import DataRecipe, MaskRecipe
+
+    found = [*_settings(MaskRecipe, "mask."), *_settings(DataRecipe, "data.")]
+    return {
+        one["name"]: {"default": one["default"], "allowed": one["allowed"], "what it does": _told(one)} for one in found
+    }
+
+
 # What is data and no plug-in.
-OTHERS = {"benchmarks": _benchmarks, "models": _models, "concepts": _concepts, "prompts": _prompts}
+OTHERS = {"recipe": _recipe, "benchmarks": _benchmarks, "models": _models, "concepts": _concepts, "prompts": _prompts}

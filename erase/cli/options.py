@@ -83,7 +83,7 @@ class RecipeOptions:
             "--set",
             "-s",
             metavar="KEY=VALUE",
-            help="A setting of the method ('list methods NAME'), or mask.KEY or data.KEY. Repeat it for several.",
+            help="A setting of the method ('list methods NAME'), mask.KEY or data.KEY ('list recipe'). Repeat it.",
         ),
     ] = None
     seed: SeedOption = None
@@ -144,13 +144,13 @@ class RecipeOptions:
 
     def read(self) -> Recipe:
         """Return the checked recipe; raises RequestError for the first bad value."""
-        from erase_concept.recipe import read_recipe, recipe_for
+        from erase_concept.recipe import read_recipe, read_settings, recipe_for
         from erase_concept.settings import merge
 
         values: dict[str, Any] = {} if self.recipe is None else read_recipe(self.recipe)
         values.pop("model", None)
         concept = values.pop("concept", None)
-        given = assigned(self.set, "mask", "data", own="settings")
+        given: dict[str, Any] = read_settings(self.set or ())
         given["mask"] = {"kind": self.mask, "scope": self.scope, "sparsity": self.sparsity} | given["mask"]
         given["data"] = {"forget_images": self.forget_images, "retain_images": self.retain_images} | given["data"]
         for part in ("mask", "data"):
@@ -163,22 +163,19 @@ class RecipeOptions:
         return recipe_for(self.model, wanted, preset_name=self.preset, memory=self.memory, **values)
 
 
-def assigned(texts: Iterable[str] | None, *parts: str, own: str = "") -> dict[str, dict[str, Any]]:
-    """Read the KEY=VALUE texts of ``--set`` and sort them by part: "mask.sparsity" is the part "mask".
+def assigned(texts: Iterable[str] | None, *parts: str) -> dict[str, dict[str, Any]]:
+    """Read the KEY=VALUE texts of ``--set`` and sort them by part: "guard.scale" is "scale" of the part "guard".
 
-    A name without a part belongs to ``own``. Raises RequestError for another form and for a part that is not there.
+    Raises RequestError for another form and for a part that is not there.
     """
     from erase_concept.settings import read_assignments
 
-    found: dict[str, dict[str, Any]] = {part: {} for part in (*parts, *([own] if own else []))}
-    for name, value in read_assignments(texts or ()).items():
-        part, dot, rest = name.partition(".")
-        if not dot:
-            part, rest = own, name
-        if part not in found or (dot and part == own):
-            forms = [*(["a setting's name"] if own else []), *(f"{one}.NAME" for one in parts)]
-            raise RequestError("set", f"{name}={value}", f"KEY must be {' or '.join(forms)}")
-        found[part][rest] = value
+    found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for key, value in read_assignments(texts or ()).items():
+        part, _, name = key.partition(".")
+        if part not in found or not name:
+            raise RequestError("set", f"{key}={value}", f"KEY must be {' or '.join(f'{one}.NAME' for one in parts)}")
+        found[part][name] = value
     return found
 
 

@@ -56,7 +56,7 @@ def sample(
             "--set",
             "-s",
             metavar="KEY=VALUE",
-            help="guard.KEY ('list guards NAME'). Repeat it for several.",
+            help="guard.KEY ('list guards NAME'). Repeat it.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,

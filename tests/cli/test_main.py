@@ -56,7 +56,7 @@ WRONG = {
     "no value": (["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "lr"], "--set lr: must be KEY=VALUE"),
     "bad part": (
         ["erase", "model", "-c", "square.yaml", "-o", "x", "-s", "x.y=1"],
-        "--set x.y=1: KEY must be a setting's name or mask.NAME",
+        "--set x.y: KEY is a setting of the method, ",
     ),
     "bad sparsity": (["erase", "model", "-c", "square.yaml", "-o", "x", "--sparsity", "2"], "--sparsity 2.0:"),
     "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),

@@ -53,11 +53,8 @@ def test_options_of_a_group_reach_the_command_as_one_object() -> None:
 
 
 def test_assignments_go_to_their_parts() -> None:
-    assert assigned(["lr=1e-5", "mask.sparsity=0.3"], "mask", "data", own="settings") == {
-        "settings": {"lr": 1e-5},
-        "mask": {"sparsity": 0.3},
-        "data": {},
-    }
-    for text in ("lr=1", "settings.lr=1", "other.lr=1", "lr"):
+    found = assigned(["judge.level=1e-5", "metric.frechet.extractor=inception"], "judge", "metric")
+    assert found == {"judge": {"level": 1e-5}, "metric": {"frechet.extractor": "inception"}}
+    for text in ("level=1", "other.level=1", "judge=1", "judge.level"):
         with pytest.raises(RequestError, match="set"):
             assigned([text], "judge", "metric")
