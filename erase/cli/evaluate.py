@@ -45,7 +45,7 @@ class EvalOptions:
             "--benchmark",
             "-b",
             metavar="NAME|FILE",
-            help="See 'list benchmarks', or a YAML file. (default: the model's own, or the one for the concept's kind)",
+            help="See 'list benchmarks', or a YAML file. (default: the one for the model or the kind of concept)",
         ),
     ] = None
     concept: Annotated[
@@ -69,7 +69,7 @@ class EvalOptions:
             "--set",
             "-s",
             metavar="KEY=VALUE",
-            help="judge.KEY ('list judges NAME') or metric.KEY ('list metrics NAME'). Repeat it.",
+            help="judge.KEY ('list judges NAME'), metric.KEY or guard.KEY. Repeat it.",
         ),
     ] = None
     fail_if: Annotated[
@@ -84,9 +84,14 @@ class EvalOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="In the place of the benchmark's: efficientnet-lite2, torchvision:resnet50, timm:NAME, hf:NAME, ... "
-            "See 'list judges'. Repeat it for several.",
+            help="Instead of the benchmark's ('list judges'), such as torchvision:resnet50. Repeat it.",
             rich_help_panel=_JUDGING,
+        ),
+    ] = None
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Instead of the benchmark's ('list metrics'). Repeat it.", rich_help_panel=_JUDGING
         ),
     ] = None
     reference: Annotated[
@@ -154,6 +159,7 @@ class EvalOptions:
             baseline=self.baseline,
             prompts=self.prompts,
             judges=tuple(self.judge or ()),
+            metrics=tuple(self.metric or ()),
             settings=given,
             guard=self.guard,
             fail_if=tuple(self.fail_if or ()),

@@ -26,7 +26,7 @@ FLAGS = {
     for name in (
         *("concept", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
-        *("benchmark", "baseline", "judge", "fail_if"),
+        *("benchmark", "baseline", "judge", "metric", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),
         *("format", "dtype", "rank", "lora_style", "push_to_hub", "public", "revert", "transfer"),
     )

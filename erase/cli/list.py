@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -41,9 +42,7 @@ def list_(
             help="methods, guards, judges, metrics, attacks, benchmarks, recipe, models, concepts or prompts.",
         ),
     ],
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="One of them: show its settings, with defaults and ranges.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them: show all of its settings.")] = None,
     json_: JsonOption = False,
 ) -> None:
     """List what there is, one line each, or show the settings of one."""
@@ -61,12 +60,15 @@ def list_(
         titles = COLUMNS.get(what, {})
         header = [titles.get(field, field) for field in next(iter(rows.values()))]
         print_rows(what, ["name", *header], [[key, *row.values()] for key, row in rows.items()])
-        if what in COLUMNS:
+        if what in (*COLUMNS, "benchmarks"):
             typer.echo(f"\nSettings of one: erase-concept list {what} NAME")
 
 
 def _show(what: str, name: str, json_: bool) -> None:
     """Show a record with all of its settings."""
+    if what == "benchmarks":
+        _show_benchmark(name, json_)
+        return
     if what not in COLUMNS:
         raise RequestError("name", name, f"{what} have no settings; allowed with a name: {', '.join(COLUMNS)}")
     try:
@@ -86,6 +88,25 @@ def _show(what: str, name: str, json_: bool) -> None:
     rows = [[one["name"], one["default"], one["allowed"], _told(one)] for one in settings]
     typer.echo()
     print_rows("Settings, for --set KEY=VALUE", ["key", "default", "allowed", "what it does"], rows)
+
+
+def _show_benchmark(name: str, json_: bool) -> None:
+    """Show what a benchmark asks and measures; a user's YAML file will do as well."""
+    from erase_concept.eval.benchmarks import find_benchmark
+
+    try:
+        benchmark = find_benchmark(name)
+    except RequestError as problem:
+        raise RequestError("name", name, problem.allowed) from None
+    if json_:
+        print_json(asdict(benchmark))
+        return
+    settings = ", ".join(f"{key}={value}" for key, value in benchmark.settings.items())
+    prompts = benchmark.prompts or (f"made from the catalogue {benchmark.catalog}" if benchmark.catalog else "yours")
+    asks = {"all": "all prompts", "label": "prompts that bear its label", "none": "no prompt"}[benchmark.forget]
+    fields = {"about": benchmark.about, "prompts": prompts, "ask for the concept": asks}
+    fields |= {"judges": ", ".join(benchmark.judges), "metrics": ", ".join(benchmark.metrics), "settings": settings}
+    print_fields(name, {title: text for title, text in fields.items() if text})
 
 
 def _settings(cls: Any, prefix: str) -> list[dict[str, str]]:

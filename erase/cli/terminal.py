@@ -65,16 +65,16 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 def print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print rows of a name and its fields: as a table where that fits the terminal, else as two lines each.
+    """Print rows of a name and its fields: as a table, or where several fields do not fit, as two lines each.
 
-    Of two lines the second is the column with the longest text.
+    Of two lines the second is the field with the longest text.
     """
     console = Console()
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    if sum(widths) + 3 * (len(header) - 1) <= console.width:
+    if len(header) <= 2 or sum(widths) + 3 * (len(header) - 1) <= console.width:
         table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for place, name in enumerate(header):
-            table.add_column(name, style="" if place else _NAME)
+            table.add_column(name, style="" if place else _NAME, no_wrap=not place)
         for row in rows:
             table.add_row(*map(Text, row))
         console.print(table)

@@ -1,0 +1,28 @@
+"""``demo``: the whole way on the built-in model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_a_concept_that_cannot_be_measured_is_not_erased(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("demo", "-c", "blue rocket", "-o", str(tmp_path / "x"))
+    assert (code, "--concept 'blue rocket'" in err, (tmp_path / "x").exists()) == (2, True, False)
+
+
+@pytest.mark.slow
+def test_the_demo_erases_and_reports(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("demo", "-o", str(tmp_path / "x"), "--json")
+    assert code == 0, err
+    scores = {score["metric"]: score for score in json.loads(out)["scores"]}
+    assert scores["ua"]["value"] > 0.95
+    assert scores["ua"]["baseline"] < 0.05
+    assert scores["ira"]["value"] > 0.95
+    assert (tmp_path / "x" / "report.html").is_file()
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["checks"]["changed_outside_mask"] == 0
