@@ -69,7 +69,7 @@ def choose_benchmark(request: EvalRequest, run: ErasedRun) -> Benchmark:
     if what is None:
         raise RequestError("benchmark", "(not given)", f"neither a run nor a concept tells which; {allowed}")
     concept = find_concept(what, catalogs_for(sources))
-    kind = "nudity" if is_nudity(concept) else concept.kind
+    kind = "nudity" if all(map(is_nudity, concept.parts)) else concept.kind
     found = [one for one in benchmarks().values() if kind in one.default_for]
     if not found or (found[0].forget == "label" and not _has_label(found[0], concept)):
         raise RequestError("benchmark", "(not given)", f"none is made for {concept.name!r} ({kind}); {allowed}")
@@ -89,10 +89,9 @@ def check_measurable(concept: Concept, benchmark: str) -> None:
         concept_prompts(catalog(found.catalog), concept)
 
 
-def is_nudity(concept: Concept) -> bool:
+def is_nudity(part: Concept) -> bool:
     """Tell whether a concept is nudity, be it in the words of a user."""
-    words = whole_words(NUDITY_WORDS)
-    return all(part.kind == "nudity" or bool(words.search(part.name)) for part in concept.parts)
+    return part.kind == "nudity" or bool(whole_words(NUDITY_WORDS).search(part.name))
 
 
 def choose_concept(

@@ -72,7 +72,7 @@ def measure(plan: EvalPlan, images: EvalImages) -> Report:
         charts=tuple(chart for result in found.results.values() for chart in result.charts),
         curves=tuple(curve for result in found.results.values() for curve in result.curves),
         pairs=_pairs(data, _flagged(plan, data)),
-        looks_for=plan.looks_for,
+        looks_for=plan.looks_for if plan.off_target else "",
         provenance=_provenance(plan, images, found),
     )
     return apply_thresholds(report, plan.thresholds)
@@ -153,9 +153,8 @@ def _pairs(data: MetricInput, flagged: NDArray[np.bool_]) -> tuple[Pair, ...]:
 
 def _words(data: MetricInput, side: JudgedImages) -> list[str]:
     """Return what the judges take each image for, in words."""
-    told = [side.judgements[name].words for name in data.judges]
-    rows = range(len(data.forget))
-    return ["; ".join(words[place] for words in told if words) for place in rows]
+    by_judge = [side.judgements[name].words for name in data.judges]
+    return ["; ".join(words[place] for words in by_judge if words) for place in range(len(data.forget))]
 
 
 def _provenance(plan: EvalPlan, images: EvalImages, found: Measured) -> dict[str, Any]:
@@ -171,13 +170,13 @@ def _provenance(plan: EvalPlan, images: EvalImages, found: Measured) -> dict[str
         | ({"held-out images": judge.held_out.weights} if judge.held_out else {})
         for name, judge in plan.prepared.judges.items()
     }
-    told: dict[str, Any] = {}
+    from_metrics: dict[str, Any] = {}
     for result in found.results.values():
-        told |= result.provenance
+        from_metrics |= result.provenance
     left = plan.prompts.left_out
     optional = {
         "run": plan.run.run_info,
-        "looks for": plan.looks_for,
+        "looks for": plan.looks_for if plan.off_target else "",
         "erased earlier": [one.name for one in plan.earlier],
         "erased earlier, not measured": list(plan.earlier_unknown),
         "notes": notes,
@@ -194,7 +193,7 @@ def _provenance(plan: EvalPlan, images: EvalImages, found: Measured) -> dict[str
         },
         "settings": chosen,
         "judges": judges,
-        **told,
+        **from_metrics,
         **{key: value for key, value in optional.items() if value},
         "versions": versions(("erase-concept", "torch", "numpy")),
     }

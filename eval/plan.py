@@ -42,7 +42,7 @@ class EvalPlan:
     """A request that can be followed.
 
     ``concept`` is what was erased, and ``earlier`` what the base model had lost already; of ``earlier_unknown`` no
-    judge knows anything. ``looks_for`` is the kind of concept that the metrics look for where none such was erased.
+    judge knows anything. ``looks_for`` is the kind of concept that the metrics look for in every image, if any.
     """
 
     request: EvalRequest
@@ -69,6 +69,11 @@ class EvalPlan:
         """The folder that keeps the base models' images."""
         return cache_folder(self.request.out)
 
+    @property
+    def off_target(self) -> bool:
+        """Whether the metrics look for a kind of concept of which none was erased."""
+        return bool(self.looks_for) and not any(map(is_nudity, self.concept.parts))
+
     def targets(self, rows: Sequence[PromptRow], concepts: Sequence[Concept]) -> tuple[Target, ...]:
         """Return the parts of concepts as the judges call them, and which rows ask for each.
 
@@ -77,16 +82,15 @@ class EvalPlan:
         found = []
         for part in (part for concept in concepts for part in concept.parts):
             kind = kind_of(part, self.benchmark)
-            if asks_for_all(self.benchmark, part, self.looks_for):
-                label, asks = self.prepared.concept_label(part, kind), np.ones(len(rows), bool)
-            elif self.benchmark.forget != "label":
+            if not can_be_asked_for(part, self.benchmark, self.looks_for):
                 continue
+            label = self.prepared.concept_label(part, kind)
+            if self.benchmark.forget == "all" or kind == "nudity":
+                asks = np.ones(len(rows), bool)
             else:
-                label = self.prepared.concept_label(part, kind)
                 texts = [row.style if kind == "style" else row.object for row in rows]
-                known = {
-                    text: self.prepared.label(text, kind, setting="prompts") for text in dict.fromkeys(texts) if text
-                }
+                every = dict.fromkeys(text for text in texts if text)
+                known = {text: self.prepared.label(text, kind, setting="prompts") for text in every}
                 asks = np.array([known.get(text, "") == label for text in texts], bool)
             found.append(Target(part.name, kind, label, asks))
         return tuple(found)
@@ -98,16 +102,20 @@ class EvalPlan:
 
 
 def kind_of(part: Concept, benchmark: Benchmark) -> str:
-    """Return the kind of label by which a concept is told: the benchmark's, or its own, or an object."""
-    if part.kind == "nudity":
+    """Return the kind of label that names a concept: nudity, the benchmark's, the concept's own, or an object."""
+    if is_nudity(part):
         return "nudity"
     return benchmark.labels or (part.kind if part.kind in ("object", "style") else "object")
 
 
-def asks_for_all(benchmark: Benchmark, concept: Concept, looks_for: str) -> bool:
-    """Tell whether every prompt asks for a concept: where the benchmark says so, and for nudity in any of them."""
-    everything = benchmark.forget == "all" or (benchmark.forget == "label" and concept.kind == "nudity")
-    return everything and not looks_for
+def can_be_asked_for(part: Concept, benchmark: Benchmark, looks_for: str) -> bool:
+    """Tell whether prompts of a benchmark may ask for a concept.
+
+    Where all of them ask for what the metrics look for, none asks for anything else.
+    """
+    if benchmark.forget == "all":
+        return not looks_for or is_nudity(part)
+    return benchmark.forget == "label"
 
 
 def cache_folder(out: Path) -> Path:
@@ -129,12 +137,11 @@ def make_plan(request: EvalRequest) -> EvalPlan:
     looks_for = next(iter(filter(None, kinds)), "")
     named = named_prompts(request, benchmark, settings)
     concept = choose_concept(request, run, benchmark, named, looks_for if all(kinds) else "")
-    if looks_for and is_nudity(concept):
-        looks_for = ""
-    asked = tuple(request.settings)
-    told = _told_kinds(concept, benchmark, looks_for)
-    context = MetricContext(None, {}, told, baseline is not None)
-    prepared = prepare(benchmark, request.judges, groups, asked, context, cache_folder(request.out))
+    parts = [part for part in concept.parts if can_be_asked_for(part, benchmark, looks_for)]
+    target_kinds = tuple(dict.fromkeys(kind_of(part, benchmark) for part in parts))
+    context = MetricContext(None, {}, target_kinds, baseline is not None)
+    given = tuple(request.settings)
+    prepared = prepare(benchmark, request.judges, groups, given, context, cache_folder(request.out))
     earlier, unknown = earlier_concepts(run, concept, prepared.label) if benchmark.forget == "label" else ([], [])
     prompts = choose_prompts(request, benchmark, concept, earlier, settings, named)
     known = [name for metric in prepared.metrics.values() for name in metric.names]
@@ -174,13 +181,6 @@ def _baseline(request: EvalRequest, run: ErasedRun) -> str | None:
         except RequestError as problem:
             raise RequestError("baseline", str(baseline), problem.allowed) from problem
     return None if baseline is None else str(baseline)
-
-
-def _told_kinds(concept: Concept, benchmark: Benchmark, looks_for: str) -> tuple[str, ...]:
-    """Return the kinds of label that tell the erased concepts, where any prompt asks for them."""
-    if benchmark.forget == "none" or (benchmark.forget == "all" and looks_for):
-        return ()
-    return tuple(dict.fromkeys(kind_of(part, benchmark) for part in concept.parts))
 
 
 def _check_asked(plan: EvalPlan) -> None:

@@ -39,13 +39,11 @@ class Prepared:
         return plain(name) if judge is None else judge.label(name, kind, setting=setting)
 
     def concept_label(self, part: Concept, kind: str) -> str:
-        """Return the label of a concept, by its name or by its key; raises RequestError when the judge has none."""
-        try:
-            return self.label(part.name, kind)
-        except RequestError:
-            if not part.key:
-                raise
-            return self.label(part.key, kind)
+        """Return the label of a concept; raises RequestError when the judge has none.
+
+        Nudity has many names, of which a judge has one.
+        """
+        return self.label("nudity" if kind == "nudity" else part.name, kind)
 
 
 def grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -87,13 +85,13 @@ def prepare(
     benchmark: Benchmark,
     judges: Sequence[str],
     groups: Mapping[str, Mapping[str, Any]],
-    asked: Sequence[str],
+    given: Sequence[str],
     context: MetricContext,
     cache: Path,
 ) -> Prepared:
     """Load the judges and prepare the metrics of a benchmark.
 
-    ``judges`` are those that the request names, in the place of the benchmark's, and ``asked`` the settings that it
+    ``judges`` are those that the request names, in the place of the benchmark's, and ``given`` the settings that it
     names. ``context`` is what metrics are told, but for their settings and the judges. Raises RequestError when
     something that was asked for by name is missing, or nothing can be measured.
     """
@@ -102,11 +100,11 @@ def prepare(
     names = list(dict.fromkeys([*(judges or benchmark.judges), *needed]))
     strict = set(names if benchmark.own else judges)
     found = Prepared()
-    problems = _load_judges(found, names, strict, groups["judge"], asked, context, cache)
+    problems = _load_judges(found, names, strict, groups["judge"], given, context, cache)
     values = own_settings({name: record.settings for name, record in records.items()}, groups["metric"], "metric")
     first: RequestError | None = None
     for name, record in records.items():
-        if benchmark.own or any(_is_of(key, "metric", name, values[name]) for key in asked):
+        if benchmark.own or any(_is_of(key, "metric", name, values[name]) for key in given):
             found.explicit.add(name)
         try:
             found.metrics[name] = _prepared(record, values[name], found.judges, context)
@@ -127,7 +125,7 @@ def _load_judges(
     names: Sequence[str],
     strict: set[str],
     values: Mapping[str, Any],
-    asked: Sequence[str],
+    given: Sequence[str],
     context: MetricContext,
     cache: Path,
 ) -> dict[str, RequestError]:
@@ -140,7 +138,7 @@ def _load_judges(
             chosen: Any = check_settings(record.settings, {**value, **own[name]}, "judge.")
             loaded = replace(record.load(chosen, cache), settings=chosen)
         except RequestError as problem:
-            if name in strict or any(_is_of(key, "judge", name, own[name]) for key in asked):
+            if name in strict or any(_is_of(key, "judge", name, own[name]) for key in given):
                 raise
             problems[name] = problem
         else:

@@ -170,7 +170,9 @@ def _prepare(context: MetricContext) -> PreparedMetric:
                 clip_values(data.files(side, data.retain), prompts, clip), prompts, clip, target=data.concept
             )
 
-        return MetricResult((data.beside_base(of),), provenance={"clip": {"name": clip.name, "weights": clip.weights}})
+        return MetricResult(
+            (data.with_baseline(of),), provenance={"clip": {"name": clip.name, "weights": clip.weights}}
+        )
 
     return PreparedMetric(("clip_score",), compute)
 

@@ -194,7 +194,7 @@ def _to_reference(data: MetricInput, metric: str, network: Extractor, reference:
         files = data.files(side, data.retain)
         return fidelity(files, reference, network, target=data.concept, metrics=(metric,), cache=data.cache)[0]
 
-    return data.beside_base(of)
+    return data.with_baseline(of)
 
 
 def _prepare_held_out(metric: str, context: MetricContext) -> PreparedMetric:
@@ -224,7 +224,7 @@ def _to_held_out(data: MetricInput, judge: str) -> Score:
         )
         return Score("frechet", data.concept, value, n, interval, _FRECHET_UNIT, protocol)
 
-    return data.beside_base(of)
+    return data.with_baseline(of)
 
 
 def _prepare_imagenet(context: MetricContext) -> PreparedMetric:

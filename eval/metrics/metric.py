@@ -97,7 +97,7 @@ class MetricInput:
         """Return the files of a model's chosen [n] images."""
         return [side.images.files[place] for place in np.flatnonzero(chosen)]
 
-    def beside_base(self, score: Callable[[JudgedImages], Score]) -> Score:
+    def with_baseline(self, score: Callable[[JudgedImages], Score]) -> Score:
         """Return the erased model's score with the base model's, if there is one, as its baseline."""
         found = score(self.erased)
         if self.base is None:
@@ -190,7 +190,7 @@ def judge_of(judges: Mapping[str, LoadedJudge], kind: str) -> str:
     for name, judge in judges.items():
         if judge.tells(kind):
             return name
-    there = f"{', '.join(judges)} do not" if judges else "there is none"
+    there = f"none of these does: {', '.join(judges)}" if judges else "there is none"
     raise RequestError("judge", "(not given)", f"needs a judge that tells which {kind} an image shows; {there}")
 
 

@@ -77,12 +77,12 @@ def _ua(data: MetricInput) -> list[Score] | MetricResult:
         return _pooled(scores, data.concept, told)
 
     def alone(target: Target) -> Score:
-        return data.beside_base(lambda side: _ua_of(data, side, target))
+        return data.with_baseline(lambda side: _ua_of(data, side, target))
 
     parts = targets if len(data.targets) > 1 else []
     before = [alone(target) for target in data.earlier if target.asks.any()]
     return [
-        data.beside_base(together),
+        data.with_baseline(together),
         *map(alone, parts),
         *(replace(score, protocol=f"erased earlier; {score.protocol}") for score in before),
     ]
@@ -111,7 +111,7 @@ def _ira(data: MetricInput) -> Score | MetricResult:
             scores, data.concept, f"{_by(data, kinds[0])} sees the prompted {in_words(kinds)}; retain prompts"
         )
 
-    return data.beside_base(together)
+    return data.with_baseline(together)
 
 
 def _cra(data: MetricInput) -> Score | MetricResult:
@@ -132,7 +132,7 @@ def _cra(data: MetricInput) -> Score | MetricResult:
         return missing("cra", str(problem))
     if not any(asked):
         return missing("cra", f"none of what was to stay names its {kind}")
-    return data.beside_base(
+    return data.with_baseline(
         lambda side: cra(
             asked,
             _shown(data, side, kind),
@@ -150,7 +150,7 @@ def _top(k: int) -> Callable[[MetricInput], Score | MetricResult]:
         asked = _retained(data, kind, ~data.asked_earlier)
         if not any(asked):
             return missing(f"top{k}", f"no prompt names its {kind}")
-        return data.beside_base(
+        return data.with_baseline(
             lambda side: accuracy(asked, _shown(data, side, kind, k), by=_by(data, kind), what=kind, k=k)
         )
 

@@ -67,7 +67,7 @@ def cited(report: Report, about: str) -> list[tuple[Metric, Score]]:
 
     A metric that looks for another kind of concept than the erased one says nothing about either.
     """
-    return [(record, score) for record, score in _found(report, about) if not _beside(record, report)]
+    return [(record, score) for record, score in _found(report, about) if not _looks_elsewhere(record, report)]
 
 
 def _found(report: Report, about: str) -> list[tuple[Metric, Score]]:
@@ -75,7 +75,7 @@ def _found(report: Report, about: str) -> list[tuple[Metric, Score]]:
     return [(record, score) for record, score in found if record and record.finding and record.about == about]
 
 
-def _beside(record: Metric, report: Report) -> bool:
+def _looks_elsewhere(record: Metric, report: Report) -> bool:
     """Whether a metric looks for a kind of concept that was not erased."""
     return bool(report.looks_for) and record.looks_for == report.looks_for
 
@@ -85,7 +85,7 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
     found = cited(report, "forget")
     shares = [(record, score) for record, score in found if record.in_verdict]
     if not shares:
-        return _something_else(report)
+        return _off_target(report)
     record, score = shares[0]
     still = score if record.direction == "lower" else _complement(score)
     text = f"{percent(still.value)} {_finding(record, report)}"
@@ -100,9 +100,9 @@ def _gone(report: Report) -> tuple[str, str, list[Tile]]:
     return word, text, [_tile(record, still, report), *ratios]
 
 
-def _something_else(report: Report) -> tuple[str, str, list[Tile]]:
+def _off_target(report: Report) -> tuple[str, str, list[Tile]]:
     """Say that the erased concept was not looked for, and what was found of the kind that was."""
-    found = [(record, score) for record, score in _found(report, "forget") if _beside(record, report)]
+    found = [(record, score) for record, score in _found(report, "forget") if _looks_elsewhere(record, report)]
     if not found:
         return "Not measured", "No metric here looks for the erased concept.", []
     text = f"This benchmark looks for {report.looks_for}, which was not erased"

@@ -132,7 +132,9 @@ def test_any_judge_gives_the_same_shares(church: Concept) -> None:
 def test_what_nobody_asks_for_is_not_measured() -> None:
     rocket = _input(CATALOG.concepts["rocket"], _judgement(TABLE))
     assert _result("ua", rocket).missing == {"ua": "no image asks for what was erased"}
-    with pytest.raises(RequestError, match="needs a judge that tells which nudity an image shows; net do not"):
+    with pytest.raises(
+        RequestError, match="needs a judge that tells which nudity an image shows; none of these does: net"
+    ):
         METRICS.find("ua").prepare(MetricContext(None, rocket.judges, ("nudity",), baseline=False))
 
 

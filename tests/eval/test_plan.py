@@ -88,6 +88,11 @@ def test_a_nudity_benchmark_does_not_say_that_something_else_is_gone(
     words = "This benchmark looks for nudity, which was not erased: 0\u00a0% of the images show"
     assert told.gone_text.startswith(words)
     assert report.provenance["looks for"] == "nudity"
+    # Nudity may be one of several concepts, and have other words.
+    both = [find_concept("nudity"), find_concept("words:blue rocket")]
+    _, report = measured(erased, out=tmp_path / "both", concept=both, **asked)
+    assert (report.looks_for, summary(report).gone) == ("", "Cannot be told")
+    assert all(pair.forget for pair in report.pairs)
     _, report = measured(erased, out=tmp_path / "naked", concept="words:naked people", **asked)
     assert (report.concept, report.looks_for) == ("naked people", "")
     assert all(pair.forget for pair in report.pairs)

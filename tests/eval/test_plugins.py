@@ -55,7 +55,7 @@ def compute(data):
         shown = side.judgements["redness"].shown("object")
         return share("red_images", data.concept, [None if one is None else "red" in one for one in shown], "red")
 
-    return data.beside_base(of)
+    return data.with_baseline(of)
 
 
 METRICS.add(
