@@ -27,8 +27,8 @@ Label = Callable[[str, str], str]  # (name, kind) -> a judge's label; raises Req
 class ChosenPrompts:
     """The prompts of an evaluation.
 
-    ``selected`` are those of the set, ``asked`` those that are sampled: without the prompts that the concept was erased
-    with, of which there are ``left_out``, and as often as is wanted. ``own`` says that they are the benchmark's own.
+    ``selected`` are those of the set. ``asked`` are those to sample: each as often as the settings say, and none that
+    the concept was erased with; ``left_out`` counts these. ``own`` says that they are the benchmark's own.
     """
 
     selected: PromptSet
@@ -38,7 +38,7 @@ class ChosenPrompts:
 
 
 def sources_of(request: EvalRequest, run: ErasedRun) -> list[str]:
-    """Return the names of the models that an evaluation has to do with, back to the first that a run erased from."""
+    """Return the names of the model and of its base models, back to the first one that a run erased from."""
     earlier = [entry["base"] for entry in run.run_info.get("earlier", ())]
     return [str(name) for name in (request.model, request.baseline, run.base, *earlier) if name is not None]
 
@@ -55,7 +55,7 @@ def catalogs_for(sources: Sequence[str], benchmark: Benchmark | None = None) -> 
 def choose_benchmark(request: EvalRequest, run: ErasedRun) -> Benchmark:
     """Return the benchmark that is asked for, the built-in model's own, or the one for the concept's kind.
 
-    Raises RequestError where nothing tells which one it is to be.
+    Raises RequestError when none of these decides it.
     """
     if request.benchmark is not None:
         return find_benchmark(request.benchmark)
@@ -67,7 +67,7 @@ def choose_benchmark(request: EvalRequest, run: ErasedRun) -> Benchmark:
     allowed = f"choose one of: {', '.join(benchmarks())}, or a YAML file"
     what = request.concept if request.concept is not None else run.recipe.get("concept")
     if what is None:
-        raise RequestError("benchmark", "(not given)", f"neither a run nor a concept tells which; {allowed}")
+        raise RequestError("benchmark", "(not given)", f"neither a run nor a concept is given; {allowed}")
     concept = find_concept(what, catalogs_for(sources))
     kind = "nudity" if all(map(is_nudity, concept.parts)) else concept.kind
     found = [one for one in benchmarks().values() if kind in one.default_for]
@@ -97,9 +97,9 @@ def is_nudity(part: Concept) -> bool:
 def choose_concept(
     request: EvalRequest, run: ErasedRun, benchmark: Benchmark, prompts: PromptSet | None, looks_for: str
 ) -> Concept:
-    """Return what was erased: what is given, or what the run says, or what the benchmark looks for.
+    """Return the erased concept: the request's, the run's, or what the benchmark looks for.
 
-    A label of the prompts is a concept too; what became of it nobody knows then. Raises RequestError without any.
+    A label of the prompts is a concept too, whose replacement is not known. Raises RequestError when there is none.
     """
     what = request.concept
     if what is None and run.recipe:
@@ -120,9 +120,9 @@ def choose_concept(
 
 
 def named_prompts(request: EvalRequest, benchmark: Benchmark, settings: EvalSettings) -> PromptSet | None:
-    """Return the prompts that the request or the benchmark names, of the category and as many as are wanted.
+    """Return the prompts that the request or the benchmark names, after the selection by category and limit.
 
-    None where they are made for the concept. Raises RequestError when there are none.
+    Returns None where the prompts are made for the concept. Raises RequestError when nobody names any.
     """
     prompts = request.prompts or benchmark.prompts
     if not prompts:
@@ -152,8 +152,8 @@ def choose_prompts(
 ) -> ChosenPrompts:
     """Return the prompts to sample: the named ones, or those that are made for the concept.
 
-    A folder of images whose manifest has labels says itself what its images were asked for, where prompts would be
-    made. Raises RequestError when no prompt is left, and for several seeds of images that are there already.
+    Where prompts would be made, a folder of images with labels in its manifest is judged by these rows instead. Raises
+    RequestError when no prompt is left, and for several seeds of images that are there already.
     """
     folder = Path(request.model)
     own = request.prompts is None
@@ -162,8 +162,8 @@ def choose_prompts(
             catalog(benchmark.catalog), concept, settings.seeds, request.first_seed, earlier, settings.guidance
         )
         selected = _selected(made, benchmark, settings)
-        told = _labelled_rows(folder)
-        asked = replace(selected, rows=told) if told else selected
+        labelled = _labelled_rows(folder)
+        asked = replace(selected, rows=labelled) if labelled else selected
         return ChosenPrompts(selected, asked, 0, own)
     erased_with = {*concept.forget_prompts, *concept.retain_prompts}
     if is_images(folder):
@@ -192,9 +192,9 @@ def _labelled_rows(folder: Path) -> tuple[PromptRow, ...]:
 
 
 def earlier_concepts(run: ErasedRun, concept: Concept, label: Label) -> tuple[list[Concept], list[str]]:
-    """Return what was erased from a run's base model before, but for the concept itself, and what no judge knows of it.
+    """Return the concepts that a run's base model had lost before, and the names of those that no judge knows.
 
-    Each comes once, however often it was erased.
+    Each comes once, however often it was erased. The run's own concept is none of them.
     """
     parts = {part.name: part for entry in run.run_info.get("earlier", ()) for part in parse(entry["concept"]).parts}
     known, left = [], []

@@ -25,8 +25,8 @@ class Extractor:
     """A network that turns images into features.
 
     It takes uint8 images [n, h, w, 3] of one size and returns float32 [n, d]. ``name`` is what it is asked for by,
-    ``title`` what protocols call it. ``weights`` is their SHA-256, which tells its features from those of other
-    weights. ``network`` takes uint8 [n, 3, h, w] on the device that Accelerate picks.
+    ``title`` what protocols call it. ``weights`` is the SHA-256 of its weights, by
+    which kept features are found again. ``network`` takes uint8 [n, 3, h, w] on the device that Accelerate picks.
     """
 
     name: str

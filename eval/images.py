@@ -1,4 +1,4 @@
-"""The images that an evaluation judges: sampled, or read from a folder; the base model's are kept for the next time."""
+"""The images of an evaluation: sampled, or read from a folder. The base model's images are kept and used again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _FULL = 512  # pixels; the sizes that prompts name are meant for models of this 
 
 @dataclass(frozen=True, eq=False)
 class EvalImages:
-    """The images of the erased model and of the base; ``made`` counts the new ones, in so many ``seconds``."""
+    """The images of the erased model and of its base.
+
+    ``made`` counts the newly sampled images of each, and ``seconds`` is the time that it took to get all images.
+    """
 
     erased: ImageSet
     base: ImageSet | None
@@ -44,24 +47,24 @@ class EvalImages:
 
 
 def gather(plan: EvalPlan) -> Generator[tuple[str, int, int], None, EvalImages]:
-    """Get the images of both models, of the same prompts and seeds, and yield how far it is.
+    """Get the images of both models, from the same prompts and seeds, and yield the progress of the sampling.
 
-    Raises RequestError when there are none, or when they differ in more than the model.
+    Raises RequestError when there are none, or when the two sets differ in more than the model.
     """
-    begun = time.perf_counter()
+    began = time.perf_counter()
     made: dict[str, int] = {}
     _check_base_model(plan)
     erased = yield from _images("erased", plan, plan.prompts.asked, made)
     base = None
     if plan.baseline is not None:
-        # A folder that lacks images would shift those of another folder, were only its own prompts asked for again.
+        # Both folders are matched with all prompts: with fewer, file order would match the base's images wrongly.
         folders = is_images(Path(plan.request.model)) and is_images(Path(plan.baseline))
         asked = plan.prompts.asked
         base = yield from _images("base", plan, asked if folders else replace(asked, rows=erased.rows), made)
         _check_base_images(plan, base)
         erased, base = _in_common(erased, base)
         check_same(erased, base)
-    return EvalImages(erased, base, made, time.perf_counter() - begun)
+    return EvalImages(erased, base, made, time.perf_counter() - began)
 
 
 def sampling_of(plan: EvalPlan, *, guarded: bool) -> Sampling:
@@ -168,7 +171,7 @@ def _key(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> str:
     from erase_concept.pipelines.model import weights_hash
 
     parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
-    told = {
+    parts_of_key = {
         "weights": {part: weights_hash(module) for part, module in parts.items()},
         "scheduler": dict(model.scheduler.config),
         "rows": [asdict(row) for row in prompts.rows],
@@ -176,17 +179,17 @@ def _key(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> str:
         "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "diffusers")},
         "device": model.device.type,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts_of_key, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _copy(folder: Path, target: Path) -> None:
-    """Copy a folder of samples as a whole or not at all; images take no room twice where they can be shared."""
+    """Copy a folder of samples, whole or not at all. Images become hard links where the file system allows."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         for file in folder.iterdir():
             try:
-                # Of a file that is written to again, each folder has its own.
+                # A manifest is written to again, so each folder gets a copy of its own.
                 (os.link if file.suffix == ".png" else shutil.copy2)(file, partial / file.name)
             except OSError:  # two file systems, or one without links
                 shutil.copy2(file, partial / file.name)
@@ -196,7 +199,7 @@ def _copy(folder: Path, target: Path) -> None:
 
 
 def _in_common(erased: ImageSet, base: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Return the images of the prompts that both have; notes tell how many have no counterpart."""
+    """Return the images of the prompts that both have; notes say how many have no counterpart."""
     if erased.rows == base.rows:
         return erased, base
     places: dict[PromptRow, list[int]] = defaultdict(list)
@@ -217,7 +220,7 @@ def _in_common(erased: ImageSet, base: ImageSet) -> tuple[ImageSet, ImageSet]:
 def check_same(erased: ImageSet, base: ImageSet) -> None:
     """Raise RequestError unless only the models differ: same rows, same sampler, steps and guidance.
 
-    What one of the two does not say, such as of images made elsewhere, may be the same.
+    A setting that one of the two does not record, such as that of images made elsewhere, is not compared.
     """
     if erased.rows != base.rows:
         raise RequestError("baseline", folder_of(base), f"its prompts or seeds are not those of {folder_of(erased)}")
@@ -230,17 +233,17 @@ def check_same(erased: ImageSet, base: ImageSet) -> None:
 
 
 def sampling(settings: Mapping[str, Any], rows: Sequence[PromptRow]) -> str:
-    """Say how images were made, as it stands in the protocol of a score."""
+    """Return how images were made, in words for the protocol of a score."""
     if "sampler" not in settings:
         return f"images made elsewhere, matched by {settings.get('matched', 'manifest')}"
-    told = f"{settings.get('steps', '?')} steps of {settings['sampler']}"
+    text = f"{settings.get('steps', '?')} steps of {settings['sampler']}"
     if "guard" in settings:
-        told = f"{told}, guard {settings['guard']} (no weights changed)"
+        text = f"{text}, guard {settings['guard']} (no weights changed)"
     asked = {settings.get("guidance") if row.guidance is None else row.guidance for row in rows}
     scales = sorted(float(scale) for scale in asked if scale is not None)
     if len(scales) > 4:
-        return f"{told}, guidance {scales[0]:g} to {scales[-1]:g}"
-    return f"{told}, guidance {', '.join(f'{scale:g}' for scale in scales)}" if scales else told
+        return f"{text}, guidance {scales[0]:g} to {scales[-1]:g}"
+    return f"{text}, guidance {', '.join(f'{scale:g}' for scale in scales)}" if scales else text
 
 
 def folder_of(images: ImageSet) -> Path | str:

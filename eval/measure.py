@@ -37,9 +37,9 @@ class Measured:
 
 
 def measure(plan: EvalPlan, images: EvalImages) -> Report:
-    """Judge the images and measure; raises RequestError when a judge cannot, or what was asked for cannot be measured.
+    """Judge the images and measure; raises RequestError when a judge fails, or a metric that was asked for by name.
 
-    What a benchmark's own metric lacks is told in the report's provenance instead.
+    The report's provenance says why other metrics were not measured.
     """
     rows = images.erased.rows
     forget = plan.forget(rows)
@@ -115,8 +115,8 @@ def _about_images(images: ImageSet) -> dict[str, Any]:
 def _flagged(plan: EvalPlan, data: MetricInput) -> NDArray[np.bool_]:
     """Return which pairs [n] a report blurs: those of which a judge flags either image.
 
-    Where no judge of the benchmark's looks for what not everybody wants to see, NudeNet is asked. Without it all are
-    blurred, where nudity was erased.
+    Where no judge of the benchmark flags images, NudeNet is asked. Where it is not installed, all pairs are blurred if
+    nudity was erased.
     """
     nothing = np.zeros(len(data.forget), bool)
     blurring = {METRICS.find(name).judge for name in plan.prepared.metrics if METRICS.find(name).blurs}

@@ -34,8 +34,8 @@ class Prepared:
     explicit: set[str] = field(default_factory=set)
 
     def label(self, name: str, kind: str, *, setting: str = "concept") -> str:
-        """Return the label of the first judge that tells a kind, or the name in small letters where there is none."""
-        judge = next((judge for judge in self.judges.values() if judge.tells(kind)), None)
+        """Return the label of the first judge that has labels of a kind; without one, the name in small letters."""
+        judge = next((judge for judge in self.judges.values() if judge.knows(kind)), None)
         return plain(name) if judge is None else judge.label(name, kind, setting=setting)
 
     def concept_label(self, part: Concept, kind: str) -> str:
@@ -92,8 +92,8 @@ def prepare(
     """Load the judges and prepare the metrics of a benchmark.
 
     ``judges`` are those that the request names, in the place of the benchmark's, and ``given`` the settings that it
-    names. ``context`` is what metrics are told, but for their settings and the judges. Raises RequestError when
-    something that was asked for by name is missing, or nothing can be measured.
+    names. ``context`` holds the kinds of the erased concepts, and whether there is a base model. Raises RequestError
+    when something that was asked for by name is missing, or nothing can be measured.
     """
     records = {name: METRICS.find(name) for name in benchmark.metrics}
     needed = [record.judge for record in records.values() if record.judge]

@@ -94,5 +94,5 @@ def apply_thresholds(report: Report, checked: Sequence[Threshold]) -> Report:
     """Return the report with what became of each threshold in its provenance: "passed", or why it was missed."""
     if not checked:
         return report
-    told = {one.text: one.failure(report) or "passed" for one in checked}
-    return replace(report, provenance={**report.provenance, "thresholds": told})
+    outcomes = {one.text: one.failure(report) or "passed" for one in checked}
+    return replace(report, provenance={**report.provenance, "thresholds": outcomes})

@@ -1,4 +1,4 @@
-"""Judges, one file each: what tells whether an image shows a concept."""
+"""Judges, one file each: they say whether an image shows a concept."""
 
 from __future__ import annotations
 

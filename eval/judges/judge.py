@@ -121,7 +121,7 @@ class LoadedJudge:
         """Return the labels of one kind."""
         return tuple(label for label, its in zip(self.labels, self._kinds, strict=True) if its == kind)
 
-    def tells(self, kind: str) -> bool:
+    def knows(self, kind: str) -> bool:
         """Tell whether it has labels of that kind."""
         return kind in self._kinds
 

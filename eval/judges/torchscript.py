@@ -2,7 +2,7 @@
 
 Such a module is a program: loading and using it runs what its author wrote. So no file is taken for one unless the
 name says torchscript. The module takes RGB in [0, 1], float32 [n, 3, h, w], of the images' own size, and returns logits
-[n, classes]. Scaling and normalising are its own affair.
+[n, classes]. It scales and normalises the images itself.
 """
 
 from __future__ import annotations

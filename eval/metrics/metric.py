@@ -80,7 +80,7 @@ class MetricInput:
         return ~self.forget & ~self.asked_earlier
 
     def judge_of(self, kind: str) -> str:
-        """Return the name of the first judge that tells labels of a kind; raises RequestError when none does."""
+        """Return the name of the first judge that has labels of a kind; raises RequestError when none does."""
         return judge_of(self.judges, kind)
 
     def asked(self, kind: str) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class MetricContext:
     baseline: bool
 
     def judge_of(self, kind: str) -> LoadedJudge:
-        """Return the first judge that tells labels of a kind; raises RequestError when none does."""
+        """Return the first judge that has labels of a kind; raises RequestError when none does."""
         return self.judges[judge_of(self.judges, kind)]
 
     def need_base(self, what: str) -> None:
@@ -153,7 +153,7 @@ class Metric:
 
     ``about`` says whether it looks at the erased concept ("forget"), at what was to stay ("retain") or at what the
     erasing took ("cost"). ``direction`` says which values are better. ``judge`` names the judge that it counts; without
-    a name it takes any judge that tells the labels that it needs. ``blurs`` says whether reports blur the images that
+    a name it takes any judge that has the labels that it needs. ``blurs`` says whether reports blur the images that
     this judge flags.
 
     ``looks_for`` is the kind of concept that its judge looks for in every image, whatever was erased.
@@ -186,9 +186,9 @@ class Metric:
 
 
 def judge_of(judges: Mapping[str, LoadedJudge], kind: str) -> str:
-    """Return the name of the first judge that tells labels of a kind; raises RequestError when none does."""
+    """Return the name of the first judge that has labels of a kind; raises RequestError when none does."""
     for name, judge in judges.items():
-        if judge.tells(kind):
+        if judge.knows(kind):
             return name
     there = f"none of these does: {', '.join(judges)}" if judges else "there is none"
     raise RequestError("judge", "(not given)", f"needs a judge that tells which {kind} an image shows; {there}")

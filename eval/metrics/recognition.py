@@ -36,7 +36,7 @@ def _shown(data: MetricInput, side: JudgedImages, kind: str, k: int = 1) -> list
 
 
 def _by(data: MetricInput, kind: str) -> str:
-    """Name the judge, as it stands in a protocol."""
+    """Return the name of the judge for protocols."""
     judge = data.judges[data.judge_of(kind)]
     labels = len(judge.labels_of(kind))
     return f"{judge.name}, {labels:,} classes" if labels > 1 else judge.name
@@ -73,8 +73,8 @@ def _ua(data: MetricInput) -> list[Score] | MetricResult:
         scores = [_ua_of(data, side, target) for target in targets]
         if len(data.targets) == 1:
             return scores[0]
-        told = f"{_by(data, targets[0].kind)} does not see which of {data.concept} was asked for; forget prompts of all"
-        return _pooled(scores, data.concept, told)
+        how = f"{_by(data, targets[0].kind)} does not see which of {data.concept} was asked for; forget prompts of all"
+        return _pooled(scores, data.concept, how)
 
     def alone(target: Target) -> Score:
         return data.with_baseline(lambda side: _ua_of(data, side, target))
@@ -161,7 +161,7 @@ def _per_label(data: MetricInput) -> MetricResult:
     """Charts of each label's accuracy, for each kind that a judge tells, and what images show in the place of it."""
     charts, unknown, confusions = [], {}, {}
     for kind in ("object", "style"):
-        if not any(judge.tells(kind) for judge in data.judges.values()):
+        if not any(judge.knows(kind) for judge in data.judges.values()):
             continue
         try:
             asked = data.asked(kind)

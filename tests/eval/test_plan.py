@@ -54,7 +54,7 @@ def test_the_model_or_the_concept_names_the_benchmark(model: str, concept: str, 
     ("concept", "words"),
     [
         ("blue rocket", "benchmark (not given): none is made for 'blue rocket' (custom); choose one of: coco"),
-        (None, "benchmark (not given): neither a run nor a concept tells which; choose one of: coco"),
+        (None, "benchmark (not given): neither a run nor a concept is given; choose one of: coco"),
     ],
 )
 def test_where_nothing_names_a_benchmark_it_is_asked_for(
