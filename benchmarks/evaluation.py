@@ -20,7 +20,7 @@ from full_size import row
 from erase_concept.eval.evaluate import iter_evaluate
 from erase_concept.eval.request import EvalRequest
 from erase_concept.recipe import recipe_for
-from erase_concept.run import erase
+from erase_concept.run import iter_erase
 
 BAR = 0.1  # of the sampling
 ASKED: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in erase(recipe_for("emojinette", "church", method="uce"), Path(folder) / "run"):
+        for _ in iter_erase(recipe_for("emojinette", "church", method="uce"), Path(folder) / "run"):
             pass
         for name, asked in ASKED.items():
             rounds = []

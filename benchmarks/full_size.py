@@ -156,7 +156,7 @@ def ours(args: argparse.Namespace) -> Iterator[float]:
     which, none = torch.arange(n), torch.arange(0)
     data = ForgetRetain(
         *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1]),
-        *(torch.ones(n, 2).long(), torch.ones(1, n, 2).long(), torch.full((n,), TOKENS)),
+        *(torch.ones(n, 2).long(), torch.ones(n, 2).long()),
         *(torch.zeros(n).long(), torch.zeros(n, TOKENS).long()),
     )
     settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})

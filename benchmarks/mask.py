@@ -27,7 +27,7 @@ from full_size import row
 from torch import Tensor
 
 from erase_concept import pipelines
-from erase_concept.masks.mask import top_k
+from erase_concept.masks import top_k
 
 
 def scores(millions: float | None = None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from full_size import configs, measured, row
 
-from erase_concept.masks.mask import top_k
+from erase_concept.masks import top_k
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0)
 

@@ -15,7 +15,7 @@ import torch
 from full_size import row
 from torch import nn
 
-from erase_concept.masks import mask as masks
+from erase_concept import masks
 from erase_concept.training import optimizer as optim
 
 WEIGHTS = 50_000_000
@@ -26,7 +26,9 @@ def main() -> None:
     layers = {compiled: nn.Linear(WEIGHTS // 5000, 5000, bias=False) for compiled in (True, False)}
     layers[False].load_state_dict(layers[True].state_dict())
     mask = masks.random(layers[True], 0.5, seed=0)
-    optimizers = {compiled: optim.MaskedOptimizer(layer, mask, lr=1e-3) for compiled, layer in layers.items()}
+    optimizers = {
+        compiled: optim.MaskedOptimizer(layer, mask, optim.Adam(lr=1e-3)) for compiled, layer in layers.items()
+    }
     gradient = torch.randn(layers[True].weight.shape, generator=torch.Generator().manual_seed(0))
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(6):  # the first is for numba to compile, and for both to get their memory

@@ -27,7 +27,7 @@ from PIL import Image
 
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.formats.single_file import save_single_file
-from erase_concept.run import read_run
+from erase_concept.run_folder import read_run
 
 MACHINE = 24.0
 HASH = """

@@ -6,9 +6,9 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from erase_concept.version import __version__
 
-# Where it is installed, diffusers imports it, and it tells of what it lacks for things that we do not use.
+# diffusers imports it where it is installed; it warns of things that are not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public names and where they live. They are imported when first used, so that importing the package loads no torch.
@@ -23,13 +23,18 @@ _NAMES = {
     "PromptSet": "prompts.promptset",
     "Report": "eval.report.report",
     "RequestError": "errors",
+    "Run": "run",
     "compare": "eval.compare.compare",
     "erase": "run",
     "evaluate": "eval.evaluate",
+    "export": "exports",
     "find_concept": "prompts.find",
     "iter_compare": "eval.compare.compare",
+    "iter_erase": "run",
     "iter_evaluate": "eval.evaluate",
+    "iter_sample": "pipelines.sample",
     "load": "pipelines.load",
+    "mask": "masks.make",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
     "write_report": "eval.report.write",
@@ -44,15 +49,17 @@ if TYPE_CHECKING:
     from erase_concept.eval.report.report import Report
     from erase_concept.eval.report.write import write_report
     from erase_concept.eval.request import EvalRequest
+    from erase_concept.exports import export
+    from erase_concept.masks.make import mask
     from erase_concept.masks.mask import Mask
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import Diffusion
-    from erase_concept.pipelines.sample import sample
+    from erase_concept.pipelines.sample import iter_sample, sample
     from erase_concept.prompts.concept import Concept
     from erase_concept.prompts.find import find_concept
     from erase_concept.prompts.promptset import PromptSet
     from erase_concept.recipe import recipe_for
-    from erase_concept.run import erase
+    from erase_concept.run import Run, erase, iter_erase
 
 
 def __getattr__(name: str) -> Any:

@@ -11,16 +11,16 @@ from erase_concept.pipelines.formats.delta import Delta
 from erase_concept.prompts.concept import in_words
 
 
-def write_card(run: Path, account: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
-    """Write ``pipeline/README.md`` of a run from its account, with scores as they stand in a report, if any."""
-    text = card(account, (run / "recipe.yaml").read_text(encoding="utf-8"), scores)
+def write_card(run: Path, run_info: dict[str, Any], scores: Sequence[dict[str, Any]] = ()) -> None:
+    """Write ``pipeline/README.md`` of a run from its run_info, with scores as they stand in a report, if any."""
+    text = card(run_info, (run / "recipe.yaml").read_text(encoding="utf-8"), scores)
     with atomic_write(run / "pipeline" / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def card(account: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]) -> str:
-    """Return the card's Markdown from a run's account, its recipe in YAML, and the scores of its report."""
-    checks, mask = account["checks"], account["mask"]
+def card(run_info: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]) -> str:
+    """Return the card's Markdown from a run's run_info, its recipe in YAML, and the scores of its report."""
+    checks, mask = run_info["checks"], run_info["mask"]
     if mask is None:
         masked = "No mask: every weight was free to change."
     else:
@@ -33,10 +33,10 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [concept-erasure, machine-unlearning]
 ---
-# {_plain(account["base"]["source"])} without {_plain(account["concept"])}
+# {_plain(run_info["base"]["source"])} without {_plain(run_info["concept"])}
 
-{_erased(account)} {_parts(account)}
-{checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(account)}
+{_erased(run_info)} {_parts(run_info)}
+{checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(run_info)}
 
 ```python
 from diffusers import DiffusionPipeline
@@ -52,10 +52,10 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 
 | | |
 |---|---|
-| base | {_plain(account["base"]["source"])} |
-{_loaded(account["base"])}| base UNet, SHA-256 | `{account["base"]["unet"]}` |
-{_hashes(account["erased"])}| seed | {account["seed"]} |
-| versions | {", ".join(f"{name} {number}" for name, number in account["versions"].items())} |
+| base | {_plain(run_info["base"]["source"])} |
+{_loaded(run_info["base"])}| base UNet, SHA-256 | `{run_info["base"]["unet"]}` |
+{_hashes(run_info["erased"])}| seed | {run_info["seed"]} |
+| versions | {", ".join(f"{name} {number}" for name, number in run_info["versions"].items())} |
 
 ```yaml
 {recipe.rstrip().replace("```", "` ` `")}
@@ -102,9 +102,9 @@ of {source}; VAE, text encoder, tokenizer and scheduler are its own.
 """
 
 
-def _parts(account: dict[str, Any]) -> str:
+def _parts(run_info: dict[str, Any]) -> str:
     """Say which parts are the base model's, and begin to say of which the weights were changed."""
-    if "text_encoder" in account["erased"]:
+    if "text_encoder" in run_info["erased"]:
         return "UNet, VAE, tokenizer and scheduler are the base model's; of the text encoder's"
     return "VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's"
 
@@ -115,19 +115,19 @@ def _hashes(erased: dict[str, str]) -> str:
     return "".join(f"| erased {words[part]}, SHA-256 | `{told}` |\n" for part, told in erased.items())
 
 
-def _erased(account: dict[str, Any]) -> str:
+def _erased(run_info: dict[str, Any]) -> str:
     """Say what was erased, by what method, and what became of it."""
-    told = f"erased from this model with `{account['method']}` of erase-concept"
-    if "parts" not in account:
-        what = f"The {account['kind']} *{_plain(account['concept'])}* was {told}"
-        return f"{what}: its prompts were remapped to {_anchor(account)}."
-    parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in account["parts"]]
+    told = f"erased from this model with `{run_info['method']}` of erase-concept"
+    if "parts" not in run_info:
+        what = f"The {run_info['kind']} *{_plain(run_info['concept'])}* was {told}"
+        return f"{what}: its prompts were remapped to {_anchor(run_info)}."
+    parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in run_info["parts"]]
     return f"These concepts were {told}, all at once: {in_words(parts)}."
 
 
-def _earlier(account: dict[str, Any]) -> str:
+def _earlier(run_info: dict[str, Any]) -> str:
     """Say what had been erased before, from which model, where anything had."""
-    runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in account.get("earlier", ())]
+    runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in run_info.get("earlier", ())]
     if not runs:
         return ""
     return f"\n\nThe base model had lost something before, one after the other: {'; '.join(runs)}."
@@ -151,7 +151,7 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
 
 
 def _loaded(base: dict[str, str]) -> str:
-    """Return the table's line on what the base model is; accounts of the first runs do not say."""
+    """Return the table's line on what the base model is; the first runs do not say."""
     words = {"family": "", "prediction_type": "prediction type ", "dtype": "weights in "}
     told = ", ".join(word + base[key] for key, word in words.items() if base.get(key))
     return f"| base, loaded as | {_plain(told)} |\n" if told else ""

@@ -75,7 +75,7 @@ def concept_tokens(
     for row, prompt in enumerate(data.forget):
         begin = int(data.forget_spans[row, 1]) - name
         other = data.uncond[0] if becomes == "empty" else data.remap[0, row]
-        start = 0 if becomes == "empty" else int(data.remap_spans[0, row, 1]) - name
+        start = 0 if becomes == "empty" else int(data.anchor_spans[row, 1]) - name
         count = length - max(begin, start)
         pairs.append((prompt[begin : begin + count], other[start : start + count]))
     tokens, wanted = zip(*pairs, strict=True)
@@ -114,7 +114,7 @@ def minimise(
     }
     if not any(bool(some.any()) for some in free.values()):
         raise RequestError(
-            "--mask",
+            "mask.kind",
             "(given)",
             "leaves no weight of attn2.to_k and attn2.to_v free, and a closed form changes no others",
         )

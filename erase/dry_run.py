@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase_concept.masks.mask import TEXT_ENCODER
+from erase_concept.masks import TEXT_ENCODER
 from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
 from erase_concept.pipelines.load import configs
 from erase_concept.pipelines.model import Diffusion

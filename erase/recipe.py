@@ -90,11 +90,11 @@ class Recipe:
     ] = True
 
     @property
-    def latents(self) -> dict[str, int]:
-        """How many rows of each part of the data are made: what neither method nor mask needs is left out."""
+    def data_parts(self) -> tuple[str, ...]:
+        """The parts of the data that are made: what neither method nor mask needs is left out."""
         ranked = ("forget",) if self.mask.kind in ("salient", "least-salient") else ()
         needed = {*METHODS.find(self.method).latents, *ranked}
-        return {part: getattr(self.data, part) if part in needed else 0 for part in ("forget", "anchor", "retain")}
+        return tuple(part for part in ("forget", "anchor", "retain") if part in needed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as they stand in YAML: settings that differ from their defaults, and kind and scope."""

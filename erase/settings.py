@@ -56,7 +56,8 @@ def settings(cls: type[_T]) -> type[_T]:
             said = get_args(inherited[name])[1:]
             if not any(isinstance(one, FieldInfo) and one.description for one in own):
                 cls.__annotations__[name] = Annotated[(kind, *said, *(own or (described(),)))]  # type: ignore[index]
-    return pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload, no-any-return]
+    made: Any = pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload]
+    return made
 
 
 @settings

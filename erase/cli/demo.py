@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from erase_concept.cli.erase import run
 from erase_concept.cli.options import JsonOption, RecipeOptions, SeedOption, examples
 from erase_concept.cli.terminal import print_report
 
@@ -30,12 +29,13 @@ def demo(
     from erase_concept.eval.evaluate import run_evaluation
     from erase_concept.eval.request import EvalRequest
     from erase_concept.pipelines.builtin import builtin_models
+    from erase_concept.run import run_recipe
 
     model = next(iter(builtin_models().values()))
     recipe = RecipeOptions(model=model.name, concept=[concept or model.demo], seed=seed).read()
     check_measurable(recipe.concept, model.benchmark)
     out = out or Path("runs") / f"demo-{recipe.concept.name}"
-    run(recipe, out)
+    run_recipe(recipe, out)
     report = run_evaluation(EvalRequest(model=str(out), out=out))
     if report is not None:
         print_report(report, out, json_)

@@ -47,13 +47,14 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Make the repository public.", rich_help_panel=_HUB)] = False,
 ) -> None:
     """Write a run's erased model as one file, a UNet, a LoRA, a delta or a diffusers folder, and check it."""
-    from erase_concept.export import check_hub, export_run, push
+    from erase_concept.exports import check_hub, push
+    from erase_concept.exports import export as export_run
 
     if public and push_to_hub is None:
         raise RequestError("public", "(given)", "goes with --push-to-hub")
     if push_to_hub is not None:
         check_hub(push_to_hub, public=public)
-    fit = export_run(run, out, format_, dtype, rank=rank, lora_style=lora_style)
+    fit = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style)
     typer.echo(f"{format_} ({dtype}) -> {out} (read back and compared)")
     if fit is not None:
         missed = ", ".join(f"{error:.1%} at rank {rank}" for rank, error in fit.errors.items())

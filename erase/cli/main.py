@@ -48,7 +48,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if version:
-        from erase_concept import __version__
+        from erase_concept.version import __version__
 
         typer.echo(f"erase-concept {__version__}")
         raise typer.Exit

@@ -9,14 +9,12 @@ import typer
 
 from erase_concept.cli.options import JsonOption, RecipeOptions, examples, grouped
 from erase_concept.cli.terminal import print_json
-from erase_concept.errors import RequestError
 
 EXAMPLES = examples(
     "erase-concept mask model.safetensors -c church -o church-mask.safetensors",
     "erase-concept mask model.safetensors -c church --sparsity 0.9 -o narrow.safetensors",
     "erase-concept erase model.safetensors -c church --mask narrow.safetensors -o runs/narrow",
 )
-KINDS = ("salient", "random", "least-salient")
 
 
 @grouped
@@ -27,16 +25,10 @@ def mask(
 ) -> None:
     """Compute the mask that 'erase' with the same options would use."""
     recipe = options.read()
-    if recipe.mask.kind not in KINDS:
-        raise RequestError("mask.kind", recipe.mask.kind, f"nothing to compute; allowed: {', '.join(KINDS)}")
-    from erase_concept.masks.mask import describe
-    from erase_concept.pipelines.load import load
-    from erase_concept.pipelines.model import weights_hash
-    from erase_concept.run import check_scope, make_data_for, make_mask
+    from erase_concept.masks import describe
+    from erase_concept.masks.make import compute_mask
 
-    check_scope(recipe)
-    loaded = load(recipe.model, ema=recipe.ema)
-    made = make_mask(recipe, loaded, make_data_for(recipe, loaded), weights_hash(loaded.unet))
+    made = compute_mask(recipe)
     made.save(out)
     if json_:
         print_json(describe(made))

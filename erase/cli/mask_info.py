@@ -23,7 +23,7 @@ def mask_info(
     """Describe masks: density by kind of layer, origin, and the overlap of several."""
     from erase_concept.masks.mask import Mask, describe
 
-    masks = {str(file): Mask.load(file, argument="file") for file in files}
+    masks = {str(file): Mask.load(file, setting="file") for file in files}
     overlaps = {(a, b): masks[a].overlap(masks[b]) for a, b in combinations(masks, 2)}
     if json_:
         listed = [{"masks": pair, "jaccard": share} for pair, share in overlaps.items()]

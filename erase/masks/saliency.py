@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from erase_concept.data import Batch
 from erase_concept.pipelines.model import Diffusion
 
 Accumulate = Literal["signed", "absolute", "squared"]
@@ -19,10 +20,9 @@ def accumulate(
     """Return each parameter's saliency over a sequence of losses, one per batch, in fp32.
 
     ``signed`` is the paper's |sum of gradients|, in which batches may cancel; ``absolute`` is the sum of |gradient|,
-    ``squared`` that of gradient^2.
-    Works one parameter at a time during the backward pass, so no batch's gradients ever exist in full beside the sums,
-    which with ``offload`` are kept in main memory.
-    The module's weights and ``requires_grad`` flags come out as they went in; gradients that it had are dropped.
+    ``squared`` that of gradient^2. With ``offload`` the sums are kept in main memory.
+    Each parameter's gradient is added to its sum during the backward pass and dropped, so that the gradients of all
+    parameters never exist at once. Weights and ``requires_grad`` flags come out as they went in.
     """
     parameters = dict(module.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
@@ -55,23 +55,14 @@ def accumulate(
     return {name: total.abs_() for name, total in sums.items()}
 
 
-def forgetting_loss(
-    model: Diffusion,
-    latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    embeddings: Tensor,
-    empty: Tensor,
-    guidance: float = 0.0,
-) -> Tensor:
-    """Return the forgetting loss, minus the training loss on the concept's own latents and prompts.
+def forgetting_loss(model: Diffusion, batch: Batch, uncond: Tensor, guidance: float = 0.0) -> Tensor:
+    """Return the forgetting loss, minus the training loss on rows of the concept.
 
-    With ``guidance`` w > 0 the prediction is (1 + w) e(x_t, c) - w e(x_t, empty), as in the reference code, which
-    uses w = 7.5: guidance of scale 1 + w; 0 leaves the plain prediction. ``empty`` is [1, tokens, width].
+    With ``guidance`` w > 0 the prediction is (1 + w) e(x_t, c) - w e(x_t, uncond), which is guidance of scale 1 + w, as
+    in SalUn's code with w = 7.5; 0 leaves the plain prediction. ``uncond`` is [1, tokens, width].
     """
-    noisy = model.add_noise(latents, noise, timesteps)
     if guidance == 0:
-        predicted = model.predict(noisy, timesteps, embeddings)
+        predicted = model.predict(batch.noisy, batch.timesteps, batch.embeddings)
     else:
-        predicted = model.cfg(noisy, timesteps, embeddings, empty, 1 + guidance)
-    return -nn.functional.mse_loss(predicted, model.target(latents, noise, timesteps))
+        predicted = model.cfg(batch.noisy, batch.timesteps, batch.embeddings, uncond, 1 + guidance)
+    return -nn.functional.mse_loss(predicted, model.target(batch.latents, batch.noise, batch.timesteps))

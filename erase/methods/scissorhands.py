@@ -11,8 +11,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw, training_loss
-from erase_concept.masks import mask as masks
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate
 from erase_concept.method import method

@@ -48,7 +48,7 @@ class Adapters(nn.Module):
             if mask is not None:
                 self.masks[key] = mask.dense(weight).to(layer.weight.device)
         if not self.layers:
-            raise RequestError("--mask", mask and mask.count, "allows changes in no layer that could have an adapter")
+            raise RequestError("mask.kind", mask and mask.count, "lets no layer change that can have an adapter")
 
     @property
     def config(self) -> Any:

@@ -4,10 +4,10 @@ In torch, picking half of the weights out of a vector and putting them back take
 itself. Here a block of weights goes through all of it while it is in the processor's cache. Nothing is contracted or
 reordered, so every operation rounds as torch's do.
 
-In both functions ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit. The
-salient ones among the weights from ``first``, a multiple of 8, to ``last`` are updated; ``place`` counts the salient
-weights before ``first``, and ``mean`` and ``square`` hold the moments of all salient weights in order. ``numbers`` are
-those of ``optimizer.Numbers``.
+In both functions ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit.
+``moments`` are the mean and the mean of squares of all salient weights in order. ``piece`` is the first weight, a
+multiple of 8, the one behind the last, and how many salient weights lie before the first. ``numbers`` are those of
+``optimizer.Numbers``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _BLOCK = 1024  # weights: with their gradients and moments they fit into the fir
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def update(
-    weights: Any, gradient: Any, mean: Any, square: Any, bits: Any, first: int, last: int, place: int, numbers: Any
-) -> None:
+def update(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any) -> None:
     """Update weights whose moments are float32."""
+    mean, square = moments
+    first, last, place = piece
     where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     for start in range(first, last, _BLOCK):
         n = _find(bits, start, min(start + _BLOCK, last), where)
@@ -35,19 +35,10 @@ def update(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def update_narrow(
-    weights: Any,
-    gradient: Any,
-    mean: Any,
-    square: Any,
-    bits: Any,
-    first: int,
-    last: int,
-    place: int,
-    numbers: Any,
-    seed: Any,
-) -> None:
+def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any, seed: Any) -> None:
     """Update weights whose moments are bfloat16, given as uint16 and rounded at random by a hash of place and seed."""
+    mean, square = moments
+    first, last, place = piece
     where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     mean_bits, square_bits = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     for start in range(first, last, _BLOCK):
@@ -69,7 +60,7 @@ def update_narrow(
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _find(bits: Any, start: int, stop: int, where: Any) -> int:
-    """Write the places of the salient weights to ``where`` and return how many there are."""
+    """Write the indices of the salient weights to ``where`` and return how many there are."""
     n = 0
     for byte in range(start >> 3, (stop + 7) >> 3):
         for k in range(8):
@@ -93,11 +84,11 @@ def _scatter(weights: Any, where: Any, n: int, own: Any) -> None:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _adam(weights: Any, gradient: Any, mean: Any, square: Any, n: int, numbers: Any) -> None:
-    beta1, rest1, beta2, rest2, rate, root, eps, scale, decay, shrink = numbers
+    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction, eps, scale, l2, factor = numbers
     for i in range(n):
-        g = gradient[i] * scale + weights[i] * decay
-        m = mean[i] * beta1 + g * rest1
-        v = square[i] * beta2 + g * g * rest2
+        g = gradient[i] * scale + weights[i] * l2
+        m = mean[i] * beta1 + g * one_minus_beta1
+        v = square[i] * beta2 + g * g * one_minus_beta2
         mean[i] = m
         square[i] = v
-        weights[i] = weights[i] * shrink - m * rate / (np.sqrt(v) * root + eps)
+        weights[i] = weights[i] * factor - m * step_size / (np.sqrt(v) * bias_correction + eps)

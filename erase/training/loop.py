@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,14 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.optimizer import MaskedOptimizer, State
+from erase_concept.training.optimizer import Adam, MaskedOptimizer, State
 
 Tensors = tuple[Tensor, ...]
-# Given the model and a step's own generator: what the model as it is now predicts for the step.
+# Computes a step's fixed targets with the current model, before the training. The generator is the step's own.
 PrecomputeTargets = Callable[[Diffusion, torch.Generator], Tensors]
-# Given the same and what was taught: the loss, and the terms that it is made of, for the log.
+# Computes a step's loss, and its terms for the log, from the model, the step's generator and the precomputed targets.
 Loss = Callable[[Diffusion, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]]
-Start = Callable[[Diffusion], object]  # changes the weights, of those that may, where the training is to begin
+Start = Callable[[Diffusion], object]  # changes weights that the mask allows, before the first step
 
 
 _SALUN = "SalUn, arXiv 2310.12508"
@@ -55,6 +55,10 @@ class Training:
     ] = False
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 100
 
+    def adam(self) -> Adam:
+        """Return the optimizer's settings."""
+        return Adam(self.lr, self.optimizer, (0.9, 0.999), 1e-8, self.weight_decay, self.max_grad_norm, self.state)
+
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
@@ -77,7 +81,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TargetProgress:
-    """For how many steps, of all, the base model has made its predictions."""
+    """Progress of precomputing the base model's targets: steps that have theirs, of all steps."""
 
     step: int
     steps: int
@@ -96,78 +100,44 @@ def train(
 ) -> Iterator[Record | TargetProgress]:
     """Minimise a loss over the weights that a mask allows, in place, yielding a record after every step.
 
-    They are the UNet's, all of them without a mask; or the text encoder's, where the mask is one of it.
+    These are the UNet's, or the text encoder's where the mask is for it; without a mask all of the UNet's.
 
     Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
-    on from its checkpoint ends with the same bits as one that was never stopped. With several processes the gradients
-    are averaged. Where nothing else is asked for, the step is taken inside the backward pass, and no gradient outlives
-    its parameter's update; accumulation, clipping and several processes need all gradients at once.
+    on from its checkpoint ends with the same bits as one that was never stopped. The step is taken inside the backward
+    pass; only accumulation, clipping and several processes, which average them, need all gradients at once.
 
-    ``precompute`` is called for every step before any weight moves, so a loss can be drawn to what the base model
-    predicts without a second model in memory. ``start`` is called once behind that, before the first step, and may
-    change the weights that the mask allows. Raises EraseError when the loss is not finite: the weights are then those
-    of the last good step, and the checkpoint is kept.
+    ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
+    targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
+    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept.
     """
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
     )
-    # torch's own autocast: Accelerate's precision is set once for a whole process, and left in the UNet's forward.
-    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    began = time.perf_counter()
-    resumed = checkpoint if checkpoint is not None and checkpoint.exists() else None
-    first = steps_done(checkpoint)
-
-    def generator(step: int, part: int) -> torch.Generator:
-        return stage_generator(seed, "step", step, part, accelerator.process_index)
-
-    changed = "unet" if mask is None else mask.part
-    trained: nn.Module = getattr(model, changed)
-    taught: dict[tuple[int, int], Tensors] = {}
+    began, first = time.perf_counter(), steps_done(checkpoint)
+    part = "unet" if mask is None else mask.part
+    trained: nn.Module = getattr(model, part)
+    targets: dict[tuple[int, int], Tensors] = {}
+    generators = _Generators(seed, accelerator.process_index)
     if precompute is not None:
         for step in range(first, settings.steps):
-            for part in range(settings.accumulation):
-                with torch.no_grad(), lower:
-                    taught[step, part] = tuple(t.cpu() for t in precompute(model, generator(step, part)))
+            for batch in range(settings.accumulation):
+                with torch.no_grad(), _autocast(model, settings):
+                    found = precompute(model, generators.of(step, batch))
+                targets[step, batch] = tuple(target.cpu() for target in found)
             yield TargetProgress(step + 1, settings.steps)
-    masked = MaskedOptimizer(
-        trained,
-        mask,
-        settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        state=settings.state,
-    )
-    if resumed:
-        _restore(masked, resumed)
+    masked = MaskedOptimizer(trained, mask, settings.adam())
+    if first and checkpoint is not None:
+        _restore(masked, checkpoint)
     elif start is not None:
         start(model)
-    at_once = settings.accumulation == accelerator.num_processes == 1 and settings.max_grad_norm is None
-    prepared = accelerator.prepare(trained)
-    wrapped = replace(model, **{changed: prepared})
+    steps = _Steps(accelerator, accelerator.prepare(trained), masked, loss, settings, generators, targets)
+    prepared = replace(model, **dict[str, Any]({part: steps.trained}))
     if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     try:
         for step in range(first, settings.steps):
-            masked.lr = settings.lr_at(step)
-            mean, terms = 0.0, dict[str, float]()
-            for part in range(settings.accumulation):
-                with accelerator.accumulate(prepared):
-                    with lower:
-                        known = tuple(t.to(model.device) for t in taught.pop((step, part), ()))
-                        value, parts = loss(wrapped, generator(step, part), known)
-                    mean += accelerator.reduce(value.detach(), "mean").item() / settings.accumulation
-                    if not math.isfinite(mean):
-                        kept = checkpoint is not None and checkpoint.exists()
-                        advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" * kept)
-                        raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
-                    with masked.in_backward() if at_once else nullcontext():
-                        accelerator.backward(value)
-                terms = {k: terms.get(k, 0.0) + v.item() / settings.accumulation for k, v in parts.items()}
-            if not at_once:
-                masked.step()
-            seconds = time.perf_counter() - began
-            yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), seconds)
+            mean, terms = steps.take(step, prepared, checkpoint)
+            yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
             # After the yield, so that a step in the checkpoint is always in the caller's log.
             due = step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0
             if checkpoint is not None and accelerator.is_main_process and due:
@@ -175,9 +145,65 @@ def train(
     finally:
         model.unet.disable_gradient_checkpointing()
         trained.requires_grad_(False)
-        for parameter in trained.parameters():
-            parameter.grad = None
+        trained.zero_grad()
         accelerator.free_memory()
+
+
+def _autocast(model: Diffusion, settings: Training) -> torch.autocast:
+    """Return torch's own autocast: Accelerate's is set once for a whole process, and stays in the UNet's forward."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+@dataclass(frozen=True)
+class _Generators:
+    """Makes the generator of each batch of each step, which is this process's own."""
+
+    seed: int
+    process: int
+
+    def of(self, step: int, batch: int) -> torch.Generator:
+        return stage_generator(self.seed, "step", step, batch, self.process)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Takes the steps of a training."""
+
+    accelerator: Accelerator
+    trained: nn.Module
+    masked: MaskedOptimizer
+    loss: Loss
+    settings: Training
+    generators: _Generators
+    targets: dict[tuple[int, int], Tensors]
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a step can be taken inside its backward pass."""
+        alone = self.settings.accumulation == self.accelerator.num_processes == 1
+        return alone and self.settings.max_grad_norm is None
+
+    def take(self, step: int, model: Diffusion, checkpoint: Path | None) -> tuple[float, dict[str, float]]:
+        """Take a step, and return the loss and its terms."""
+        settings, accelerator = self.settings, self.accelerator
+        self.masked.lr = settings.lr_at(step)
+        mean, terms = 0.0, dict[str, float]()
+        for batch in range(settings.accumulation):
+            with accelerator.accumulate(self.trained):
+                with _autocast(model, settings):
+                    targets = tuple(target.to(model.device) for target in self.targets.pop((step, batch), ()))
+                    value, parts = self.loss(model, self.generators.of(step, batch), targets)
+                mean += accelerator.reduce(value.detach(), "mean").item() / settings.accumulation
+                if not math.isfinite(mean):
+                    kept = checkpoint is not None and checkpoint.exists()
+                    advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" * kept)
+                    raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
+                with self.masked.in_backward() if self.in_backward else nullcontext():
+                    accelerator.backward(value)
+            terms = {k: terms.get(k, 0.0) + v.item() / settings.accumulation for k, v in parts.items()}
+        if not self.in_backward:
+            self.masked.step()
+        return mean, terms
 
 
 def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
@@ -187,7 +213,7 @@ def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
 
 
 def steps_done(checkpoint: Path | None) -> int:
-    """Return how many steps a run's checkpoint has behind it: none when there is no such file."""
+    """Return how many steps a checkpoint has behind it: none when there is no such file."""
     if checkpoint is None or not checkpoint.exists():
         return 0
     with safe_open(checkpoint, "pt") as tensors:

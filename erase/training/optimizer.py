@@ -1,4 +1,4 @@
-"""The masked optimizer: Adam on the salient weights alone, if need be inside the backward pass."""
+"""The masked optimizer: Adam on the salient weights alone, inside the backward pass where that is possible."""
 
 from __future__ import annotations
 
@@ -31,20 +31,33 @@ TOGETHER = 128 << 20
 class Numbers(NamedTuple):
     """A step's numbers, all float32, for the update of each salient weight w by its gradient g.
 
-    g = scale g + decay w,  m = beta1 m + rest1 g,  v = beta2 v + rest2 g^2,
-    w = shrink w - rate m / (root sqrt(v) + eps)
+    g = grad_scale g + l2 w,  m = beta1 m + one_minus_beta1 g,  v = beta2 v + one_minus_beta2 g^2,
+    w = decay_factor w - step_size m / (bias_correction sqrt(v) + eps)
     """
 
     beta1: np.float32
-    rest1: np.float32
+    one_minus_beta1: np.float32
     beta2: np.float32
-    rest2: np.float32
-    rate: np.float32
-    root: np.float32
+    one_minus_beta2: np.float32
+    step_size: np.float32
+    bias_correction: np.float32
     eps: np.float32
-    scale: np.float32
-    decay: np.float32
-    shrink: np.float32
+    grad_scale: np.float32
+    l2: np.float32
+    decay_factor: np.float32
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Settings of Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101), whose weight decay is decoupled."""
+
+    lr: float
+    name: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    state: State = "fp32"
 
 
 @dataclass
@@ -59,8 +72,8 @@ class _Salient:
     pieces: tuple[tuple[int, int, int], ...]  # first and last weight, and how many are salient before
     seed: int
 
-    def where(self) -> Tensor:
-        """Return the places of the salient weights in the flattened parameter, int64 [count]."""
+    def indices(self) -> Tensor:
+        """Return the indices of the salient weights in the flattened parameter, int64 [count]."""
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits[:, None] >> shifts) & 1).view(-1)[: self.parameter.numel()].nonzero().view(-1)
 
@@ -96,40 +109,28 @@ class _Coded:
 
 
 class MaskedOptimizer:
-    """Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101) whose step changes only the weights that a mask allows.
+    """Adam whose step changes only the weights that a mask allows.
 
-    Weights outside the mask are never written, so they stay bit-identical whatever the settings: masking gradients
-    alone would not do, because weight decay and momentum move a weight without any gradient. The two moments exist for
-    salient weights only: in fp32; in bf16, rounded at random, because the slow mean of squares would never move if it
-    was rounded to the nearest; or in 8 bits, in blocks with a scale each (arXiv 2110.02861, through bitsandbytes).
+    Weights outside the mask are never written, so they stay bit-identical whatever the settings. Masking gradients
+    alone would not do: weight decay and momentum move a weight without any gradient. The two moments exist for salient
+    weights only: in fp32; in bf16, rounded at random, because the slow mean of squares would never move if it was
+    rounded to the nearest; or in 8 bits, in blocks with a scale each (arXiv 2110.02861, through bitsandbytes).
 
     ``step`` updates all weights from their gradients after a backward pass. Within ``in_backward`` a backward pass
     updates each parameter as soon as its gradient is there and drops the gradient, so that all of them never exist at
     once. Both give the same bits. ``max_grad_norm`` clips the norm of the salient gradient, which needs all of it.
+    ``lr`` may be changed from step to step.
 
     Sets ``requires_grad`` on the parameters with salient weights and clears it on the others. Without a mask every
     weight is salient. Raises RequestError when the mask does not fit the module or the state's package is missing,
     ValueError when the mask is empty or weights are not fp32.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        mask: Mask | None,
-        name: Literal["adam", "adamw"] = "adam",
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        state: State = "fp32",
-    ) -> None:
+    def __init__(self, module: nn.Module, mask: Mask | None, adam: Adam) -> None:
         """Find the salient weights of ``module`` and begin with moments of zero."""
         if mask is not None:
             mask.check(module)
-        self.name, self.lr, self.betas, self.eps, self.weight_decay = name, lr, betas, eps, weight_decay
-        self.max_grad_norm, self.state_kind = max_grad_norm, state
+        self.adam, self.lr = adam, adam.lr
         self.count = 0  # steps taken
         self.salient: dict[str, _Salient] = {}
         for key, parameter in module.named_parameters():
@@ -146,7 +147,7 @@ class MaskedOptimizer:
             if count:
                 pieces, seed = _pieces(chosen), zlib.crc32(key.encode())
                 bits = torch.from_numpy(packed).to(parameter.device)
-                mean, square = (_zeros(count, state, parameter.device, signed=signed) for signed in (True, False))
+                mean, square = (_zeros(count, adam.state, parameter.device, signed=signed) for signed in (True, False))
                 self.salient[key] = _Salient(parameter, bits, count, mean, square, pieces, seed)
         if not self.salient:
             raise ValueError("the mask allows no weight to change")
@@ -157,7 +158,7 @@ class MaskedOptimizer:
 
         All gradients never exist at once: they are used and dropped when some 64 MB have come together.
         """
-        if self.max_grad_norm is not None:
+        if self.adam.max_grad_norm is not None:
             raise ValueError("the norm of the gradient is not known before the backward pass is over")
         self.count += 1
 
@@ -185,18 +186,19 @@ class MaskedOptimizer:
         self.count += 1
         ready = [one for one in self.salient.values() if one.parameter.grad is not None]
         scale = 1.0
-        if self.max_grad_norm is not None:
-            parts = [_flat(one)[1][one.where()] for one in ready]
+        if self.adam.max_grad_norm is not None:
+            parts = [_flat(one)[1][one.indices()] for one in ready]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
-            scale = min(1.0, self.max_grad_norm / (float(norm) + 1e-6))
+            scale = min(1.0, self.adam.max_grad_norm / (float(norm) + 1e-6))
         self._update(ready, scale)
 
     def _numbers(self, scale: float) -> Numbers:
-        (beta1, beta2), decoupled = self.betas, self.name == "adamw"
-        rate, root = self.lr / (1 - beta1**self.count), 1 / math.sqrt(1 - beta2**self.count)
-        decay = 0.0 if decoupled else self.weight_decay
-        shrink = 1 - self.lr * self.weight_decay if decoupled else 1.0
-        numbers = (beta1, 1 - beta1, beta2, 1 - beta2, rate, root, self.eps, scale, decay, shrink)
+        adam, (beta1, beta2), decoupled = self.adam, self.adam.betas, self.adam.name == "adamw"
+        step_size, bias_correction = self.lr / (1 - beta1**self.count), 1 / math.sqrt(1 - beta2**self.count)
+        l2 = 0.0 if decoupled else adam.weight_decay
+        decay_factor = 1 - self.lr * adam.weight_decay if decoupled else 1.0
+        moments = (beta1, 1 - beta1, beta2, 1 - beta2)
+        numbers = (*moments, step_size, bias_correction, adam.eps, scale, l2, decay_factor)
         return Numbers(*map(np.float32, numbers))
 
     @torch.no_grad()
@@ -247,22 +249,24 @@ def _zeros(count: int, state: State, device: torch.device, *, signed: bool) -> A
     if state != "8bit":
         return torch.zeros(count, dtype=torch.float32 if state == "fp32" else torch.bfloat16, device=device)
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError("--set", "state=8bit", 'needs bitsandbytes: pip install "erase-concept[8bit]"')
+        raise RequestError("settings.state", "8bit", 'needs bitsandbytes: pip install "erase-concept[8bit]"')
     return _Coded(count, device, signed=signed)
 
 
 def _update_plainly(one: _Salient, numbers: Numbers, seed: int) -> None:
     """Update in torch, one rounded operation after another, on any device."""
     weights, gradient = _flat(one)
-    beta1, rest1, beta2, rest2, rate, root, eps, scale, decay, shrink = map(float, numbers)
-    where = one.where()
-    w = weights[where]
-    g = gradient[where] * scale + w * decay
-    m = one.mean.float().mul_(beta1).add_(g * rest1)
-    v = one.square.float().mul_(beta2).add_(g * g * rest2)
+    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction, eps, scale, l2, factor = map(
+        float, numbers
+    )
+    indices = one.indices()
+    w = weights[indices]
+    g = gradient[indices] * scale + w * l2
+    m = one.mean.float().mul_(beta1).add_(g * one_minus_beta1)
+    v = one.square.float().mul_(beta2).add_(g * g * one_minus_beta2)
     # In fp64, for the fp32 root of some of torch's builds is not rounded correctly, and bits would differ.
     root_mean_square = v.double().sqrt().float()
-    weights.index_copy_(0, where, w * shrink - m * rate / (root_mean_square * root + eps))
+    weights.index_copy_(0, indices, w * factor - m * step_size / (root_mean_square * bias_correction + eps))
     if isinstance(one.mean, Tensor) and one.mean.dtype == torch.bfloat16:
         noise = _noise(one.count, seed, weights.device)
         m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16 & 0xFFFF)
@@ -300,11 +304,13 @@ def _compiled(one: _Salient, moments: tuple[Tensor, Tensor], numbers: Numbers, s
     from erase_concept.training import compiled
 
     narrow = moments[0].dtype == torch.bfloat16
-    function: Any = compiled.update_narrow if narrow else compiled.update
-    given = [m.view(torch.uint16) if narrow else m for m in moments]
-    arrays = [tensor.numpy() for tensor in (*_flat(one), *given, one.bits)]
+    function: Any = compiled.update_bf16 if narrow else compiled.update
+    weights, gradient = (tensor.numpy() for tensor in _flat(one))
+    given = tuple((moment.view(torch.uint16) if narrow else moment).numpy() for moment in moments)
     more = (np.uint32(seed),) if narrow else ()
-    return [partial(function, *arrays, *piece, numbers, *more) for piece in one.pieces]
+    return [
+        partial(function, weights, gradient, given, one.bits.numpy(), piece, numbers, *more) for piece in one.pieces
+    ]
 
 
 def _flat(one: _Salient) -> tuple[Tensor, Tensor]:

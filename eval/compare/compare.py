@@ -128,8 +128,8 @@ def check_request(request: CompareRequest) -> CompareRequest:
 
 
 def _check_mask(mask: str | None) -> None:
+    from erase_concept.masks.make import MASK_KINDS
     from erase_concept.masks.mask import Mask
-    from erase_concept.run import MASK_KINDS
 
     if mask not in (None, *MASK_KINDS):
-        Mask.load(Path(str(mask)), argument="masks")
+        Mask.load(Path(str(mask)), setting="masks")

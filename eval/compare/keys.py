@@ -22,8 +22,8 @@ def trial_key(context: TrialContext, trial: Trial) -> str:
 
     These are the recipe, the base model's weights, the code, the benchmark, and a mask that is read from a file.
     """
+    from erase_concept.masks.make import MASK_KINDS
     from erase_concept.methods import METHODS
-    from erase_concept.run import MASK_KINDS
 
     recipe = recipe_of(context.model, trial)
     guard = trial.method if is_guard(trial.method) else ""
@@ -40,7 +40,7 @@ def code_version() -> str:
     A number in the source that is raised whenever results change would be forgotten once, and then old results come
     back. The price of a hash is that a changed comment measures again.
     """
-    from erase_concept import __version__
+    from erase_concept.version import __version__
 
     folders = {name: Path(importlib.import_module(name).__path__[0]) for name in _FLOORS}
     return f"{__version__}+{source_hash(folders)[:12]}"

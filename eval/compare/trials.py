@@ -116,7 +116,7 @@ def split_settings(method: str) -> tuple[str, dict[str, dict[str, Any]]]:
 
 def split_mask(mask: str | None) -> tuple[str | None, float]:
     """Return a mask and the factor of its multipliers, from KIND@FACTOR; raises RequestError for a bad factor."""
-    from erase_concept.run import MASK_KINDS
+    from erase_concept.masks.make import MASK_KINDS
 
     kind, _, factor = (mask or "").rpartition("@")
     if kind not in MASK_KINDS:  # no mask, one without a factor, or a file, whose name may contain the sign
@@ -142,9 +142,9 @@ def recipe_of(model: str, trial: Trial) -> Recipe:
 
     Of a guard's recipe, which erases nothing, only the concept and the seed count.
     """
+    from erase_concept.masks.make import check_scope
     from erase_concept.methods import METHODS
     from erase_concept.recipe import recipe_for, with_settings
-    from erase_concept.run import check_scope
 
     name, given = split_settings(trial.method)
     if is_guard(trial.method):
@@ -172,10 +172,9 @@ def prepare_trial(context: TrialContext, trial: Trial) -> None:
     recipe = recipe_of(context.model, trial)
     plan = plan_of(context.benchmark, recipe, trial, context.folder)
     loaded = load(context.model)
-    base_hash = loaded.describe()["unet"]
     _sampled(loaded, plan, _base_folder(context, recipe), guarded=False)
     if not is_guard(trial.method):
-        _mask(recipe, loaded, _data(recipe, loaded, base_hash, context.folder), base_hash, context.folder)
+        _data_and_mask(recipe, loaded, context.folder)
 
 
 def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
@@ -212,9 +211,8 @@ def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) 
     from erase_concept.methods import METHODS
     from erase_concept.training.loop import Record
 
-    method, config, base_hash = METHODS.find(recipe.method), recipe.settings, model.describe()["unet"]
-    data = _data(recipe, model, base_hash, folder)
-    mask = _mask(recipe, model, data, base_hash, folder)
+    method, config = METHODS.find(recipe.method), recipe.settings
+    data, mask = _data_and_mask(recipe, model, folder)
     trained = getattr(model, "unet" if mask is None else mask.part)
     before = {name: weights.detach().clone() for name, weights in trained.named_parameters()}
     result = replace(
@@ -302,35 +300,15 @@ def _sampled(model: Diffusion, plan: EvalPlan, folder: Path, *, guarded: bool) -
     return read_images(folder)
 
 
-def _data(recipe: Recipe, model: Diffusion, base_hash: str, work: Path) -> ForgetRetain:
-    """Return the recipe's data, which all methods share that ask for the same."""
-    from erase_concept.data import ForgetRetain
-    from erase_concept.run import make_data_for
+def _data_and_mask(recipe: Recipe, model: Diffusion, folder: Path) -> tuple[ForgetRetain, Mask | None]:
+    """Return the recipe's data and mask, which all trials share that ask for the same."""
+    from erase_concept.make_data import cached_data, data_key
+    from erase_concept.masks.make import cached_mask, mask_key
 
-    parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.data) | recipe.latents, recipe.seed]
-    key = digest(parts)
-    file = work / "data" / f"{key}.safetensors"
-    data = ForgetRetain.load(file, key)
-    if data is None:
-        data = make_data_for(recipe, model)
-        data.save(file, key)
-    return data
-
-
-def _mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: str, work: Path) -> Mask | None:
-    """Return the recipe's mask, of which no method changes anything but its kind and scope."""
-    from erase_concept.masks.mask import Mask
-    from erase_concept.run import MASK_KINDS, choose_mask
-
-    if (recipe.mask.kind, recipe.mask.scope) == ("none", "full"):
-        return None
-    if recipe.mask.kind not in MASK_KINDS:
-        return choose_mask(recipe, Mask.load(Path(recipe.mask.kind)), model, data, base_hash)
-    parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.mask), recipe.seed, len(data.forget_latents)]
-    file = work / "masks" / f"{digest(parts)}.safetensors"
-    if not file.exists():
-        choose_mask(recipe, None, model, data, base_hash).save(file)
-    return Mask.load(file)
+    base_hash = model.describe()["unet"]
+    data = cached_data(recipe, model, base_hash, folder / "data" / f"{data_key(recipe, base_hash)}.safetensors")
+    file = folder / "masks" / f"{mask_key(recipe, base_hash)}.safetensors"
+    return data, cached_mask(recipe, model, data, base_hash, file)
 
 
 def digest(parts: Sequence[Any]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from erase_concept import masks
 from erase_concept.errors import RequestError
-from erase_concept.masks import mask as masks
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.training.adapters import Adapters
 
@@ -33,5 +33,5 @@ def test_adapters_stand_in_the_layers_only_while_attached(family: Diffusion) -> 
 
 def test_a_mask_that_leaves_no_layer_for_an_adapter_is_refused(tiny: Diffusion) -> None:
     only = masks.expand_to(masks.all_ones({"conv_in.weight": tuple(tiny.unet.conv_in.weight.shape)}), tiny.unet)
-    with pytest.raises(RequestError, match=r"--mask .*adapter"):
+    with pytest.raises(RequestError, match=r"mask\.kind .*adapter"):
         Adapters(tiny.unet, only, torch.Generator())

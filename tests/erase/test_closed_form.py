@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from erase_concept import masks
 from erase_concept.closed_form import ClosedFormSettings, Demand, concept_tokens, edit, matrices, minimise
-from erase_concept.data import ForgetRetain, make_data
+from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import make_data
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 
 SCALES = {"erase": 1.3, "preserve": 0.2}
 
@@ -30,7 +32,7 @@ def demands() -> dict[str, Demand]:
 
 def prompt_data(model: Diffusion, concept: Concept) -> ForgetRetain:
     """Prompts alone: closed forms need no latents."""
-    return make_data(model, concept, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    return make_data(model, concept, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
 
 
 def objective(now: dict[str, Tensor], base: dict[str, Tensor], demands: dict[str, Demand], ridge: float) -> Tensor:
@@ -138,7 +140,7 @@ def test_a_mask_moves_its_own_weights_alone(tiny: Diffusion, demands: dict[str, 
 
 def test_a_mask_without_keys_and_values_is_refused(tiny: Diffusion, demands: dict[str, Demand]) -> None:
     mask = masks.expand_to(masks.all_ones(masks.in_scope(tiny.unet, "self-attention")), tiny.unet)
-    with pytest.raises(RequestError, match=r"--mask .* leaves no weight of attn2.to_k and attn2.to_v free"):
+    with pytest.raises(RequestError, match=r"mask\.kind .* leaves no weight of attn2.to_k and attn2.to_v free"):
         minimise(tiny.unet, demands, 0.3, mask)
 
 

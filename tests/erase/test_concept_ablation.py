@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from erase_concept.data import ForgetRetain, draw, make_data, own_tokens
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import make_data
 from erase_concept.methods.concept_ablation import ConceptAblationSettings, concept_ablation, concept_ablation_noise
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
+from erase_concept.tokens import own_tokens
 
 BOTH = pytest.mark.parametrize("ablate", [concept_ablation, concept_ablation_noise])
 
@@ -24,7 +27,17 @@ BOTH = pytest.mark.parametrize("ablate", [concept_ablation, concept_ablation_noi
 @pytest.fixture
 def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
     # Forget rows are made for salient masks; the method must not learn from them.
-    return make_data(tiny, square, forget=2, anchor=4, retain=0, steps=2, guidance=2.0, seed=1)
+    settings = DataRecipe(forget=2, anchor=4, steps=2, guidance=2.0)
+    return make_data(
+        tiny,
+        square,
+        settings,
+        seed=1,
+        parts=(
+            "forget",
+            "anchor",
+        ),
+    )
 
 
 def drawn(data: ForgetRetain, step: int) -> list[tuple[Tensor, ...]]:
@@ -107,13 +120,13 @@ def test_frozen_weights_stay_and_a_killed_run_goes_on(
 
 
 def test_works_on_every_family(family: Diffusion, square: Concept) -> None:
-    rows = make_data(family, square, forget=0, anchor=2, retain=0, steps=2, guidance=2.0, seed=1)
+    rows = make_data(family, square, DataRecipe(anchor=2, steps=2, guidance=2.0), seed=1, parts=("anchor",))
     config = ConceptAblationSettings(steps=1, batch_size=2, lr=1e-3)
     assert next(concept_ablation(family, rows, None, config, seed=7)).loss > 0
 
 
 def test_needs_pictures_of_the_anchor(tiny: Diffusion, square: Concept) -> None:
-    rows = make_data(tiny, square, forget=1, anchor=0, retain=0, steps=2, guidance=2.0, seed=1)
+    rows = make_data(tiny, square, DataRecipe(forget=1, steps=2, guidance=2.0), seed=1, parts=("forget",))
     with pytest.raises(RequestError, match=r"data\.anchor 0: must be at least 1"):
         next(concept_ablation(tiny, rows, None, ConceptAblationSettings(), seed=7))
 

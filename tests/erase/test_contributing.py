@@ -17,7 +17,7 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
-from erase_concept.run import erase
+from erase_concept.run import iter_erase
 from erase_concept.training.loop import Record
 
 
@@ -43,7 +43,7 @@ def test_the_example_runs_and_takes_every_mask(
     values |= {"data": {"forget": 4, "retain": 4, "steps": 2}, "settings": {"steps": 3, "batch_size": 2, "lr": 1e-3}}
     recipe = make_recipe(values | ({} if mask is None else {"mask": {"kind": mask}}))
     assert recipe.mask.kind == (mask or "salient")
-    records = [event for event in erase(recipe, tmp_path / "run") if isinstance(event, Record)]
+    records = [event for event in iter_erase(recipe, tmp_path / "run") if isinstance(event, Record)]
     assert [record.step for record in records] == [1, 2, 3]
     erased = load(tmp_path / "run" / "pipeline").unet
     frozen = moved = 0

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from erase_concept.data import ForgetRetain, draw, draw_evenly, make_data
+from erase_concept.data import ForgetRetain, draw, draw_evenly
 from erase_concept.errors import RequestError
+from erase_concept.make_data import make_data
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept, combine
+from erase_concept.recipe import DataRecipe
 
 SMALL = {"forget": 5, "retain": 3, "steps": 2, "guidance": 2.0}
 
@@ -27,8 +29,8 @@ def test_draw_repeats_only_when_it_must() -> None:
 
 
 def test_same_seed_same_data_and_comes_back_from_its_file(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
-    first, again = (make_data(tiny, square, seed=1, **SMALL) for _ in range(2))
-    other = make_data(tiny, square, seed=2, **SMALL)
+    first, again = (make_data(tiny, square, DataRecipe(**SMALL), seed=1) for _ in range(2))
+    other = make_data(tiny, square, DataRecipe(**SMALL), seed=2)
     assert first.forget_latents.shape == (5, 4, 8, 8)
     assert first.remap.shape[:2] == (2, 2)  # circle, the anchor, and line; two prompts
     assert not torch.equal(first.forget_latents, other.forget_latents)
@@ -48,7 +50,7 @@ def test_images_of_a_folder_are_encoded_in_the_order_of_their_names(
     for name, colour in (("b.png", 255), ("a.png", 0), ("c.jpg", 128)):
         Image.fromarray(np.full((20, 30, 3), colour, np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
-    data = make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+    data = make_data(tiny, square, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
     assert data.forget_latents.shape == (3, 4, 8, 8)
     posterior = tiny.vae.encode(torch.full((1, 3, 16, 16), -1.0)).latent_dist
     away = (data.forget_latents[0] / tiny.vae.config.scaling_factor - posterior.mean[0]).abs() / posterior.std[0]
@@ -60,54 +62,55 @@ def test_images_to_retain_are_captioned_by_their_folder(tiny: Diffusion, square:
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
-    data = make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+    data = make_data(tiny, square, DataRecipe(**SMALL, retain_images=tmp_path), seed=1)
     captions = [square.retain_prompts[i] for i in data.retain_which]
     assert captions[0] in square.prompts_for("circle")
     assert set(captions[1:]) == set(square.prompts_for("line"))
     (tmp_path / "dot").mkdir()
     with pytest.raises(RequestError, match=r"has a folder 'dot'; needed: a folder each for circle, line"):
-        make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+        make_data(tiny, square, DataRecipe(**SMALL, retain_images=tmp_path), seed=1)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "loose.png")
     (tmp_path / "dot").rmdir()
-    with pytest.raises(RequestError, match=r"images that say not what they show"):
-        make_data(tiny, square, seed=1, retain_images=tmp_path, **SMALL)
+    with pytest.raises(RequestError, match=r"images outside of such folders"):
+        make_data(tiny, square, DataRecipe(**SMALL, retain_images=tmp_path), seed=1)
 
 
 def test_bad_folders_are_named(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"--retain-images .*: no such folder"):
-        make_data(tiny, square, seed=1, retain_images=tmp_path / "absent", **SMALL)
-    with pytest.raises(RequestError, match=r"--forget-images .*: holds no image"):
-        make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+    with pytest.raises(RequestError, match=r"data.retain_images .*: no such folder"):
+        make_data(tiny, square, DataRecipe(**SMALL, retain_images=tmp_path / "absent"), seed=1)
+    with pytest.raises(RequestError, match=r"data.forget_images .*: holds no image"):
+        make_data(tiny, square, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
     (tmp_path / "x.png").write_bytes(b"\x89PNG but not really")
     with pytest.raises(RequestError, match=r"x\.png: not readable"):
-        make_data(tiny, square, seed=1, forget_images=tmp_path, **SMALL)
+        make_data(tiny, square, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
 
 
 def test_data_of_another_size(tiny: Diffusion, square: Concept, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "0.png")
-    data = make_data(tiny, square, forget=2, retain=3, steps=1, guidance=2.0, seed=1, size=8, forget_images=tmp_path)
+    data = make_data(
+        tiny, square, DataRecipe(forget=2, retain=3, steps=1, guidance=2.0, size=8, forget_images=tmp_path), seed=1
+    )
     assert (data.forget_latents.shape, data.retain_latents.shape) == ((1, 4, 4, 4), (3, 4, 4, 4))
     with pytest.raises(RequestError, match=r"data.size 10: must be a multiple of 4"):
-        make_data(tiny, square, forget=2, retain=3, steps=1, guidance=2.0, seed=1, size=10)
+        make_data(tiny, square, DataRecipe(forget=2, retain=3, steps=1, guidance=2.0, size=10), seed=1)
 
 
 def test_spans_are_where_a_prompt_names_what_it_is_about(tiny: Diffusion, square: Concept) -> None:
     """The tiny tokenizer has a token for each letter, so the places can be counted."""
-    data = make_data(tiny, square, seed=1, **SMALL)
+    data = make_data(tiny, square, DataRecipe(**SMALL), seed=1)
     # "a square" is <start> a s q u a r e <end>, "one square" <start> o n e s q u a r e <end>.
     assert data.forget_spans.tolist() == [[2, 8], [4, 10]]
-    assert data.remap_spans[1].tolist() == [[2, 6], [4, 8]]  # "a line", "one line"
-    assert data.retain_lengths.tolist() == [len(p.replace(" ", "")) + 2 for p in square.retain_prompts]
+    assert data.anchor_spans.tolist() == [[2, 8], [4, 10]]  # "a circle", "one circle"
 
 
 def test_a_name_that_is_not_found_stands_for_all_words(tiny: Diffusion) -> None:
     joined = Concept("square", "object", "circle", ("a {O}s", "{O} {O}"), retain=("line",))
-    spans = make_data(tiny, joined, seed=1, **SMALL).forget_spans.tolist()
+    spans = make_data(tiny, joined, DataRecipe(**SMALL), seed=1).forget_spans.tolist()
     assert spans == [[1, 9], [7, 13]]  # "squares" is one word; of two, the last
 
 
 def test_no_rows_are_made_of_what_is_not_needed(tiny: Diffusion, square: Concept) -> None:
-    data = make_data(tiny, square, forget=0, retain=3, steps=1, guidance=2.0, seed=1)
+    data = make_data(tiny, square, DataRecipe(retain=3, steps=1, guidance=2.0), seed=1, parts=("retain",))
     assert len(data.forget_latents) == len(data.forget_which) == 0
     assert len(data.forget) == 2
 
@@ -136,23 +139,24 @@ def shapes(square: Concept) -> Concept:
 
 
 def test_each_of_several_concepts_has_rows_of_its_own(tiny: Diffusion, shapes: Concept) -> None:
-    data = make_data(tiny, shapes, seed=1, **SMALL, anchor=2)
+    data = make_data(tiny, shapes, DataRecipe(**SMALL, anchor=2), seed=1)
     square, star = shapes.combined
     assert data.forget_parts.tolist() == [0] * 2 + [1] * 6
     assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 5 + [0] * 2 + [1] * 2
     assert len(data.retain_latents) == len(data.retain_which) == 3
     prompts = [shapes.retain_prompts[i] for i in data.retain_which]
     assert all(prompt in part.retain_prompts for prompt, part in zip(prompts, (square, square, star), strict=True))
-    assert len(data.retain) == len(data.retain_lengths) == len(shapes.retain_prompts)
+    assert len(data.retain) == len(shapes.retain_prompts)
     # What each prompt becomes: the anchor, and as many of its own retained names as all concepts have.
-    assert data.remap.shape[:2] == data.remap_spans.shape[:2] == (2, 8)
+    assert data.remap.shape[:2] == (2, 8)
+    assert data.anchor_spans.shape == data.forget_spans.shape == (8, 2)
     embedded = {name: tiny.encode_prompts(star.prompts_for(name)) for name in ("star", "dot", "line")}
     assert torch.allclose(data.forget[2:5], embedded["star"], atol=1e-6)
     assert torch.allclose(data.remap[0, 5:], embedded["dot"], atol=1e-6)
     assert torch.allclose(data.remap[1, 2:5], embedded["line"], atol=1e-6)
     # Another concept beside it changes nothing of its rows.
     other = combine([shapes.combined[1], Concept("cube", "custom", "dot", ("a {O}",), ("dot",))])
-    again = make_data(tiny, other, seed=1, **SMALL)
+    again = make_data(tiny, other, DataRecipe(**SMALL), seed=1)
     assert torch.equal(again.forget_latents[:5], data.forget_latents[5:])
     generator = torch.Generator().manual_seed(0)
     for of, low, high in (("both", 0, 14), ("forget", 0, 10), ("anchor", 10, 14)):
@@ -168,17 +172,17 @@ def test_images_of_several_concepts_lie_in_folders_of_their_names(
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
-    data = make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
+    data = make_data(tiny, shapes, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
     assert data.parts_of_rows.tolist() == [0, 1, 1, 1]
     assert all(shapes.forget_prompts[i] in shapes.combined[1].prompts_for("star") for i in data.forget_which[1:])
     (tmp_path / "square" / "0.png").unlink()
-    with pytest.raises(RequestError, match=r"--forget-images .*has no image of square"):
-        make_data(tiny, shapes, seed=1, forget_images=tmp_path, **SMALL)
+    with pytest.raises(RequestError, match=r"data.forget_images .*has no image of square"):
+        make_data(tiny, shapes, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
 
 
 def test_prompts_as_they_stand_become_the_empty_prompt(tiny: Diffusion) -> None:
     asked = Concept("file", "custom", prompts=("file it", "two dots"), others=("", "a line"))
-    data = make_data(tiny, asked, seed=1, **SMALL, anchor=2)
+    data = make_data(tiny, asked, DataRecipe(**SMALL, anchor=2), seed=1)
     assert torch.allclose(data.forget, tiny.encode_prompts(asked.prompts), atol=1e-6)
     assert data.remap.shape[:2] == (1, 2)
     assert torch.allclose(data.remap[0], tiny.encode_uncond().expand(2, -1, -1), atol=1e-6)
@@ -190,11 +194,11 @@ def test_a_concepts_own_images_are_its_forget_rows(tiny: Diffusion, square: Conc
     for i in range(3):
         Image.fromarray(np.full((16, 16, 3), 50 * i, np.uint8)).save(tmp_path / f"{i}.png")
     seen = Concept("star", "custom", "", ("a {O}",), ("dot",), images=str(tmp_path))
-    data = make_data(tiny, combine([square, seen]), seed=1, **SMALL)
+    data = make_data(tiny, combine([square, seen]), DataRecipe(**SMALL), seed=1)
     assert data.parts_of_rows.tolist() == [0] * 5 + [1] * 3
-    alone = make_data(tiny, seen, seed=1, **SMALL)
-    given = make_data(tiny, replace(seen, images=""), seed=1, forget_images=tmp_path, **SMALL)
+    alone = make_data(tiny, seen, DataRecipe(**SMALL), seed=1)
+    given = make_data(tiny, replace(seen, images=""), DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
     assert torch.equal(alone.forget_latents, given.forget_latents)
     (tmp_path / "none").mkdir()
-    with pytest.raises(RequestError, match=r"--concept .*: holds no image"):
-        make_data(tiny, replace(seen, images=str(tmp_path / "none")), seed=1, **SMALL)
+    with pytest.raises(RequestError, match=r"concept .*: holds no image"):
+        make_data(tiny, replace(seen, images=str(tmp_path / "none")), DataRecipe(**SMALL), seed=1)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
-from erase_concept.masks import mask as masks
 from erase_concept.methods.edit_then_train import EditThenTrainSettings, edit_then_train
 from erase_concept.methods.mace import MACESettings, mace
 from erase_concept.pipelines.model import Diffusion
@@ -114,7 +114,7 @@ def test_begins_at_the_closed_form_with_targets_of_the_base_model(tiny: Diffusio
 
 
 def test_the_closed_form_of_a_concept_told_twice_is_that_of_the_concept(tiny: Diffusion, data: ForgetRetain) -> None:
-    doubled = {"forget": 0, "remap": 1, "forget_spans": 0, "remap_spans": 1, "forget_ids": 0, "forget_parts": 0}
+    doubled = {"forget": 0, "remap": 1, "forget_spans": 0, "anchor_spans": 0, "forget_ids": 0, "forget_parts": 0}
     longer = replace(data, **{name: torch.cat([getattr(data, name)] * 2, dim) for name, dim in doubled.items()})
     twice = replace(longer, forget_parts=torch.arange(2).repeat_interleave(len(data.forget)))
     settings = EditThenTrainSettings(steps=1, batch_size=2, lr=0.0, erase_scale=100.0)

@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept.data import ForgetRetain, draw, make_data
-from erase_concept.masks import mask as masks
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.make_data import make_data
 from erase_concept.methods import METHODS
 from erase_concept.methods.esd import ESDSettings, esd, partway
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
 from erase_concept.training.loop import Record
 
 
 def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
-    return make_data(model, concept, forget=0, retain=0, steps=2, guidance=2.0, seed=1)
+    return make_data(model, concept, DataRecipe(steps=2, guidance=2.0), seed=1, parts=())
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.5])

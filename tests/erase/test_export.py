@@ -20,20 +20,21 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from erase_concept import export as exporting
+from erase_concept import exports as exporting
 from erase_concept.cli import main as cli
-from erase_concept.data import own_tokens
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.export import EXPORT_DTYPES, EXPORT_FORMATS, check_hub, export_run
+from erase_concept.exports import EXPORT_DTYPES, EXPORT_FORMATS, check_hub, export
 from erase_concept.pipelines.formats import delta, single_file
-from erase_concept.pipelines.formats import folder as export
+from erase_concept.pipelines.formats import folder as folders
 from erase_concept.pipelines.formats.delta import apply_delta, open_delta
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.load import load, silence_hub_logs
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
-from erase_concept.run import erase, read_run
+from erase_concept.run import iter_erase
+from erase_concept.run_folder import read_run
+from erase_concept.tokens import own_tokens
 
 TOKEN = "hf_0123456789"
 UNET = "model.diffusion_model."
@@ -46,7 +47,9 @@ def folder(tiny: Diffusion, square: Concept, tmp_path: Path, monkeypatch: pytest
     save_pipeline(tiny, Path("model"))
     settings = {"steps": 2, "batch_size": 2, "lr": 1e-3}
     data = {"forget": 2, "retain": 2, "steps": 2}
-    list(erase(make_recipe({"model": "model", "concept": square, "data": data, "settings": settings}), Path("run")))
+    list(
+        iter_erase(make_recipe({"model": "model", "concept": square, "data": data, "settings": settings}), Path("run"))
+    )
     return tmp_path
 
 
@@ -86,7 +89,7 @@ def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str
     erased, account = load("run"), read_run(Path("run"))
     with silence_hub_logs():
         state = {name: value.to(kind) for name, value in erased.unet.state_dict().items()}
-    fits = {name: export_run(Path("run"), place(name), name, dtype) for name in EXPORT_FORMATS}
+    fits = {name: export(Path("run"), place(name), name, dtype=dtype) for name in EXPORT_FORMATS}
     assert {name for name, fit in fits.items() if fit is not None} == {"lora"}
 
     with silence_hub_logs():
@@ -123,15 +126,15 @@ def test_a_changed_text_encoder_is_in_the_formats_that_hold_one(tiny: Diffusion,
     values = {"method": "concept-ablation", "mask": {"scope": "text-encoder"}, "data": {"anchor": 2, "steps": 1}}
     settings = {"steps": 2, "batch_size": 2, "lr": 1e-2}
     asked = make_recipe({"model": "model", "concept": square, "settings": settings, **values})
-    list(erase(asked, Path("words")))
+    list(iter_erase(asked, Path("words")))
     for name in ("unet", "lora", "delta"):
         with pytest.raises(
-            RequestError, match=f"--format {name}: the run changed the text encoder; allowed: diffusers, s"
+            RequestError, match=f"format {name}: the run changed the text encoder; allowed: diffusers, s"
         ):
-            export_run(Path("words"), Path("other.safetensors"), name)
+            export(Path("words"), Path("other.safetensors"), name)
     assert not Path("other.safetensors").exists()
     for name in ("diffusers", "single-file"):
-        export_run(Path("words"), place(name), name)
+        export(Path("words"), place(name), name)
     state = load("words").text_encoder.state_dict()
     with silence_hub_logs():
         theirs = StableDiffusionPipeline.from_pretrained("diffusers", local_files_only=True).text_encoder.state_dict()
@@ -144,7 +147,7 @@ def test_a_changed_text_encoder_is_in_the_formats_that_hold_one(tiny: Diffusion,
 def test_a_card_says_what_a_delta_did(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export_run(Path("run"), Path("d.safetensors"), "delta")
+    export(Path("run"), Path("d.safetensors"), "delta")
     account = read_run(Path("run"))
     steps = {"erased": ["model"], "base": ["erased", "--revert"], "moved": ["erased", "--transfer"]}
     cards = {}
@@ -164,7 +167,7 @@ def test_a_card_says_what_a_delta_did(
 def test_a_full_disk_gets_one_line_and_1_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    export_run(Path("run"), Path("d.safetensors"), "delta")
+    export(Path("run"), Path("d.safetensors"), "delta")
     before = content(folder)
     out = Path("out" if name == "apply" else place(name))
     request = ["apply", "d.safetensors", "model"] if name == "apply" else ["export", "run", "-f", name]
@@ -193,20 +196,20 @@ def test_what_cannot_be_read_back_as_it_was_is_removed(
 ) -> None:
     """A disk that loses a bit, or a library that rounds."""
     before = content(folder)
-    for module, name, part in ((export, "unet", ""), (delta, "delta", ":changed"), (delta, "delta", ":steps")):
+    for module, name, part in ((folders, "unet", ""), (delta, "delta", ":changed"), (delta, "delta", ":steps")):
         with monkeypatch.context() as patch:
             patch.setattr(module, "save_file", faulty(module.save_file, part))
             with pytest.raises(EraseError, match="was not written as it is"):
-                export_run(Path("run"), place(name), name)
+                export(Path("run"), place(name), name)
     with monkeypatch.context() as patch:
         patch.setattr(single_file, "save_file", faulty(single_file.save_file, "diffusion_model.out.2.bias"))
         with pytest.raises(EraseError, match=r"could not be read back: .*conv_out.bias was not written as it is"):
-            export_run(Path("run"), place("single-file"), "single-file")
+            export(Path("run"), place("single-file"), "single-file")
     with monkeypatch.context() as patch:
         pipeline = load("model").pipeline()
         patch.setattr(Diffusion, "pipeline", lambda self: pipeline)
         with pytest.raises(EraseError, match=r"out/unet: .* was not written as it is".replace("/", r"[/\\]")):
-            export_run(Path("run"), Path("out"), "diffusers")
+            export(Path("run"), Path("out"), "diffusers")
         Path("out").mkdir()
         (Path("out") / "mine").touch()
         with pytest.raises(EraseError, match="was not written as it is"):
@@ -219,8 +222,8 @@ def test_what_cannot_be_read_back_as_it_was_is_removed(
 WRONG: dict[str, tuple[list[str], str]] = {
     "format": (["-f", "onnx"], "--format onnx: allowed: diffusers, unet, single-file, lora, delta"),
     "dtype": (["--dtype", "int8"], "--dtype int8: allowed: fp32, fp16, bf16"),
-    "rank of what": (["-f", "unet", "--rank", "4"], "--rank 4: goes with --format lora, not unet"),
-    "style of what": (["--lora-style", "kohya"], "--lora-style kohya: goes with --format lora, not unet"),
+    "rank of what": (["-f", "unet", "--rank", "4"], "--rank 4: goes with the format lora, not unet"),
+    "style of what": (["--lora-style", "kohya"], "--lora-style kohya: goes with the format lora, not unet"),
     "no rank": (["-f", "lora", "--rank", "0"], "--rank 0: must be 1 or more"),
     "style": (["-f", "lora", "--lora-style", "peft"], "--lora-style peft: allowed: kohya, diffusers"),
     "public what": (["--public"], "goes with --push-to-hub"),
@@ -245,8 +248,8 @@ def test_nothing_is_written_over_or_into_a_model(folder: Path) -> None:
     before = content(folder)
     Path("a.safetensors").write_text("mine")
     for taken in ("model", "run", "a.safetensors", "model/b.safetensors", "run/pipeline/unet/b.safetensors", "unet"):
-        with pytest.raises(RequestError, match=r"--out .*(exists already|is never written to|must end in)"):
-            export_run(Path("run"), Path(taken), "unet" if taken.endswith(("s", "t")) else "diffusers")
+        with pytest.raises(RequestError, match=r"out .*(exists already|is never written to|must end in)"):
+            export(Path("run"), Path(taken), "unet" if taken.endswith(("s", "t")) else "diffusers")
     assert Path("a.safetensors").read_text() == "mine"
     Path("a.safetensors").unlink()
     assert content(folder) == before
@@ -258,15 +261,15 @@ def test_a_base_model_that_changed_is_noticed_where_it_is_needed(tiny: Diffusion
     save_pipeline(tiny, Path("model"))
     for name in ("lora", "delta"):
         with pytest.raises(RequestError, match=f"its base model model has changed since; {name} needs it"):
-            export_run(Path("run"), place(name), name)
-    export_run(Path("run"), place("unet"), "unet")
+            export(Path("run"), place(name), name)
+    export(Path("run"), place("unet"), "unet")
 
 
 def test_a_lora_tells_what_it_misses(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = call(monkeypatch, capsys, "export", "run", "-f", "lora", "--rank", "3", "-o", "a.safetensors")
-    fit = export_run(Path("run"), Path("b.safetensors"), "lora", rank=3)
+    fit = export(Path("run"), Path("b.safetensors"), "lora", rank=3)
     assert fit is not None
     assert code == 0
     assert f"{fit.errors[1]:.1%} at rank 1, {fit.errors[2]:.1%} at rank 2, {fit.errors[3]:.1%} at rank 3" in out
@@ -380,7 +383,7 @@ def test_uploads_what_was_written_and_shows_it_to_nobody_unless_told(folder: Pat
     assert hub.private == {"me/a": True, "me/b": False, "me/seen": False}
     file = Path("a.safetensors").read_bytes()
     assert hub.files == {"me/a": {"a.safetensors": file}, "me/b": content(folder / "b"), "me/seen": {}}
-    assert "--push-to-hub me/seen: is a public repository: say --public" in done[2]["err"]
+    assert "--push-to-hub me/seen: is a public repository: set public" in done[2]["err"]
     assert not Path("c.safetensors").exists()
     assert not [name for name, text in content(folder).items() if TOKEN.encode() in text]
 
@@ -405,7 +408,7 @@ def test_offline_gets_one_line_and_1_before_any_work(
 
 def test_without_a_token_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "get_token", lambda: None)
-    with pytest.raises(RequestError, match="--push-to-hub me/a: needs a token: run 'hf auth login' or set HF_TOKEN"):
+    with pytest.raises(RequestError, match="push_to_hub me/a: needs a token: run 'hf auth login' or set HF_TOKEN"):
         check_hub("me/a")
 
 

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept.data import ForgetRetain, draw, make_data
-from erase_concept.masks import mask as masks
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.make_data import make_data
 from erase_concept.methods.forget_me_not import ForgetMeNotSettings, attention_maps, cross_attentions, forget_me_not
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
 
 
 @pytest.fixture
 def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
-    return make_data(tiny, square, forget=4, retain=0, steps=2, guidance=2.0, seed=1)
+    return make_data(tiny, square, DataRecipe(forget=4, steps=2, guidance=2.0), seed=1, parts=("forget",))
 
 
 def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain) -> None:

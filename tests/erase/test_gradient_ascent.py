@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
-from erase_concept.masks import mask as masks
 from erase_concept.methods.gradient_ascent import GradientAscentSettings, gradient_ascent
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erase_concept.masks import mask as masks
+from erase_concept import masks
 from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
 
 

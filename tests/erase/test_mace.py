@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from erase_concept import masks
 from erase_concept.closed_form import matrices
-from erase_concept.data import make_data
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import make_data
 from erase_concept.methods.mace import MACESettings, mace
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 
 CONCEPT = Concept("square", "object", "disc", ("a {O} red",), retain=("line",), others=("",))
 
 
 def test_equals_the_formula_over_the_words_behind_the_name(family: Diffusion) -> None:
-    data = make_data(family, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    data = make_data(family, CONCEPT, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
     (record,) = mace(family, data, None, MACESettings(erase_scale=2.0, preserve_scale=0.3, ridge=5.0), seed=0)
     # One token for each letter: behind "a square" come "red", the end and padding, at 8 to 15; behind "a disc" at 6.
@@ -36,7 +37,7 @@ def test_equals_the_formula_over_the_words_behind_the_name(family: Diffusion) ->
 
 
 def test_the_words_around_the_name_lose_it(tiny: Diffusion) -> None:
-    data = make_data(tiny, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    data = make_data(tiny, CONCEPT, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     tokens, wanted = data.forget[0], data.remap[0, 0]
     base = {name: weight.clone() for name, weight in matrices(tiny.unet).items()}
     list(mace(tiny, data, None, MACESettings(preserve_scale=0.0, ridge=1e-6), seed=0))
@@ -45,7 +46,7 @@ def test_the_words_around_the_name_lose_it(tiny: Diffusion) -> None:
 
 
 def test_keeps_to_the_mask(tiny: Diffusion) -> None:
-    data = make_data(tiny, CONCEPT, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    data = make_data(tiny, CONCEPT, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     before = {name: p.clone() for name, p in tiny.unet.named_parameters()}
     mask = masks.random(tiny.unet, 0.5, seed=4)
     list(mace(tiny, data, mask, MACESettings(), seed=0))

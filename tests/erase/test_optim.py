@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from erase_concept import masks
 from erase_concept.errors import RequestError
-from erase_concept.masks import mask as masks
-from erase_concept.masks.mask import Mask, top_k
+from erase_concept.masks import Mask, top_k
 from erase_concept.training import optimizer as optim
-from erase_concept.training.optimizer import MaskedOptimizer
+from erase_concept.training.optimizer import Adam, MaskedOptimizer
 
 
 def module() -> nn.Module:
@@ -39,7 +39,7 @@ def test_frozen_weights_keep_every_bit_and_salient_ones_move(
     net = module()
     before = copy.deepcopy(net)
     mask = masks.random(net, 0.3, seed=1)
-    masked = MaskedOptimizer(net, mask, name, lr=0.1, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    masked = MaskedOptimizer(net, mask, Adam(name=name, lr=0.1, weight_decay=weight_decay, max_grad_norm=max_grad_norm))
     for step in range(5):
         loss_of(net, step).backward()
         masked.step()
@@ -55,7 +55,9 @@ def test_frozen_weights_keep_every_bit_and_salient_ones_move(
 def test_without_a_mask_it_is_torchs_optimizer(name: str, weight_decay: float, max_grad_norm: float | None) -> None:
     net = module()
     other = copy.deepcopy(net)
-    masked = MaskedOptimizer(net, None, name, lr=0.05, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    masked = MaskedOptimizer(
+        net, None, Adam(name=name, lr=0.05, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    )
     plain_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     plain = plain_class(other.parameters(), lr=0.05, weight_decay=weight_decay, foreach=False, fused=False)
     for step in range(4):
@@ -75,7 +77,7 @@ def test_a_salient_weight_moves_as_in_a_plain_transcription_of_adam() -> None:
     start = [p.detach().double().clone() for p in net.parameters()]
     mask = masks.random(net, 0.5, seed=2)
     gradient = [torch.autograd.grad(loss_of(net, 0), p)[0].double() for p in net.parameters()]
-    masked = MaskedOptimizer(net, mask, "adam", lr=0.01)
+    masked = MaskedOptimizer(net, mask, Adam(lr=0.01))
     loss_of(net, 0).backward()
     masked.step()
     for (key, p), old, g in zip(net.named_parameters(), start, gradient, strict=True):
@@ -87,7 +89,7 @@ def test_a_salient_weight_moves_as_in_a_plain_transcription_of_adam() -> None:
 def test_keeps_state_for_salient_weights_only() -> None:
     net = module()
     mask = masks.random(net, 0.25, seed=1)
-    masked = MaskedOptimizer(net, mask, lr=0.1)
+    masked = MaskedOptimizer(net, mask, Adam(lr=0.1))
     loss_of(net, 0).backward()
     masked.step()
     for moment in ("mean.", "square."):
@@ -97,8 +99,8 @@ def test_keeps_state_for_salient_weights_only() -> None:
 def test_goes_on_from_its_state_bit_for_bit() -> None:
     straight, stopped = module(), module()
     mask = masks.random(straight, 0.4, seed=1)
-    whole = MaskedOptimizer(straight, mask, lr=0.1)
-    first = MaskedOptimizer(stopped, mask, lr=0.1)
+    whole = MaskedOptimizer(straight, mask, Adam(lr=0.1))
+    first = MaskedOptimizer(stopped, mask, Adam(lr=0.1))
     for step in range(3):
         loss_of(straight, step).backward()
         whole.step()
@@ -106,7 +108,7 @@ def test_goes_on_from_its_state_bit_for_bit() -> None:
     first.step()
     state = {name: tensor.clone() for name, tensor in first.state().items()}
     resumed = module()
-    second = MaskedOptimizer(resumed, mask, lr=0.1)
+    second = MaskedOptimizer(resumed, mask, Adam(lr=0.1))
     second.restore(state)
     for step in (1, 2):
         loss_of(resumed, step).backward()
@@ -119,7 +121,7 @@ def test_parameters_without_salient_weights_ask_for_no_gradient() -> None:
     net = module()
     scores = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     scores["2.weight"] += 1
-    MaskedOptimizer(net, top_k(scores, 10), lr=0.1)
+    MaskedOptimizer(net, top_k(scores, 10), Adam(lr=0.1))
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {"2.weight"}
 
 
@@ -136,7 +138,7 @@ def trained(settings: dict[str, Any], *, in_backward: bool) -> list[torch.Tensor
     """Return the weights after five steps; the second layer is too wide for one piece of work."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3 * 4 * 4, 30_001))
-    masked = MaskedOptimizer(net, masks.random(net, 0.5, seed=1), lr=0.01, **settings)
+    masked = MaskedOptimizer(net, masks.random(net, 0.5, seed=1), Adam(lr=0.01, **settings))
     for step in range(5):
         if in_backward:
             with masked.in_backward():
@@ -196,7 +198,7 @@ def test_bf16_state_is_rounded_without_a_bias() -> None:
 def test_a_slow_mean_of_squares_moves_in_bf16() -> None:
     """Rounded to the nearest, an average that changes by a thousandth of itself would stand still for ever."""
     weight = nn.Linear(1000, 1, bias=False)
-    masked = MaskedOptimizer(weight, None, lr=0.0, state="bf16")
+    masked = MaskedOptimizer(weight, None, Adam(lr=0.0, state="bf16"))
     for size, steps in ((1.0, 50), (0.1, 300)):
         for _ in range(steps):
             weight.weight.grad = torch.full_like(weight.weight, size)
@@ -211,7 +213,7 @@ def test_narrow_state_goes_on_bit_for_bit(state: str) -> None:
         pytest.importorskip("bitsandbytes", reason="8-bit state needs bitsandbytes")
     nets = [module(), module()]
     mask = masks.random(nets[0], 0.4, seed=1)
-    first, second = (MaskedOptimizer(net, mask, lr=0.1, state=state) for net in nets)
+    first, second = (MaskedOptimizer(net, mask, Adam(lr=0.1, state=state)) for net in nets)
     for step in range(2):
         loss_of(nets[0], step).backward()
         first.step()
@@ -226,7 +228,7 @@ def test_bits_behind_the_last_weight_do_not_count() -> None:
     """The compiled update would write past the end of its arrays."""
     net = nn.Linear(3, 3, bias=False)
     mask = Mask({"weight": torch.tensor([0b10000000, 0b01111111], dtype=torch.uint8)}, {"weight": (3, 3)})
-    masked = MaskedOptimizer(net, mask, lr=0.1)
+    masked = MaskedOptimizer(net, mask, Adam(lr=0.1))
     before = net.weight.detach().clone()
     net(torch.ones(1, 3)).sum().backward()
     masked.step()
@@ -234,20 +236,20 @@ def test_bits_behind_the_last_weight_do_not_count() -> None:
 
 
 def test_the_step_inside_the_backward_pass_cannot_clip() -> None:
-    masked = MaskedOptimizer(module(), None, lr=0.1, max_grad_norm=1.0)
+    masked = MaskedOptimizer(module(), None, Adam(lr=0.1, max_grad_norm=1.0))
     with pytest.raises(ValueError, match="norm"), masked.in_backward():
         pass
 
 
 def test_refuses_weights_that_are_not_fp32() -> None:
     with pytest.raises(ValueError, match="must be fp32"):
-        MaskedOptimizer(module().half(), None, lr=0.1)
+        MaskedOptimizer(module().half(), None, Adam(lr=0.1))
 
 
 def test_refuses_an_empty_mask_and_one_of_another_model() -> None:
     with pytest.raises(ValueError, match="no weight"):
-        MaskedOptimizer(module(), masks.random(module(), 0.0, seed=0), lr=0.1)
+        MaskedOptimizer(module(), masks.random(module(), 0.0, seed=0), Adam(lr=0.1))
     with pytest.raises(RequestError, match="does not fit"):
-        MaskedOptimizer(nn.Linear(2, 2), masks.random(nn.Linear(2, 3), 0.5, seed=0), lr=0.1)
+        MaskedOptimizer(nn.Linear(2, 2), masks.random(nn.Linear(2, 3), 0.5, seed=0), Adam(lr=0.1))
     with pytest.raises(RequestError, match="does not fit"):
-        MaskedOptimizer(nn.Linear(2, 2), Mask({}, {}), lr=0.1)
+        MaskedOptimizer(nn.Linear(2, 2), Mask({}, {}), Adam(lr=0.1))

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from erase_concept import masks
 from erase_concept.closed_form import concept_tokens, matrices
-from erase_concept.data import ForgetRetain, make_data
-from erase_concept.masks import mask as masks
+from erase_concept.data import ForgetRetain
+from erase_concept.make_data import make_data
 from erase_concept.methods.rece import RECESettings, rece, regained
 from erase_concept.methods.uce import UCESettings, uce
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 
 
 @pytest.fixture
 def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
-    return make_data(tiny, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    return make_data(tiny, square, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
 
 
 def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) -> None:
@@ -73,7 +75,7 @@ def test_without_an_edit_nothing_has_to_be_regained(tiny: Diffusion, data: Forge
 
 
 def test_every_round_keeps_to_the_mask(family: Diffusion, square: Concept) -> None:
-    data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    data = make_data(family, square, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     before = {name: p.clone() for name, p in family.unet.named_parameters()}
     mask = masks.random(family.unet, 0.5, seed=4)
     losses = [record.loss for record in rece(family, data, mask, RECESettings(epochs=2), seed=0)]

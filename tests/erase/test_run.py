@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from erase_concept import masks
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import data_key, make_data_for
+from erase_concept.masks.make import compute_mask, make_mask, mask, mask_key, saliency
 from erase_concept.masks.mask import Mask
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.folder import save_pipeline
@@ -21,8 +23,10 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
-from erase_concept.run import check_frozen, erase, make_data_for, make_mask, offload_to_disk, read_run, saliency
+from erase_concept.run import Run, check_frozen, erase, iter_erase
+from erase_concept.run_folder import read_run
 from erase_concept.training.loop import Record, Training
+from erase_concept.training.offload import offload_to_disk
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def recipe(model: Path, concept: Concept, **changes: object) -> Recipe:
 
 
 def run(recipe: Recipe, out: Path) -> list[Record | str]:
-    return list(erase(recipe, out))
+    return list(iter_erase(recipe, out))
 
 
 def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
@@ -57,23 +61,23 @@ def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
         differs = p != tiny.unet.get_parameter(name)
         assert not bool((differs & ~mask.dense(name)).any())
         changed += int(differs.sum())
-    account = read_run(tmp_path / "run")
-    assert account["checks"] == {"weights": mask.total, "changed": changed, "changed_outside_mask": 0}
+    run_info = read_run(tmp_path / "run")
+    assert run_info["checks"] == {"weights": mask.total, "changed": changed, "changed_outside_mask": 0}
     assert mask.count == round(mask.total / 2)
-    assert account["base"]["unet"] == weights_hash(tiny.unet)
-    assert account["erased"]["unet"] == weights_hash(erased.unet)
+    assert run_info["base"]["unet"] == weights_hash(tiny.unet)
+    assert run_info["erased"]["unet"] == weights_hash(erased.unet)
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
     assert "*square* was erased" in card
-    assert account["erased"]["unet"] in card
+    assert run_info["erased"]["unet"] in card
 
 
 def test_every_family_can_be_erased(family: Diffusion, square: Concept, tmp_path: Path) -> None:
     save_pipeline(family, tmp_path / "model")
     run(recipe(tmp_path / "model", square, mask={"guidance": 2.0}), tmp_path / "run")
-    account = read_run(tmp_path / "run")
-    assert account["checks"]["changed_outside_mask"] == 0
+    run_info = read_run(tmp_path / "run")
+    assert run_info["checks"]["changed_outside_mask"] == 0
     erased = load(tmp_path / "run" / "pipeline")
-    assert weights_hash(erased.unet) == account["erased"]["unet"]
+    assert weights_hash(erased.unet) == run_info["erased"]["unet"]
     for name, encoder in erased.text_encoders.items():
         assert weights_hash(encoder) == weights_hash(family.text_encoders[name])
 
@@ -94,7 +98,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     model: Path, square: Concept, tmp_path: Path, stop: str | int
 ) -> None:
     run(recipe(model, square), tmp_path / "whole")
-    for event in erase(recipe(model, square), tmp_path / "killed"):
+    for event in iter_erase(recipe(model, square), tmp_path / "killed"):
         if stop in (event, getattr(event, "step", None)):
             break
     run(recipe(model, square), tmp_path / "killed")
@@ -105,9 +109,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
 
 def test_folders_of_other_things_are_refused(model: Path, square: Concept, tmp_path: Path) -> None:
     run(recipe(model, square), tmp_path / "run")
-    with pytest.raises(RequestError, match=r"--out .*another recipe"):
+    with pytest.raises(RequestError, match=r"out .*another recipe"):
         run(recipe(model, square, seed=1), tmp_path / "run")
-    with pytest.raises(RequestError, match=r"--out .*is no run folder"):
+    with pytest.raises(RequestError, match=r"out .*is no run folder"):
         run(recipe(model, square), model)
     with pytest.raises(RequestError, match="holds no complete run"):
         read_run(model)
@@ -116,22 +120,22 @@ def test_folders_of_other_things_are_refused(model: Path, square: Concept, tmp_p
 def test_a_base_model_that_changed_meanwhile_is_noticed(
     tiny: Diffusion, model: Path, square: Concept, tmp_path: Path
 ) -> None:
-    for event in erase(recipe(model, square), tmp_path / "run"):
+    for event in iter_erase(recipe(model, square), tmp_path / "run"):
         if event == "mask":
             break
     with torch.no_grad():
         tiny.unet.conv_out.bias += 1
     save_pipeline(tiny, model)
-    with pytest.raises(RequestError, match="the base model has changed"):
+    with pytest.raises(RequestError, match="has changed since"):
         run(recipe(model, square), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["none", "random", "least-salient"])
 def test_control_masks(tiny: Diffusion, model: Path, square: Concept, tmp_path: Path, kind: str) -> None:
     run(recipe(model, square, mask={"kind": kind}), tmp_path / "run")
-    account = read_run(tmp_path / "run")
+    run_info = read_run(tmp_path / "run")
     if kind == "none":
-        assert account["mask"] is None
+        assert run_info["mask"] is None
         assert not (tmp_path / "run" / "mask.safetensors").exists()
         return
     mask = Mask.load(tmp_path / "run" / "mask.safetensors")
@@ -151,7 +155,7 @@ def test_a_mask_from_a_file(tiny: Diffusion, model: Path, square: Concept, tmp_p
     masks.random(torch.nn.Linear(2, 2), 0.5, seed=3).save(tmp_path / "m.safetensors")
     with pytest.raises(RequestError, match="does not fit: the mask has"):
         run(recipe(model, square, mask={"kind": str(tmp_path / "m.safetensors")}), tmp_path / "other")
-    with pytest.raises(RequestError, match="--mask sailent: not a readable mask"):
+    with pytest.raises(RequestError, match=r"mask\.kind sailent: not a readable mask"):
         run(recipe(model, square, mask={"kind": "sailent"}), tmp_path / "third")
 
 
@@ -159,7 +163,7 @@ def test_a_run_keeps_the_mask_it_began_with(tiny: Diffusion, model: Path, square
     file = tmp_path / "m.safetensors"
     masks.random(tiny.unet, 0.1, seed=3).save(file)
     with_mask = recipe(model, square, mask={"kind": str(file)})
-    for event in erase(with_mask, tmp_path / "run"):
+    for event in iter_erase(with_mask, tmp_path / "run"):
         if getattr(event, "step", 0) == 3:
             break
     masks.random(tiny.unet, 0.1, seed=4).save(file)
@@ -213,7 +217,7 @@ def test_nothing_outside_a_scope_changes(model: Path, square: Concept, tmp_path:
 
 
 def test_a_strange_scope_is_refused(model: Path, square: Concept, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="--scope attention: allowed: full, cross-attention"):
+    with pytest.raises(RequestError, match=r"mask\.scope attention: allowed: full, cross-attention"):
         run(recipe(model, square, mask={"scope": "attention"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -224,7 +228,7 @@ def test_the_text_encoders_scope_changes_the_names_own_tokens_alone(
     asked = recipe(
         model, square, method="concept-ablation", mask={"scope": "text-encoder"}, data={"anchor": 2, "steps": 1}
     )
-    for event in erase(asked, tmp_path / "run"):
+    for event in iter_erase(asked, tmp_path / "run"):
         if getattr(event, "step", 0) == 2:
             break
     run(asked, tmp_path / "run")
@@ -239,23 +243,23 @@ def test_the_text_encoders_scope_changes_the_names_own_tokens_alone(
     own = base.tokenizer.convert_tokens_to_ids(["s", "q", "u", "a"])
     assert list(changed.values()) == [sorted(own)]
     assert next(iter(changed)).endswith("token_embedding.weight")
-    account = read_run(tmp_path / "run")
-    assert account["erased"] == {
-        "unet": account["base"]["unet"],
+    run_info = read_run(tmp_path / "run")
+    assert run_info["erased"] == {
+        "unet": run_info["base"]["unet"],
         "text_encoder": weights_hash(erased.text_encoder),
     }
-    assert account["checks"]["changed"] == 4 * 16
+    assert run_info["checks"]["changed"] == 4 * 16
     card = " ".join((tmp_path / "run" / "pipeline" / "README.md").read_text().split())
     assert "UNet, VAE, tokenizer and scheduler are the base model's; of the text encoder's" in card
-    assert account["erased"]["text_encoder"] in card
+    assert run_info["erased"]["text_encoder"] in card
 
 
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
         ({"method": "salun"}, "goes with concept-ablation and concept-ablation-noise; allowed: full, cross-attention"),
-        ({"mask": {"kind": "random"}}, "--mask random: the scope text-encoder is the concept's own words"),
-        ({"concept": {"retain": ("squares",)}}, "--concept square: has no word that is not in prompts of its anchor"),
+        ({"mask": {"kind": "random"}}, r"mask\.kind random: the scope text-encoder is the concept's own words"),
+        ({"concept": {"retain": ("squares",)}}, "concept square: has no word that is not in prompts of its anchor"),
     ],
 )
 def test_what_cannot_be_confined_to_the_text_encoder_is_refused(
@@ -275,7 +279,7 @@ def test_a_model_with_two_text_encoders_has_no_such_scope(family: Diffusion, squ
     if family.text_encoder_2 is None:
         run(asked, tmp_path / "run")
     else:
-        with pytest.raises(RequestError, match=r"--scope text-encoder: .* has two text encoders"):
+        with pytest.raises(RequestError, match=r"mask\.scope text-encoder: .* has two text encoders"):
             run(asked, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -288,24 +292,24 @@ def both(square: Concept) -> Concept:
 def test_several_concepts_are_erased_in_one_run(model: Path, both: Concept, tmp_path: Path) -> None:
     asked = recipe(model, both)
     run(asked, tmp_path / "run")
-    account = read_run(tmp_path / "run")
-    assert (account["concept"], account["kind"], account["checks"]["changed_outside_mask"]) == (
+    run_info = read_run(tmp_path / "run")
+    assert (run_info["concept"], run_info["kind"], run_info["checks"]["changed_outside_mask"]) == (
         "square and star",
         "several",
         0,
     )
-    assert account["parts"] == [
+    assert run_info["parts"] == [
         {"concept": "square", "kind": "object", "anchor": "circle"},
         {"concept": "star", "kind": "custom", "anchor": "line"},
     ]
     assert make_recipe(read_recipe(tmp_path / "run" / "recipe.yaml")) == asked
     card = " ".join((tmp_path / "run" / "pipeline" / "README.md").read_text().split())
     assert "the object *square* (remapped to *circle*) and the custom *star* (remapped to *line*)" in card
-    for event in erase(asked, tmp_path / "killed"):
+    for event in iter_erase(asked, tmp_path / "killed"):
         if getattr(event, "step", 0) == 3:
             break
     run(asked, tmp_path / "killed")
-    assert read_run(tmp_path / "killed")["erased"] == account["erased"]
+    assert read_run(tmp_path / "killed")["erased"] == run_info["erased"]
 
 
 @pytest.mark.parametrize("name", METHODS.all())
@@ -315,7 +319,7 @@ def test_every_method_erases_several_concepts(tiny: Diffusion, both: Concept, tm
     settings |= {"fisher_rows": 2} if name == "selective-amnesia" else {}
     data = {"forget": 3, "anchor": 2, "retain": 4, "steps": 2}
     asked = make_recipe({"model": "tiny", "concept": both, "method": name, "settings": settings, "data": data})
-    list(erase(asked, tmp_path / "run", model=tiny))
+    list(iter_erase(asked, tmp_path / "run", model=tiny))
     assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
 
 
@@ -343,15 +347,15 @@ def test_one_concept_after_the_other(tiny: Diffusion, model: Path, square: Conce
     bases = [model, tmp_path / "first", tmp_path / "second"]
     for base, concept, out in zip(bases, (square, star, dot), ("first", "second", "third"), strict=True):
         run(recipe(base, concept), tmp_path / out)
-    accounts = [read_run(tmp_path / name) for name in ("first", "second", "third")]
-    assert [account["base"]["unet"] for account in accounts] == [
+    run_infos = [read_run(tmp_path / name) for name in ("first", "second", "third")]
+    assert [run_info["base"]["unet"] for run_info in run_infos] == [
         weights_hash(tiny.unet),
-        *(account["erased"]["unet"] for account in accounts[:2]),
+        *(run_info["erased"]["unet"] for run_info in run_infos[:2]),
     ]
-    assert "earlier" not in accounts[0]
+    assert "earlier" not in run_infos[0]
     told = [{"concept": one.to_dict(), "base": str(base)} for one, base in zip((square, star), bases, strict=False)]
-    assert accounts[2]["earlier"] == told
-    assert accounts[1]["earlier"] == told[:1]
+    assert run_infos[2]["earlier"] == told
+    assert run_infos[1]["earlier"] == told[:1]
     card = (tmp_path / "third" / "pipeline" / "README.md").read_text()
     assert f"one after the other: *square* (from {model}); *star* (from {bases[1]})" in card.replace("\\", "")
 
@@ -361,8 +365,8 @@ def test_a_run_of_the_built_in_model_has_its_presets(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         before = recipe_for(base, "church")
         before.save(tmp_path / name / "recipe.yaml")
-        account = {"base": {"source": base}, "earlier": earlier_runs(base)}
-        (tmp_path / name / "run.json").write_text(json.dumps(account))
+        run_info = {"base": {"source": base}, "earlier": earlier_runs(base)}
+        (tmp_path / name / "run.json").write_text(json.dumps(run_info))
         after = recipe_for(str(tmp_path / name), "dog")
         own = recipe_for("emojinette", "dog")
         assert (after.settings, after.mask, after.data) == (own.settings, own.mask, own.data)
@@ -390,3 +394,55 @@ def test_parked_weights_take_no_memory_and_come_back_the_same(tiny: Diffusion, t
         assert sum(p.numel() for p in (*tiny.vae.parameters(), *tiny.text_encoder.parameters())) == 0
     assert all(torch.equal(before[name], value) for name, value in tiny.vae.state_dict().items())
     assert not (tmp_path / "parked").exists()
+
+
+def test_a_run_is_its_folder_and_gives_the_erased_model(
+    tiny: Diffusion, model: Path, square: Concept, tmp_path: Path
+) -> None:
+    settings = {"settings": {"steps": 2, "batch_size": 2, "lr": 1e-3}, "data": {"forget": 4, "retain": 4, "steps": 2}}
+    made = erase(model, square.to_dict(), out=tmp_path / "run", method="salun", seed=3, **settings)
+    assert made == Run(tmp_path / "run")
+    assert Path(made) == made.path == tmp_path / "run"
+    assert made.recipe == make_recipe(read_recipe(tmp_path / "run" / "recipe.yaml"))
+    assert (made.run_info["seed"], made.run_info["method"], made.recipe.settings.steps) == (3, "salun", 2)
+    pipeline = made.pipeline()
+    assert weights_hash(pipeline.unet) == made.run_info["erased"]["unet"]
+    made.export(tmp_path / "unet.safetensors", dtype="fp16")
+    assert (tmp_path / "unet.safetensors").exists()
+    # A loaded model in the place of its name ends with the same bits, changed in place.
+    loaded = load(model)
+    other = erase(loaded, square.to_dict(), out=tmp_path / "loaded", method="salun", seed=3, **settings)
+    assert other.run_info["erased"] == made.run_info["erased"]
+    assert weights_hash(loaded.unet) == made.run_info["erased"]["unet"]
+    with pytest.raises(RequestError, match=r"run .*no complete run"):
+        Run(tmp_path / "absent")
+
+
+def test_a_mask_without_a_run_is_the_run_s_own(model: Path, square: Concept, tmp_path: Path) -> None:
+    data = {"forget": 4, "retain": 4, "steps": 2}
+    made = compute_mask(recipe(model, square), None)
+    run(recipe(model, square), tmp_path / "run")
+    assert made.sha256() == Mask.load(tmp_path / "run" / "mask.safetensors").sha256()
+    assert mask(model, square.to_dict(), method="salun", data=data, mask={"guidance": 0.0}).sha256() == made.sha256()
+    with pytest.raises(RequestError, match=r"mask\.kind none: nothing to compute"):
+        compute_mask(recipe(model, square, mask={"kind": "none"}))
+
+
+def test_data_and_masks_are_kept_under_all_that_they_depend_on(model: Path, square: Concept) -> None:
+    one = recipe(model, square)
+    for changed in (
+        recipe(model, square, seed=1),
+        recipe(model, replace(square, anchor="line")),
+        recipe(model, square, data={"forget": 5, "retain": 4, "steps": 2}),
+    ):
+        assert data_key(changed, "base") != data_key(one, "base")
+        assert mask_key(changed, "base") != mask_key(one, "base")
+    assert data_key(one, "other") != data_key(one, "base")
+    assert mask_key(recipe(model, square, mask={"sparsity": 0.4}), "base") != mask_key(one, "base")
+    # What the method does with them changes neither, nor do rows that are not made.
+    assert data_key(recipe(model, square, settings={"lr": 1.0}), "base") == data_key(one, "base")
+    more = recipe(model, square, data={"forget": 4, "retain": 5, "steps": 2})
+    assert mask_key(more, "base") == mask_key(one, "base")
+    asked = {"model": str(model), "concept": square, "method": "uce"}
+    few, many = (make_recipe(asked | {"data": {"retain": rows}}) for rows in (1, 9))
+    assert data_key(few, "base") == data_key(many, "base")

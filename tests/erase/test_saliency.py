@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from erase_concept.data import Batch
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.pipelines.model import Diffusion
 
@@ -75,7 +76,8 @@ def test_forgetting_loss_is_the_formula(tiny: Diffusion, w: float, prediction: s
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([3, 500, 999])
     given, empty = tiny.encode_prompts(["a", "b", "c"]), tiny.encode_prompts([""])
-    found = forgetting_loss(tiny, latents, noise, timesteps, given, empty, w)
+    batch = Batch(latents, noise, tiny.add_noise(latents, noise, timesteps), timesteps, given, given)
+    found = forgetting_loss(tiny, batch, empty, w)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = torch.cumprod(1 - betas, 0)[timesteps].view(-1, 1, 1, 1)
     noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import EraseError
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import make_data
 from erase_concept.methods.random_label import RandomLabelSettings, random_label
 from erase_concept.methods.salun import SalUnSettings, salun
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
 from erase_concept.training.loop import Record
 
 
 @pytest.fixture
 def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
-    return make_data(tiny, square, forget=4, retain=6, steps=2, guidance=2.0, seed=1)
+    return make_data(tiny, square, DataRecipe(forget=4, retain=6, steps=2, guidance=2.0), seed=1)
 
 
 def alphas(timesteps: torch.Tensor) -> torch.Tensor:

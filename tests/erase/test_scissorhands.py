@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
-from erase_concept.masks import mask as masks
 from erase_concept.methods.scissorhands import ScissorhandsSettings, chosen, scissorhands, trim
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept

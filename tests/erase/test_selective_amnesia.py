@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from erase_concept.data import ForgetRetain, draw, make_data
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
-from erase_concept.masks import mask as masks
+from erase_concept.make_data import make_data
 from erase_concept.methods.selective_amnesia import SelectiveAmnesiaSettings, fisher, selective_amnesia
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
 
 
 @pytest.fixture
 def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
     """With rows of the concept, as a salient mask needs them: the method is to leave them alone."""
-    return make_data(tiny, square, forget=3, anchor=4, retain=6, steps=2, guidance=2.0, seed=1)
+    return make_data(tiny, square, DataRecipe(forget=3, anchor=4, retain=6, steps=2, guidance=2.0), seed=1)
 
 
 @pytest.mark.parametrize("surrogate", ["anchor", "noise"])

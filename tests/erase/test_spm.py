@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from erase_concept.data import ForgetRetain, draw, make_data
-from erase_concept.masks import mask as masks
+from erase_concept import masks
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.make_data import make_data
 from erase_concept.methods.spm import SPMSettings, spm
 from erase_concept.pipelines.formats.lora import save_lora
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
 from erase_concept.training.loop import Record
 
@@ -23,7 +25,7 @@ SHORT = SPMSettings(steps=4, batch_size=2, lr=1e-2, warmup=0, sampling_steps=3, 
 
 
 def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
-    return make_data(model, concept, forget=0, retain=0, steps=2, guidance=2.0, seed=1)
+    return make_data(model, concept, DataRecipe(steps=2, guidance=2.0), seed=1, parts=())
 
 
 def test_two_steps_equal_the_formulas(tiny: Diffusion, square: Concept) -> None:

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from erase_concept.closed_form import matrices
-from erase_concept.data import make_data
+from erase_concept.make_data import make_data
 from erase_concept.masks.mask import Mask
 from erase_concept.methods.uce import UCESettings, uce
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
-from erase_concept.recipe import recipe_for
-from erase_concept.run import erase
+from erase_concept.recipe import DataRecipe, recipe_for
+from erase_concept.run import iter_erase
 
 
 @pytest.mark.parametrize("becomes", ["anchor", "empty"])
 def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, becomes: str) -> None:
-    data = make_data(family, square, forget=0, retain=0, steps=1, guidance=1.0, seed=1)
+    data = make_data(family, square, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
     config = UCESettings(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)
     (record,) = uce(family, data, None, config, seed=0)
@@ -59,8 +59,8 @@ def test_a_run_needs_no_latents_and_moves_keys_and_values_alone(tiny: Diffusion,
         out = tmp_path / kind
         recipe = recipe_for(str(tmp_path / "model"), concept, method="uce", mask={"kind": kind} if density else {})
         assert (recipe.mask.kind, recipe.mask.scope) == (kind, "cross-attention")
-        assert recipe.latents == {"forget": 0, "anchor": 0, "retain": 0}
-        list(erase(recipe, out))
+        assert recipe.data_parts == ()
+        list(iter_erase(recipe, out))
         account = json.loads((out / "run.json").read_text())
         assert account["checks"]["changed_outside_mask"] == 0
         count = sum(weight.numel() for weight in matrices(tiny.unet).values())

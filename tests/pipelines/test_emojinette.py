@@ -25,7 +25,8 @@ from erase_concept.pipelines.model import Diffusion, published_name, weights_has
 from erase_concept.pipelines.sample import Sampling, sample_images
 from erase_concept.prompts.label_grid import catalog_prompts
 from erase_concept.recipe import recipe_for
-from erase_concept.run import erase, read_run
+from erase_concept.run import iter_erase
+from erase_concept.run_folder import read_run
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_card_says_what_was_measured() -> None:
 @pytest.mark.slow
 def test_forgets_church_and_keeps_the_rest(model: Diffusion, tmp_path: Path) -> None:
     recipe = recipe_for("emojinette", "church", data={"forget": 24, "retain": 48})
-    for _ in erase(recipe, tmp_path / "run"):
+    for _ in iter_erase(recipe, tmp_path / "run"):
         pass
     assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
     report = evaluate(tmp_path / "run", settings={"seeds": 1})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from erase_concept.cli import main as cli
 from erase_concept.errors import RequestError
-from erase_concept.export import export_run
+from erase_concept.exports import export
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.formats.folder import save_original, save_pipeline
 from erase_concept.pipelines.formats.read_single_file import predicts_noise
@@ -21,7 +21,8 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
-from erase_concept.run import erase, read_run
+from erase_concept.run import iter_erase
+from erase_concept.run_folder import read_run
 
 UNET = "model.diffusion_model."
 
@@ -76,12 +77,12 @@ def test_an_erased_file_differs_in_its_unet_alone(
     save_file({**tensors, **extra, **averages}, file, {"modelspec.title": "mine"})
     data = {"forget": 2, "retain": 2, "steps": 2}
     settings = {"steps": 2, "batch_size": 2, "lr": 1e-3}
-    for _ in erase(
+    for _ in iter_erase(
         make_recipe({"model": str(file), "concept": square, "data": data, "settings": settings}), tmp_path / "run"
     ):
         pass
     source = file.read_bytes()
-    export_run(tmp_path / "run", tmp_path / "erased.safetensors", "single-file", "fp32")
+    export(tmp_path / "run", tmp_path / "erased.safetensors", "single-file")
     assert file.read_bytes() == source
     erased = load_file(tmp_path / "erased.safetensors")
     differing = {key for key, value in load_file(file).items() if not torch.equal(value, erased[key])}
@@ -90,14 +91,14 @@ def test_an_erased_file_differs_in_its_unet_alone(
     shutil.copytree(file.with_suffix(""), tmp_path / "erased")
     account = read_run(tmp_path / "run")
     assert weights_hash(load(tmp_path / "erased.safetensors").unet) == account["erased"]["unet"]
-    export_run(tmp_path / "run", tmp_path / "d.safetensors", "delta", "fp32")
+    export(tmp_path / "run", tmp_path / "d.safetensors", "delta")
     save_file({**load_file(file), "model_ema.num_updates": torch.tensor(8)}, file)
-    export_run(tmp_path / "run", tmp_path / "again.safetensors", "single-file", "fp32")
+    export(tmp_path / "run", tmp_path / "again.safetensors", "single-file")
     with torch.no_grad():
         tensors[f"{UNET}out.2.bias"] += 1
     save_file(tensors, file)
     with pytest.raises(RequestError, match="has changed since; single-file needs it"):
-        export_run(tmp_path / "run", tmp_path / "third.safetensors", "single-file", "fp32")
+        export(tmp_path / "run", tmp_path / "third.safetensors", "single-file")
 
 
 def test_the_averages_of_the_training_are_preferred_to_the_live_weights(family: Diffusion, file: Path) -> None:

@@ -1,0 +1,305 @@
+"""Make what a method learns from, once: sample latents from the model itself, or encode folders of images.
+
+The VAE and the text encoders are not needed again afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from erase_concept.data import ForgetRetain, draw
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.sample import Sampling, sample_latents
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe, Recipe
+from erase_concept.seed import stage_generator, stage_seed
+from erase_concept.tokens import name_spans
+
+PARTS = ("forget", "anchor", "retain")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_BATCH = 16
+
+Rows = tuple[Tensor, Tensor]  # latents [n, 4, h, w], and the numbers of their prompts int64 [n]
+
+
+def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) -> ForgetRetain:
+    """Return the recipe's data from a file; if there is none yet, make them and keep them there.
+
+    ``base_hash`` is that of the model's UNet. Raises RequestError when the file was made from something else.
+    """
+    key = data_key(recipe, base_hash)
+    data = ForgetRetain.load(file, key)
+    if data is None and file.exists():
+        raise RequestError("model", recipe.model, f"has changed since {file} was made from it; choose another folder")
+    if data is None:
+        data = make_data_for(recipe, model)
+        data.save(file, key)
+    return data
+
+
+def data_key(recipe: Recipe, base_hash: str) -> str:
+    """Return the SHA-256 over all that the recipe's data depend on."""
+    counted = asdict(recipe.data) | dict.fromkeys({*PARTS} - {*recipe.data_parts}, 0)
+    parts = [base_hash, recipe.concept.to_dict(), counted, recipe.seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_images(recipe: Recipe) -> None:
+    """Raise RequestError when a folder of images that the recipe names is not there, not in order, or not needed."""
+    data, parts = recipe.data, recipe.data_parts
+    for part, folder in (("forget", data.forget_images), ("retain", data.retain_images)):
+        if folder is not None and part not in parts:
+            raise RequestError(f"data.{part}_images", folder, f"{recipe.method} does not learn from such images")
+        if folder is not None:
+            image_files(folder, recipe.concept, part=part)
+    for one in recipe.concept.parts:
+        if one.images and data.forget_images is None:
+            if "forget" not in parts:
+                raise RequestError("concept", one.images, f"{recipe.method} does not learn from images of the concept")
+            image_files(Path(one.images), one, part="forget", setting="concept")
+
+
+def make_data_for(recipe: Recipe, model: Diffusion) -> ForgetRetain:
+    """Make the recipe's data with the recipe's seed."""
+    seed = stage_seed(recipe.seed, "data")
+    return make_data(model, recipe.concept, recipe.data, seed=seed, parts=recipe.data_parts)
+
+
+def make_data(
+    model: Diffusion, concept: Concept, settings: DataRecipe, *, seed: int, parts: Collection[str] = PARTS
+) -> ForgetRetain:
+    """Make the named parts of the data; of the others there are no rows.
+
+    The prompts take turns in an order drawn from the seed; an image gets prompts about what it shows. When several
+    concepts are erased together, each has as many forget and anchor rows as one alone, and its share of the retain
+    rows. Raises RequestError when a folder has no images, or not in the order that ``image_files`` asks for, or the
+    UNet cannot halve images of that size as often as it must.
+    """
+    maker = _Maker(model, concept, settings, seed, parts)
+    forgotten = maker.forgotten
+    rows = {part: _joined(maker.rows(part)) for part in PARTS}
+    names = min(len(prompts.remapped) for prompts in forgotten)  # that the prompts of all concepts can become
+    return ForgetRetain(
+        **{f"{part}_latents": latents for part, (latents, _) in rows.items()},
+        **{f"{part}_which": which for part, (_, which) in rows.items()},
+        forget=torch.cat([prompts.embedded for prompts in forgotten]),
+        remap=torch.cat([prompts.remapped[:names] for prompts in forgotten], dim=1),
+        retain=maker.retain,
+        uncond=maker.uncond,
+        forget_spans=torch.cat([prompts.spans for prompts in forgotten]),
+        anchor_spans=torch.cat([prompts.anchor_spans for prompts in forgotten]),
+        forget_parts=torch.cat([torch.full((len(prompts.embedded),), i) for i, prompts in enumerate(forgotten)]),
+        forget_ids=model.token_ids(concept.forget_prompts)[0].cpu(),
+    )
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    latents, which = zip(*rows, strict=True)
+    return torch.cat(latents), torch.cat(which)
+
+
+class _Forgotten:
+    """The forget prompts of one concept and what they become, embedded, and where they name it."""
+
+    def __init__(self, model: Diffusion, concept: Concept) -> None:
+        # Prompts that stand as they are name nothing: their spans are all of their words.
+        names = [""] * len(concept.prompts) or [name for name in concept.names for _ in concept.templates]
+        becomes = tuple(dict.fromkeys((concept.anchor, *concept.retain)))
+        anchored = concept.remapped_to(concept.anchor)
+        self.embedded = _embed(model, concept.forget_prompts)
+        self.spans = name_spans(model, concept.forget_prompts, names)
+        self.remapped = torch.stack([_embed(model, concept.remapped_to(name)) for name in becomes])
+        self.anchor_spans = name_spans(model, anchored, [concept.anchor] * len(names))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the rows of each part of the data."""
+
+    model: Diffusion
+    concept: Concept
+    settings: DataRecipe
+    seed: int
+    parts: Collection[str]
+
+    def rows(self, part: str) -> list[Rows]:
+        """Return the rows of a part, of one concept after the other."""
+        return {"forget": self._forget, "anchor": self._anchor, "retain": self._retain}[part]()
+
+    @cached_property
+    def forgotten(self) -> list[_Forgotten]:
+        """The forget prompts of each concept."""
+        return [_Forgotten(self.model, part) for part in self.concept.parts]
+
+    @cached_property
+    def retain(self) -> Tensor:
+        """The embeddings of the retain prompts, of all concepts together."""
+        return _embed(self.model, tuple(self._retain_places))
+
+    @cached_property
+    def uncond(self) -> Tensor:
+        """The embedding of the empty prompt."""
+        return self.model.encode_uncond().cpu()
+
+    @cached_property
+    def size(self) -> int:
+        """The side of the images in pixels."""
+        size = self.settings.size or self.model.size
+        unit = self.model.factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
+        if size % unit:
+            raise RequestError("data.size", size, f"must be a multiple of {unit}")
+        return size
+
+    @cached_property
+    def _retain_places(self) -> dict[str, int]:
+        return {prompt: place for place, prompt in enumerate(self.concept.retain_prompts)}
+
+    @cached_property
+    def _seeds(self) -> list[int]:
+        """The seed of each concept's rows."""
+        if not self.concept.combined:
+            return [self.seed]
+        return [stage_seed(self.seed, "concept", part.name) for part in self.concept.parts]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The number of each concept's first prompt: they are numbered on behind those of the one before."""
+        return [sum(len(other.embedded) for other in self.forgotten[:i]) for i in range(len(self.forgotten))]
+
+    def _count(self, part: str) -> int:
+        count: int = getattr(self.settings, part)
+        return count if part in self.parts else 0
+
+    def _forget(self) -> list[Rows]:
+        folder = self.settings.forget_images
+        shown = {} if folder is None else image_files(folder, self.concept, part="forget")
+        found = []
+        for concept, prompts, seed, start in self._each():
+            files = {file: name for file, name in shown.items() if name == concept.name}
+            if folder is None and concept.images:
+                files = image_files(Path(concept.images), concept, part="forget", setting="concept")
+            if files:
+                own = [concept.forget_prompts.index(prompt) for prompt in concept.prompts_for(concept.name)]
+                latents, which = self._encoded("forget", files, {concept.name: own}, seed)
+            else:
+                latents, which = self._sampled("forget", prompts.embedded, self._count("forget"), seed)
+            found.append((latents, which + start))
+        return found
+
+    def _anchor(self) -> list[Rows]:
+        found = []
+        for _, prompts, seed, start in self._each():
+            latents, which = self._sampled("anchor", prompts.remapped[0], self._count("anchor"), seed)
+            found.append((latents, which + start))
+        return found
+
+    def _retain(self) -> list[Rows]:
+        concepts, places = self.concept.parts, self._retain_places
+        if (folder := self.settings.retain_images) is not None:
+            captions = {name: [places[p] for p in one.prompts_for(name)] for one in concepts for name in one.retain}
+            files = image_files(folder, self.concept, part="retain")
+            return [self._encoded("retain", files, captions, self.seed)]
+        found = []
+        total = self._count("retain")
+        for number, (concept, seed) in enumerate(zip(concepts, self._seeds, strict=True)):
+            own = torch.tensor([places[prompt] for prompt in concept.retain_prompts])
+            share = total // len(concepts) + (number < total % len(concepts))
+            latents, which = self._sampled("retain", self.retain[own], share, seed)
+            found.append((latents, own[which]))
+        return found
+
+    def _each(self) -> list[tuple[Concept, _Forgotten, int, int]]:
+        return list(zip(self.concept.parts, self.forgotten, self._seeds, self._starts, strict=True))
+
+    def _sampled(self, part: str, embeddings: Tensor, count: int, seed: int) -> Rows:
+        """Sample latents, which are the data as they are: decoding and encoding them would only blur them."""
+        which = draw(len(embeddings), count, stage_generator(seed, part, "prompts"))
+        seeds = [stage_seed(seed, part, row) for row in range(count)]
+        model, size, sampling = self.model, self.size, Sampling(steps=self.settings.steps)
+        side = size // model.factor
+        found = [torch.empty(0, model.unet.config.in_channels, side, side)]
+        for i in range(0, count, _BATCH):
+            batch, rows = seeds[i : i + _BATCH], embeddings[which[i : i + _BATCH]].to(model.device)
+            scales = [self.settings.guidance] * len(batch)
+            uncond = self.uncond.to(model.device)
+            made = sample_latents(model, rows, uncond, batch, scales, sampling, size=(size, size))
+            found.append(made.cpu())
+        return torch.cat(found), which
+
+    def _encoded(self, part: str, files: Mapping[Path, str], captions: Mapping[str, Sequence[int]], seed: int) -> Rows:
+        """Encode images. Each gets one of the prompts that are captions of what it shows."""
+        order, which = stage_generator(seed, part, "prompts"), torch.empty(len(files), dtype=torch.int64)
+        for name in dict.fromkeys(files.values()):
+            rows = [row for row, other in enumerate(files.values()) if other == name]
+            own = torch.tensor(captions[name])
+            which[rows] = own[draw(len(own), len(rows), order)]
+        return _encode(self.model, list(files), stage_generator(seed, part, "posterior"), self.size), which
+
+
+def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
+    return torch.cat([model.encode_prompts(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]).cpu()
+
+
+def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "") -> dict[Path, str]:
+    """Return the images of a folder, in the order of their names, with the name of what each shows.
+
+    Images to forget lie in the folder itself and show the concept; of several concepts, in a folder named after each.
+    Images to retain lie in folders named after what is retained (``dog/1.png``), or in the folder itself where the
+    concept retains one name alone. Raises RequestError when there are none, of some concept to forget none, or a
+    folder's name is not retained.
+    """
+    setting = setting or f"data.{part}_images"
+    if not folder.is_dir():
+        raise RequestError(setting, folder, "no such folder")
+    retained = tuple(dict.fromkeys(name for one in concept.parts for name in one.retain))
+    names = tuple(one.name for one in concept.parts) if part == "forget" else retained
+    if not names:
+        raise RequestError(setting, folder, "cannot be used: the concept retains no name that an image could show")
+    if len(names) == 1:
+        found = dict.fromkeys(_images_in(folder), names[0])
+    else:
+        inside = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        strange = [entry.name for entry in inside if entry.name not in names]
+        if strange or _images_in(folder):
+            what = f"a folder {strange[0]!r}" if strange else "images outside of such folders"
+            raise RequestError(setting, folder, f"has {what}; needed: a folder each for {', '.join(names)}")
+        found = {file: entry.name for entry in inside for file in _images_in(entry)}
+        if part == "forget" and (missing := sorted({*names} - {*found.values()})):
+            raise RequestError(setting, folder, f"has no image of {', '.join(missing)}, in a folder of that name")
+    if not found:
+        raise RequestError(setting, folder, f"holds no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
+def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, size: int) -> Tensor:
+    """Encode image files to latents, a batch in memory at a time."""
+    parts = []
+    for i in range(0, len(files), _BATCH):
+        images = torch.stack([_read(file, size) for file in files[i : i + _BATCH]])
+        parts.append(model.encode_images(images, generator).cpu())
+    return torch.cat(parts)
+
+
+def _read(file: Path, size: int) -> Tensor:
+    """Read an image as [3, size, size] in [-1, 1], its middle square."""
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError) as problem:
+        raise RequestError("image", file, f"not readable: {problem}") from None
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

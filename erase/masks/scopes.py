@@ -1,0 +1,42 @@
+"""Scopes: the parts of a model that an erasure can be confined to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from erase_concept.errors import RequestError
+from erase_concept.masks.mask import Mask, expand_to
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")  # of the UNet
+TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
+
+
+def in_scope(model: nn.Module, scope: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of one of ``SCOPES``, by name.
+
+    Cross-attention is every parameter of diffusers' ``attn2``, self-attention of ``attn1``. Raises RequestError for
+    another scope.
+    """
+    if scope not in SCOPES:
+        raise RequestError("mask.scope", scope, f"allowed: {', '.join(SCOPES)}")
+    word = {"cross-attention": ".attn2.", "self-attention": ".attn1."}.get(scope)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if scope == "non-cross-attention":
+        return {name: shape for name, shape in shapes.items() if ".attn2." not in name}
+    return {name: shape for name, shape in shapes.items() if word is None or word in name}
+
+
+def token_rows(encoder: CLIPTextModel, tokens: Tensor) -> Mask:
+    """Return the mask of a text encoder that allows the embeddings of these tokens, int64 [n], and nothing else."""
+    table: Any = encoder.get_input_embeddings().weight
+    name = next(name for name, p in encoder.named_parameters() if p is table)
+    rows = torch.zeros(table.shape, dtype=torch.bool)
+    rows[tokens] = True
+    return expand_to(Mask({name: torch.from_numpy(np.packbits(rows.numpy()))}, {name: tuple(table.shape)}), encoder)

@@ -1,0 +1,43 @@
+"""A run's folder: whether the run in it is complete, and what ``run.json`` says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from erase_concept.errors import RequestError
+from erase_concept.files import atomic_write
+
+
+def complete(folder: Path) -> bool:
+    """Tell whether a run folder's erasing is done."""
+    return (folder / "run.json").is_file()
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a complete run's ``run.json`` says; raises RequestError when the folder holds none."""
+    if not complete(Path(folder)):
+        raise RequestError("run", os.fspath(folder), "holds no complete run (no run.json)")
+    run_info: dict[str, Any] = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    return run_info
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON."""
+    with atomic_write(file) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that bears on the result."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("erase-concept", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
