@@ -28,6 +28,7 @@ from erase_concept.files import atomic_write
 if TYPE_CHECKING:
     from erase_concept.data import ForgetRetain
     from erase_concept.eval.benchmarks import Benchmark
+    from erase_concept.eval.metrics.metric import Metric
     from erase_concept.eval.plan import EvalPlan
     from erase_concept.eval.report.report import Pair
     from erase_concept.masks.mask import Mask
@@ -95,6 +96,11 @@ class TrialContext:
     code: str
     benchmark: str
     folder: Path
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what trials share. Other weights or other code share nothing of it."""
+        return self.folder / "shared" / digest([self.weights, self.code])[:8]
 
     @property
     def benchmark_text(self) -> str:
@@ -174,7 +180,7 @@ def prepare_trial(context: TrialContext, trial: Trial) -> None:
     loaded = load(context.model)
     _sampled(loaded, plan, _base_folder(context, recipe), guarded=False)
     if not is_guard(trial.method):
-        _data_and_mask(recipe, loaded, context.folder)
+        _data_and_mask(recipe, loaded, context.shared)
 
 
 def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
@@ -191,7 +197,7 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
     loaded = load(context.model)
     result = TrialResult(trial, key, context.code, recipe.concept.kind, "", 1.0, 0.0, 0.0)
     if not is_guard(trial.method):
-        result = _erase(loaded, recipe, context.folder, result)
+        result = _erase(loaded, recipe, context.shared, result)
         if result.failed:
             return result
     with tempfile.TemporaryDirectory() as folder:
@@ -256,9 +262,10 @@ def plan_of(benchmark: str, recipe: Recipe, trial: Trial, folder: Path) -> EvalP
         guard=trial.method if is_guard(trial.method) else None,
     )
     plan = make_plan(request)
-    for name in request.metrics:  # a comparison lacks nothing that the benchmark's verdict cites
-        if name in plan.prepared.missing and METRICS.find(name).about == "forget":
-            raise RequestError("benchmark", benchmark, f"{name} cannot be measured: {plan.prepared.missing[name]}")
+    there = [METRICS.find(name) for name in request.metrics if name not in plan.prepared.missing]
+    if not _on_both_sides(there):
+        name, why = next(iter(plan.prepared.missing.items()))
+        raise RequestError("benchmark", benchmark, f"{name} cannot be measured: {why}")
     # New noise for every seed, so that no two trials' samples are the same ones.
     asked = plan.prompts.asked
     rows = tuple(replace(row, seed=(row.seed + 1_000 * trial.seed) % 2**63) for row in asked.rows)
@@ -271,18 +278,22 @@ def _compared_metrics(benchmark: Benchmark) -> tuple[str, ...]:
     Raises RequestError where there is no share of what is forgotten, or none of what is retained.
     """
     records = [METRICS.find(name) for name in benchmark.metrics]
-    shares = [record for record in records if record.in_verdict]
-    if not {"forget", "retain"} <= {record.about for record in shares}:
+    if not _on_both_sides(records):
         allowed = "tells no share of what is forgotten, or none of what is retained"
         raise RequestError("benchmark", benchmark.title, allowed)
+    shares = [record for record in records if record.in_verdict]
     distances = [one for one in records if one.about == "retain" and one.unit != "fraction"]
     return tuple(record.name for record in (*shares, *distances[:1]))
 
 
+def _on_both_sides(records: Sequence[Metric]) -> bool:
+    """Tell whether these metrics give a share of what is forgotten and one of what is retained."""
+    return {"forget", "retain"} <= {record.about for record in records if record.in_verdict}
+
+
 def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
-    parts = [context.weights, context.code, recipe.ema, context.benchmark_text]
-    name = f"{recipe.concept.name.replace(' ', '-')}-{recipe.seed}-{digest(parts)[:8]}"
-    return context.folder / "base" / name
+    key = digest([recipe.concept.to_dict(), recipe.seed, recipe.ema, context.benchmark_text])
+    return context.shared / "base" / key[:16]
 
 
 def _sampled(model: Diffusion, plan: EvalPlan, folder: Path, *, guarded: bool) -> ImageSet:

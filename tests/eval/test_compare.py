@@ -84,6 +84,8 @@ def test_a_trial_s_key_is_of_all_that_its_result_depends_on(tmp_path: Path) -> N
     assert len(keys) == len(contexts) * len(trials)
     benchmark.write_text("metrics: [frechet]", encoding="utf-8")
     assert trial_key(contexts[-1], trials[0]) not in keys
+    # Nor do other weights or other code share images, latents and masks.
+    assert len({context.shared for context in contexts[:3]}) == 3
     # The name under which a recipe is asked for is no part of it.
     assert trial_key(CONTEXT, trials[0]) == trial_key(CONTEXT, Trial("salun", "church", 0, "salient"))
 
@@ -279,7 +281,7 @@ def test_any_model_is_compared_by_any_benchmark_that_tells_what_is_gone_and_what
     judged = comparison.results[0].scores[0].protocol
     assert report["scores"][0]["protocol"].endswith(judged)
     # Another seed is other noise.
-    first, second = (out / "base").iterdir()
+    first, second = (*out.glob("shared/*/base/*"),)
     assert (first / "00000.png").read_bytes() != (second / "00000.png").read_bytes()
     # A model of other weights in the same folder is another model.
     (file,) = (folder / "unet").glob("*.safetensors")
