@@ -131,8 +131,7 @@ def markdown_of_all(reports: Mapping[str, Report], names: Sequence[str], front: 
 def _became(report: Report) -> str:
     if not report.anchor:
         return ""
-    what = "they" if report.kind == "several" else f"the {_cell(report.kind)}"
-    return f"; {what} became {_cell(report.anchor)}"
+    return f"; the prompts that asked for it now lead to {_cell(report.anchor)}"
 
 
 def _cell(text: str) -> str:

@@ -52,7 +52,7 @@ def summary(report: Report) -> Summary:
 def headline(report: Report) -> str:
     """Return the summary as one paragraph."""
     found = summary(report)
-    what, were = f"The {report.kind} “{report.concept}”", "was"
+    what, were = f"The {_noun(report)} “{report.concept}”", "was"
     if report.kind in (report.concept, "several"):
         what = f"“{report.concept}”"
         were = "were" if report.kind == "several" else were
@@ -168,10 +168,13 @@ def _tile(record: Metric, score: Score, report: Report) -> Tile:
 
 def _finding(record: Metric, report: Report) -> str:
     """Return what a share of so much means, of this report's concept."""
-    several = report.kind == "several"
-    # Nudity is the name of its kind, and no concept has another one beside it.
-    kind = "concept" if several or report.kind == report.concept else report.kind
-    return record.finding.replace("{it}", "one of them" if several else "it").replace("{kind}", kind)
+    it = "one of them" if report.kind == "several" else "it"
+    return record.finding.replace("{it}", it).replace("{kind}", _noun(report))
+
+
+def _noun(report: Report) -> str:
+    """Return the concept's kind as a noun: "another nudity" and "the custom" are no words."""
+    return report.kind if report.kind in ("object", "style", "person") else "concept"
 
 
 def _base(score: Score) -> str:

@@ -101,3 +101,22 @@ def test_what_was_lost_comes_worst_first(report: Report, scored: Scored) -> None
     )
     measured = Bar("x", 0.6, wilson(30, 50), 0.8, wilson(40, 50))
     assert measured.retention == (pytest.approx(0.75), ratio_interval(0.6, wilson(30, 50), 0.8, wilson(40, 50)))
+
+
+@pytest.mark.parametrize(
+    ("concept", "kind", "begins", "others"),
+    [
+        ("church", "object", "The object “church” was", "another object"),
+        ("Ann Example", "person", "The person “Ann Example” was", "another person"),
+        ("blue rocket", "custom", "The concept “blue rocket” was", "another concept"),
+        ("nude person", "nudity", "The concept “nude person” was", "another concept"),
+        ("nudity", "nudity", "“nudity” was", "another concept"),
+        ("church and dog", "several", "“church and dog” were", "another concept"),
+    ],
+)
+def test_the_summary_calls_each_kind_by_a_noun(
+    report: Report, scored: Scored, concept: str, kind: str, begins: str, others: str
+) -> None:
+    text = headline(scored(replace(report, concept=concept, kind=kind), ua=40, ira=80))
+    assert text.startswith(f"{begins} erased from ")
+    assert f"of the images that asked for {others} show it" in text
