@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -20,12 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase_concept.masks import TEXT_ENCODER
+from erase_concept.masks import TEXT_ENCODER, in_scope
+from erase_concept.method import Phase
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
 from erase_concept.pipelines.load import configs
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import MaskRecipe, Recipe
+from erase_concept.training.adapters import Adapters
 from erase_concept.training.loop import Training
 from erase_concept.training.optimizer import STATE_BYTES, TOGETHER
 
@@ -47,67 +52,96 @@ class Prediction:
         return sum(self.bytes.values())
 
 
-def predict_step(make: dict[str, Any], settings: Training, density: float, *, size: int | None = None) -> Prediction:
-    """Predict a training step of ``batch_size`` forget and as many retain rows, the target from the present model.
+def predict_step(
+    make: dict[str, Any],
+    settings: Training,
+    density: float,
+    *,
+    phases: Sequence[Phase] = (),
+    scope: str = "full",
+    size: int | None = None,
+) -> Prediction:
+    """Predict what a training step takes, at the moment when that is most.
 
-    ``make`` holds the configurations of the model's parts, ``density`` is the mask's share of weights that may change,
-    and ``size`` the side of the images, by default the model's. What the process takes before it loads a model is not
-    in it. Layers work on copies of their weights in an order of their own; three of the largest are allowed for.
+    ``make`` holds the configurations of the model's parts, ``density`` is the mask's share of the scope's weights that
+    may change, and ``size`` the side of the images, by default the model's. ``phases`` are those of the method's
+    record, by default SalUn's: one pass on the forget rows for the target, and one on forget and retain rows. What the
+    process takes before it loads a model is not in it.
     """
+    phases = phases or (Phase(frozen=settings.batch_size, trained=2 * settings.batch_size),)
+    found = [_predict_phase(make, settings, density, phase, scope, size) for phase in phases]
+    most = max(found, key=lambda one: one.peak)
+    return Prediction(most.bytes, max(one.operations for one in found) * settings.accumulation)
+
+
+def _predict_phase(
+    make: dict[str, Any], settings: Training, density: float, phase: Phase, scope: str, size: int | None
+) -> Prediction:
+    at_once = settings.accumulation == 1 and settings.max_grad_norm is None
     with FakeTensorMode():
         model = _model(make)
-        largest = max(p.nbytes for p in model.unet.parameters())
-        weights = sum(p.nbytes for p in model.unet.parameters())
-        peak, operations = _measure(
-            model, settings.batch_size, 2 * settings.batch_size, size, settings.recompute, settings.precision
-        )
-    salient = round(weights / 4 * density)
-    at_once = settings.accumulation == 1 and settings.max_grad_norm is None
+        sizes = {name: p.nbytes for name, p in model.unet.named_parameters()}
+        moving = {} if scope == TEXT_ENCODER else {name: sizes[name] for name in in_scope(model.unet, scope)}
+        encoder, table = _text_encoder(make) if scope == TEXT_ENCODER else (0, 0)
+        for name, p in model.unet.named_parameters():
+            p.requires_grad_(name in moving and not phase.adapters)
+        passes = _Passes(phase.frozen, phase.trained, size, settings.recompute, settings.precision)
+        window = 0 if phase.gradients else TOGETHER
+        measured = _measure(model, passes, window, adapters=phase.adapters)
+    weights, largest = sum(sizes.values()), max(sizes.values())
+    free = 0 if phase.adapters else sum(moving.values())  # adapters are few beside the weights
+    kept = measured.gradients if at_once and not phase.gradients else free
     return Prediction(
         {
-            "weights": weights,
-            "optimizer": round(salient * STATE_BYTES[settings.state]),
+            "weights": weights + encoder,
+            "optimizer": round(free / 4 * density * STATE_BYTES[settings.state]) if phase.optimizer else 0,
             "mask": weights // 32,
-            "activations": peak,
-            "gradients": min(TOGETHER + largest, weights) if at_once else weights,
+            "activations": measured.activations,
+            "gradients": round(max(1.0, phase.gradients) * kept) + table,
+            "copies": round(phase.copies * weights),
+            # Layers work on copies of their weights in an order of their own; three of the largest are allowed for.
             "workspace": 3 * largest,
         },
-        operations * settings.accumulation,
+        measured.operations,
     )
+
+
+def predict_edit(make: dict[str, Any]) -> Prediction:
+    """Predict what a closed form takes, whose matrices are small beside the weights."""
+    with FakeTensorMode():
+        sizes = [p.nbytes for p in _model(make).unet.parameters()]
+    return Prediction({"weights": sum(sizes), "workspace": 3 * max(sizes)}, 0)
 
 
 def predict_saliency(make: dict[str, Any], settings: MaskRecipe, *, size: int | None = None) -> Prediction:
     """Predict a batch of the saliency's sums of gradients, which are made before the training's state is."""
     with FakeTensorMode():
         model = _model(make)
-        largest = max(p.nbytes for p in model.unet.parameters())
-        weights = sum(p.nbytes for p in model.unet.parameters())
+        sizes = [p.nbytes for p in model.unet.requires_grad_(True).parameters()]
         rows = settings.batch_size * (2 if settings.guidance else 1)
-        peak, operations = _measure(model, 0, rows, size, settings.recompute, "no")
+        measured = _measure(model, _Passes(0, rows, size, settings.recompute, "no"), 0)
     elsewhere = settings.offload and torch.cuda.is_available()
-    sums = 0 if elsewhere else weights
-    return Prediction(
-        {"weights": weights, "sums": sums, "activations": peak, "gradients": largest, "workspace": 3 * largest},
-        operations,
-    )
+    found = {"weights": sum(sizes), "sums": 0 if elsewhere else sum(sizes), "activations": measured.activations}
+    return Prediction(found | {"gradients": max(sizes), "workspace": 3 * max(sizes)}, measured.operations)
 
 
 def expect(recipe: Recipe) -> dict[str, Any]:
-    """Return what the recipe's mask and each step of its training are expected to take: GiB at most, and seconds.
+    """Return what the recipe's mask and each step of its method are expected to take: GiB at most, and seconds.
 
     Memory is that of the process on a CPU, and of the device on another. Seconds are the operations over what the
     device is measured to do: good for a plan, not for a bar.
     """
     make, settings, device = configs(recipe.model), recipe.settings, processes().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
-    if recipe.mask.scope == TEXT_ENCODER:
-        density = 0.0  # of the UNet
     if recipe.mask.combine == "union":
         density = min(1.0, density * len(recipe.concept.parts))  # at most: their masks overlap
     size = recipe.data.size
     stages = {}
-    if isinstance(settings, Training):  # a closed form takes no steps
-        stages["step"] = predict_step(make, settings, density, size=size)
+    if isinstance(settings, Training):
+        phases = METHODS.find(recipe.method).memory(settings)
+        stages["step"] = predict_step(make, settings, density, phases=phases, scope=recipe.mask.scope, size=size)
+    else:
+        stages["edit"] = predict_edit(make)
     if recipe.mask.kind in ("salient", "least-salient"):
         stages["mask, each batch"] = predict_saliency(make, recipe.mask, size=size)
     process = psutil.Process().memory_info().rss if device.type == "cpu" else _CONTEXT
@@ -144,44 +178,82 @@ def _model(make: dict[str, Any]) -> Diffusion:
     return Diffusion(missing, missing, vae, unet, DDIMScheduler.from_config(make["scheduler"]), source="")
 
 
-def _measure(
-    model: Diffusion, frozen: int, trained: int, size: int | None, recompute: bool, precision: str
-) -> tuple[int, int]:
-    """Return the most bytes that live beside the weights in a step on so many rows, and its operations."""
-    side = (size or model.size) // model.factor
-    xl = model.unet.config.addition_embed_type == "text_time"
+def _text_encoder(make: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes of a text encoder's weights and of the gradient of its token embeddings, which are trained."""
+    encoder = MODEL_CLASSES["text_encoder"](make["text_encoder"])
+    table: Any = encoder.get_input_embeddings().weight
+    return sum(p.nbytes for p in encoder.parameters()), table.nbytes
 
-    def predicted(rows: int) -> Tensor:
+
+class _Passes(NamedTuple):
+    """The passes of a step: rows without and with gradient, the images' size, and how they are computed."""
+
+    frozen: int
+    trained: int
+    size: int | None
+    recompute: bool
+    precision: str
+
+
+class _Measured(NamedTuple):
+    """The most bytes of activations, what waiting gradients add to them, and the operations."""
+
+    activations: int
+    gradients: int
+    operations: int
+
+
+def _measure(model: Diffusion, passes: _Passes, window: int, *, adapters: bool = False) -> _Measured:
+    """Carry the passes out, beside the weights. Gradients wait until so many bytes have come together."""
+    side = (passes.size or model.size) // model.factor
+    xl = model.unet.config.addition_embed_type == "text_time"
+    trained = any(p.requires_grad for p in model.unet.parameters())
+
+    def predicted(rows: int, *, embedded: bool = False) -> Tensor:
         latents = torch.randn(rows, model.unet.config.in_channels, side, side)
-        embeddings = torch.randn(rows, _TOKENS + xl, model.unet.config.cross_attention_dim)
+        embeddings = torch.randn(rows, _TOKENS + xl, model.unet.config.cross_attention_dim, requires_grad=embedded)
         return model.predict(latents, torch.zeros(rows, dtype=torch.int64), embeddings)
 
-    if recompute:
+    if passes.recompute:
         model.unet.enable_gradient_checkpointing()
-    model.unet.requires_grad_(True)
+    changed = Adapters(model.unet, None, torch.Generator()) if adapters else None
+    waiting: list[Tensor] = []
 
-    def drop(parameter: Tensor) -> None:
-        parameter.grad = None
+    def wait(parameter: Tensor) -> None:
+        waiting.append(parameter)
+        living.waiting += parameter.nbytes
+        if living.waiting >= window:
+            for each in waiting:
+                each.grad = None
+            waiting.clear()
+            living.waiting = 0
 
-    for p in model.unet.parameters():
-        p.register_post_accumulate_grad_hook(drop)
-    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with FlopCounterMode(display=False) as counter, _Living(model.unet) as living:
+    for p in (changed or model.unet).parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(wait)
+    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=passes.precision == "bf16")
+    attached = changed.attached() if changed else nullcontext()
+    with attached, FlopCounterMode(display=False) as counter, LivingBytes(model.unet) as living:
         with lower:
-            if frozen:
+            if passes.frozen:
                 with torch.no_grad():
-                    predicted(frozen)
-            loss = predicted(trained).square().mean()
-        loss.backward()
-    return living.peak, counter.get_total_flops()
+                    predicted(passes.frozen)
+            if passes.trained:
+                loss = predicted(passes.trained, embedded=not (trained or adapters)).square().mean()
+        if passes.trained:
+            loss.backward()
+    return _Measured(living.most, living.peak - living.most, counter.get_total_flops())
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that come to be and go, beside a module's parameters."""
+class LivingBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to be and go, beside a module's parameters.
+
+    ``peak`` is the most bytes at once, and ``most`` the same without the gradients that are ``waiting``.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.most = self.waiting = 0
         self.sizes = dict.fromkeys((p.untyped_storage()._cdata for p in module.parameters()), 0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -196,7 +268,7 @@ class _Living(TorchDispatchMode):
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+            self.peak, self.most = max(self.peak, self.now), max(self.most, self.now - self.waiting)
             weakref.finalize(storage, self._gone, key)
 
     def _gone(self, key: int) -> None:

@@ -21,6 +21,28 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A moment of a method at which its memory may be highest: what it holds beside the model's weights.
+
+    ``frozen`` and ``trained`` are the rows of the passes through the UNet without and with gradient. ``copies`` counts
+    copies of all of the UNet's weights. ``gradients`` counts whole gradients, or other copies of the weights that may
+    change; 0 says that every gradient is used and dropped during the backward pass. ``adapters`` says that rank-one
+    adapters are trained in the place of the weights, ``optimizer`` whether the optimizer's state is there already.
+    """
+
+    frozen: int = 0
+    trained: int = 0
+    copies: float = 0.0
+    gradients: float = 0.0
+    adapters: bool = False
+    optimizer: bool = True
+
+
+def _salun_memory(settings: Any) -> tuple[Phase, ...]:
+    return (Phase(frozen=settings.batch_size, trained=2 * settings.batch_size),)
+
+
+@dataclass(frozen=True)
 class Method:
     """A method's record.
 
@@ -30,6 +52,8 @@ class Method:
     embedded prompts beside them.
     ``tuned_setting`` is the setting that makes it erase more or less: the one that a comparison tunes.
     ``text_encoder`` tells whether it can train the token embeddings of the concept's own words instead of the UNet.
+    ``memory`` returns for its settings the moments at which it holds most. By default a step makes one pass on the
+    forget rows without gradient, and one on forget and retain rows with it. A closed form has none.
     """
 
     name: str
@@ -44,6 +68,7 @@ class Method:
     scope: str = "full"
     tuned_setting: str = "lr"
     text_encoder: bool = False
+    memory: Callable[[Any], tuple[Phase, ...]] = _salun_memory
 
     @property
     def needs(self) -> str:

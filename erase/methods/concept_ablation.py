@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
@@ -76,6 +76,7 @@ def concept_ablation(
     latents=("anchor",),
     scope="cross-attention",
     text_encoder=True,
+    memory=lambda settings: (Phase(trained=2 * settings.batch_size),),
 )
 def concept_ablation_noise(
     model: Diffusion,

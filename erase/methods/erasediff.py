@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
@@ -32,12 +32,19 @@ class EraseDiffSettings(Training):
     inner_lr: Annotated[float, described("Learning rate of the inner steps.", gt=0)] = 1e-3
 
 
+def _memory(settings: EraseDiffSettings) -> tuple[Phase, ...]:
+    """Hold the weights of before the inner steps, and the gradients of constraint, inner step, retain loss and step."""
+    descent = int(settings.inner_steps > 1)  # the first inner step's is the constraint's
+    return (Phase(trained=settings.batch_size, gradients=3 + descent), Phase(gradients=4 + descent))
+
+
 @method(
     "erasediff",
     EraseDiffSettings,
     summary="Keeps the loss on everything else low while the concept's prediction is driven towards noise.",
     title="EraseDiff",
     paper="arXiv 2401.05779",
+    memory=_memory,
 )
 def erasediff(
     model: Diffusion,

@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain, draw_evenly
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import Sampling, make_scheduler, sample_latents
 from erase_concept.settings import described, settings
@@ -48,6 +48,11 @@ class ESDSettings(PartwayTraining):
     optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adam"
 
 
+def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
+    """Hold a copy of the base model's UNet."""
+    return (Phase(frozen=2 * settings.batch_size, trained=settings.batch_size, copies=1),)
+
+
 @method(
     "esd-full",
     ESDSettings,
@@ -55,6 +60,7 @@ class ESDSettings(PartwayTraining):
     title="ESD-full",
     paper="arXiv 2303.07345",
     latents=(),
+    memory=_memory,
 )
 @method(
     "esd-u",
@@ -65,6 +71,7 @@ class ESDSettings(PartwayTraining):
     trains="all but cross-attention",
     latents=(),
     scope="non-cross-attention",
+    memory=_memory,
 )
 @method(
     "esd-x",
@@ -75,6 +82,7 @@ class ESDSettings(PartwayTraining):
     trains="cross-attention",
     latents=(),
     scope="cross-attention",
+    memory=_memory,
 )
 def esd(
     model: Diffusion,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
@@ -38,6 +38,7 @@ class ForgetMeNotSettings(Training):
     title="Forget-Me-Not",
     paper="arXiv 2303.17591",
     latents=("forget",),
+    memory=lambda settings: (Phase(trained=settings.batch_size),),
 )
 def forget_me_not(
     model: Diffusion,

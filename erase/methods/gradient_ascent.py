@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
@@ -24,12 +24,18 @@ class GradientAscentSettings(Training):
     alpha: Annotated[float, described("Weight of the retain loss.", ge=0, source="SalUn's baseline")] = 0.1
 
 
+def _memory(settings: GradientAscentSettings) -> tuple[Phase, ...]:
+    """Hold the gradients of one loss until those of the other are there."""
+    return (Phase(trained=2 * settings.batch_size), Phase(trained=settings.batch_size, gradients=1))
+
+
 @method(
     "gradient-ascent",
     GradientAscentSettings,
     summary="Raises the training loss on the concept and keeps it low on everything else.",
     title="Gradient ascent",
     paper="arXiv 2109.13398",
+    memory=_memory,
 )
 def gradient_ascent(
     model: Diffusion,

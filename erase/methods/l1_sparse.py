@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, steps_done, train
@@ -31,6 +31,7 @@ class L1SparseSettings(Training):
     title="l1-sparse",
     paper="arXiv 2304.04934",
     latents=("retain",),
+    memory=lambda settings: (Phase(trained=settings.batch_size, gradients=1),),
 )
 def l1_sparse(
     model: Diffusion,

@@ -33,6 +33,7 @@ class MACESettings(ClosedFormSettings):
     latents=(),
     scope="cross-attention",
     tuned_setting="erase_scale",
+    memory=lambda settings: (),
 )
 def mace(
     model: Diffusion,

@@ -43,6 +43,7 @@ class RECESettings(UCESettings):
     latents=(),
     scope="cross-attention",
     tuned_setting="erase_scale",
+    memory=lambda settings: (),
 )
 def rece(
     model: Diffusion,

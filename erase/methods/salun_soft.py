@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.methods.salun import SalUnSettings, salun_loss
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
@@ -35,6 +35,7 @@ class SalUnSoftSettings(SalUnSettings):
     title="SalUn-soft",
     paper="arXiv 2310.12508",
     latents=("forget", "anchor", "retain"),
+    memory=lambda settings: (Phase(frozen=settings.batch_size, trained=2 * settings.batch_size, copies=1),),
 )
 def salun_soft(
     model: Diffusion,

@@ -15,7 +15,7 @@ from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw, training_loss
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
@@ -38,6 +38,17 @@ class ScissorhandsSettings(Training):
     ascent: Annotated[float, described("Weight of the forget loss, which rises.", ge=0, source=_CODE)] = 0.1
 
 
+def _memory(settings: ScissorhandsSettings) -> tuple[Phase, ...]:
+    """Hold first the sensitivity and its masked part, then the gradient that must not be opposed."""
+    rows = settings.batch_size
+    return (
+        Phase(copies=2, optimizer=False),
+        Phase(trained=2 * rows, copies=1),
+        Phase(trained=rows, copies=1, gradients=1),
+        Phase(copies=1, gradients=2),
+    )
+
+
 @method(
     "scissorhands",
     ScissorhandsSettings,
@@ -46,6 +57,7 @@ class ScissorhandsSettings(Training):
     paper="arXiv 2401.06187",
     trains="self-attention",
     scope="self-attention",
+    memory=_memory,
 )
 def scissorhands(
     model: Diffusion,
@@ -84,6 +96,7 @@ def scissorhands(
     gradients = accumulate(unet, [partial(forget_loss, g) for g in batches], "absolute")
     sensitivity = {name: gradients.pop(name) * p.detach().abs() for name, p in unet.named_parameters()}
     trim(unet, chosen(sensitivity, settings.trimmed, mask), stage_generator(seed, "trim"))
+    del gradients, sensitivity  # as large as the weights
     unet.requires_grad_(True)
     memory = salient_gradient(-forget_loss(stage_generator(seed, "memory")), unet, mask)
     yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)

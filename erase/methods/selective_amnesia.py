@@ -15,7 +15,7 @@ from erase_concept.data import Batch, ForgetRetain, draw, training_loss
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
@@ -39,6 +39,11 @@ class SelectiveAmnesiaSettings(Training):
     ] = 500
 
 
+def _memory(settings: SelectiveAmnesiaSettings) -> tuple[Phase, ...]:
+    """Hold the base model's weights, their Fisher information, and the penalty's gradient."""
+    return (Phase(trained=2 * settings.batch_size, copies=2, gradients=1),)
+
+
 @method(
     "selective-amnesia",
     SelectiveAmnesiaSettings,
@@ -46,6 +51,7 @@ class SelectiveAmnesiaSettings(Training):
     title="Selective Amnesia",
     paper="arXiv 2305.10120",
     latents=("anchor", "retain"),
+    memory=_memory,
 )
 def selective_amnesia(
     model: Diffusion,

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, mse_loss
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks.mask import Mask
-from erase_concept.method import method
+from erase_concept.method import Phase, method
 from erase_concept.methods.esd import PartwayTraining, partway
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
@@ -41,6 +41,12 @@ class SPMSettings(PartwayTraining):
     anchors: Annotated[int, described("Retained prompts for each row.", ge=1, source=_CODE)] = 4
 
 
+def _memory(settings: SPMSettings) -> tuple[Phase, ...]:
+    """Hold no copy: the adapters are small, and without them the UNet is the base model's."""
+    rows, again = settings.batch_size, settings.batch_size * settings.anchors
+    return (Phase(frozen=max(2 * rows, again), trained=rows + again, adapters=True),)
+
+
 @method(
     "spm",
     SPMSettings,
@@ -49,6 +55,7 @@ class SPMSettings(PartwayTraining):
     paper="arXiv 2312.16145",
     trains="rank-one adapters of the attention blocks",
     latents=(),
+    memory=_memory,
 )
 def spm(
     model: Diffusion,

@@ -35,6 +35,7 @@ class UCESettings(ClosedFormSettings):
     latents=(),
     scope="cross-attention",
     tuned_setting="erase_scale",
+    memory=lambda settings: (),
 )
 def uce(
     model: Diffusion,
