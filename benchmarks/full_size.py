@@ -14,22 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-import yaml
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from erase_concept import pipelines
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.methods.salun import SalUnSettings, salun
-from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
+from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.recipe import MEMORY
 from erase_concept.training.loop import Record
@@ -48,9 +45,7 @@ ALLOCATOR = {
 
 def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
     """Return a family's configurations; ``width`` is the share of the UNet's channels."""
-    makes = yaml.safe_load((Path(pipelines.__file__).parent / "families" / "layouts.yaml").read_text(encoding="utf-8"))[
-        family
-    ]
+    makes = FAMILIES.find(family).single_file.configs({})
     channels = makes["unet"]["block_out_channels"]
     makes["unet"] |= {"block_out_channels": [int(c * width) for c in channels]}
     if width < 1:
@@ -61,7 +56,7 @@ def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
 def build(part: str, config: dict[str, Any]) -> nn.Module:
     """Return a part with small random weights, the same block of numbers again and again: quick to make."""
     with torch.device("meta"):
-        module: nn.Module = MODEL_CLASSES[part](config)
+        module = FAMILIES.find("sdxl").components[part].make(config)  # which has every part of the others too
     module.to_empty(device="cpu")
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
     with torch.no_grad():
@@ -80,9 +75,8 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
 def model(width: float = 1.0, family: str = "sd1", **parts: nn.Module) -> Diffusion:
     """Return a model whose UNet alone is there, beside the given parts."""
     made = configs(family, width)
-    others: Any = {"tokenizer": None, "text_encoder": None, "vae": None} | parts
-    unet: Any = build("unet", made["unet"])
-    return Diffusion(**others, unet=unet, scheduler=DDIMScheduler.from_config(made["scheduler"]), source="random")
+    own = {"unet": build("unet", made["unet"]), "scheduler": DDIMScheduler.from_config(made["scheduler"])}
+    return Diffusion(FAMILIES.find(family), own | parts, source="random")
 
 
 def rows(n: int, size: int, context: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,22 +21,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 from full_size import row
 from torch import Tensor
 
-from erase_concept import pipelines
 from erase_concept.masks import top_k
+from erase_concept.pipelines.families import FAMILIES
 
 
 def scores(millions: float | None = None) -> dict[str, Tensor]:
     """Return random scores in the shapes of Stable Diffusion 1.4's UNet, or of its first so many million weights."""
-    families = yaml.safe_load(
-        (Path(pipelines.__file__).parent / "families" / "layouts.yaml").read_text(encoding="utf-8")
-    )
+    config = FAMILIES.find("sd1").single_file.configs({})["unet"]
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in UNet2DConditionModel(**families["sd1"]["unet"]).named_parameters()}
+        shapes = {name: p.shape for name, p in UNet2DConditionModel(**config).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
     for name, shape in shapes.items():

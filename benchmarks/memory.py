@@ -18,6 +18,8 @@ from full_size import configs, measured, row
 
 from erase_concept.dry_run import GIB, predict_step
 from erase_concept.methods.salun import SalUnSettings
+from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.load import ModelConfigs
 from erase_concept.recipe import MEMORY
 
 BARS = {"fast": None, "balanced": 8.0, "low": 6.0}
@@ -27,7 +29,7 @@ WITHIN = 0.15
 def predicted(family: str, memory: str, *, size: int | None = None, batch: int = 1) -> float:
     """Return the GiB that a step of a preset is predicted to take, without the process's own."""
     settings = SalUnSettings(batch_size=batch, **MEMORY[memory].get("settings", {}))
-    return predict_step(configs(family), settings, 0.5, size=size).peak / GIB
+    return predict_step(ModelConfigs(FAMILIES.find(family), configs(family)), settings, 0.5, size=size).peak / GIB
 
 
 def table() -> str:

@@ -26,6 +26,7 @@ from full_size import build, configs, row
 from PIL import Image
 
 from erase_concept.pipelines import emojinette
+from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.formats.single_file import save_single_file
 from erase_concept.run_folder import read_run
 
@@ -45,7 +46,7 @@ def prepare(work: Path) -> Path:
     made, file = configs(), work / "model.safetensors"
     if not file.exists():
         states = {part: build(part, made[part]).state_dict() for part in ("unet", "vae", "text_encoder")}
-        save_single_file(states, "sd1", file, {})
+        save_single_file(states, FAMILIES.find("sd1"), file, {})
     generator = np.random.default_rng(0)
     for folder in ("forget", "retain"):
         (work / folder).mkdir(exist_ok=True)

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.families.family import Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 
@@ -54,10 +56,9 @@ class Demand:
     scale: float
 
 
-def matrices(unet: nn.Module) -> dict[str, nn.Parameter]:
+def matrices(unet: nn.Module, layers: Layers = UNET_LAYERS) -> dict[str, nn.Parameter]:
     """Return the matrices [out, width] that make cross-attention's keys and values, by name."""
-    ends = (".attn2.to_k.weight", ".attn2.to_v.weight")
-    return {name: p for name, p in unet.named_parameters() if name.endswith(ends)}
+    return {name: p for name, p in unet.named_parameters() if layers.is_key_or_value(name)}
 
 
 def concept_tokens(
@@ -96,19 +97,19 @@ def edit(
         "erase": Demand(tokens, wanted, settings.erase_scale),
         "preserve": Demand(kept, kept, settings.preserve_scale),
     }
-    return minimise(model.unet, demands, settings.ridge, mask)
+    return minimise(model.unet, demands, settings.ridge, mask, model.family.layers)
 
 
 @torch.no_grad()
 def minimise(
-    unet: nn.Module, demands: Mapping[str, Demand], ridge: float, mask: Mask | None
+    unet: nn.Module, demands: Mapping[str, Demand], ridge: float, mask: Mask | None, layers: Layers = UNET_LAYERS
 ) -> tuple[float, dict[str, float]]:
     """Set keys and values to the minimiser of the demands over the weights of the mask, all others untouched.
 
     Returns the objective's value and its terms without their weights s: for each demand sum |W c - W0 u|^2 over all
     matrices, and "change", sum |W - W0|^2. Raises RequestError when the mask leaves no key or value free.
     """
-    weights = matrices(unet)
+    weights = matrices(unet, layers)
     free = {
         name: torch.ones_like(w, dtype=torch.bool) if mask is None else mask.dense(name) for name, w in weights.items()
     }
@@ -116,7 +117,7 @@ def minimise(
         raise RequestError(
             "mask.kind",
             "(given)",
-            "leaves no weight of attn2.to_k and attn2.to_v free, and a closed form changes no others",
+            "leaves no weight of cross-attention's keys and values free, and a closed form changes no others",
         )
     width = next(iter(weights.values())).shape[1]
     system, pull = ridge * torch.eye(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)

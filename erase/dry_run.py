@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from erase_concept.masks import TEXT_ENCODER, in_scope
 from erase_concept.method import Phase
 from erase_concept.methods import METHODS
-from erase_concept.pipelines.formats.read_single_file import MODEL_CLASSES
-from erase_concept.pipelines.load import configs
+from erase_concept.pipelines.load import ModelConfigs, configs
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import MaskRecipe, Recipe
@@ -53,7 +52,7 @@ class Prediction:
 
 
 def predict_step(
-    make: dict[str, Any],
+    make: ModelConfigs,
     settings: Training,
     density: float,
     *,
@@ -63,7 +62,7 @@ def predict_step(
 ) -> Prediction:
     """Predict what a training step takes, at the moment when that is most.
 
-    ``make`` holds the configurations of the model's parts, ``density`` is the mask's share of the scope's weights that
+    ``make`` holds the model's configurations, ``density`` is the mask's share of the scope's weights that
     may change, and ``size`` the side of the images, by default the model's. ``phases`` are those of the method's
     record, by default SalUn's: one pass on the forget rows for the target, and one on forget and retain rows. What the
     process takes before it loads a model is not in it.
@@ -75,7 +74,7 @@ def predict_step(
 
 
 def _predict_phase(
-    make: dict[str, Any], settings: Training, density: float, phase: Phase, scope: str, size: int | None
+    make: ModelConfigs, settings: Training, density: float, phase: Phase, scope: str, size: int | None
 ) -> Prediction:
     at_once = settings.accumulation == 1 and settings.max_grad_norm is None
     with FakeTensorMode():
@@ -106,14 +105,14 @@ def _predict_phase(
     )
 
 
-def predict_edit(make: dict[str, Any]) -> Prediction:
+def predict_edit(make: ModelConfigs) -> Prediction:
     """Predict what a closed form takes, whose matrices are small beside the weights."""
     with FakeTensorMode():
         sizes = [p.nbytes for p in _model(make).unet.parameters()]
     return Prediction({"weights": sum(sizes), "workspace": 3 * max(sizes)}, 0)
 
 
-def predict_saliency(make: dict[str, Any], settings: MaskRecipe, *, size: int | None = None) -> Prediction:
+def predict_saliency(make: ModelConfigs, settings: MaskRecipe, *, size: int | None = None) -> Prediction:
     """Predict a batch of the saliency's sums of gradients, which are made before the training's state is."""
     with FakeTensorMode():
         model = _model(make)
@@ -171,16 +170,22 @@ def operations_per_second(device: torch.device) -> float:
     return counter.get_total_flops() / best
 
 
-def _model(make: dict[str, Any]) -> Diffusion:
+def _model(make: ModelConfigs) -> Diffusion:
     """Return a model without weights, text encoder and tokenizer."""
-    unet, vae = (MODEL_CLASSES[part](make[part]).eval().requires_grad_(False) for part in ("unet", "vae"))
-    missing: Any = None
-    return Diffusion(missing, missing, vae, unet, DDIMScheduler.from_config(make["scheduler"]), source="")
+    components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(make.components["scheduler"])}
+    components |= {part: _built(make, part).eval().requires_grad_(False) for part in ("unet", "vae")}
+    return Diffusion(make.family, components, source="")
 
 
-def _text_encoder(make: dict[str, Any]) -> tuple[int, int]:
+def _built(make: ModelConfigs, part: str) -> nn.Module:
+    build = make.family.components[part].make
+    assert build is not None  # the parts that are asked for have weights in every family
+    return build(make.components[part])
+
+
+def _text_encoder(make: ModelConfigs) -> tuple[int, int]:
     """Return the bytes of a text encoder's weights and of the gradient of its token embeddings, which are trained."""
-    encoder = MODEL_CLASSES["text_encoder"](make["text_encoder"])
+    encoder = _built(make, "text_encoder")
     table: Any = encoder.get_input_embeddings().weight
     return sum(p.nbytes for p in encoder.parameters()), table.nbytes
 
@@ -206,12 +211,12 @@ class _Measured(NamedTuple):
 def _measure(model: Diffusion, passes: _Passes, window: int, *, adapters: bool = False) -> _Measured:
     """Carry the passes out, beside the weights. Gradients wait until so many bytes have come together."""
     side = (passes.size or model.size) // model.factor
-    xl = model.unet.config.addition_embed_type == "text_time"
+    tokens = _TOKENS + model.family.extra_tokens
     trained = any(p.requires_grad for p in model.unet.parameters())
 
     def predicted(rows: int, *, embedded: bool = False) -> Tensor:
         latents = torch.randn(rows, model.unet.config.in_channels, side, side)
-        embeddings = torch.randn(rows, _TOKENS + xl, model.unet.config.cross_attention_dim, requires_grad=embedded)
+        embeddings = torch.randn(rows, tokens, model.unet.config.cross_attention_dim, requires_grad=embedded)
         return model.predict(latents, torch.zeros(rows, dtype=torch.int64), embeddings)
 
     if passes.recompute:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class RequestError(ValueError):
     """The request itself is wrong. Says which setting, which value, and what is allowed, in one line."""
@@ -18,3 +20,17 @@ class RequestError(ValueError):
 
 class EraseError(RuntimeError):
     """The work could not be finished: a diverging training, a full disk, a result that fails its check."""
+
+
+def out_of_memory(problem: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, says that there was too little memory, on the machine or a device."""
+    while problem is not None:
+        if isinstance(problem, MemoryError) or re.search("allocate memory|out of memory", str(problem)):
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
+
+
+def first_line(problem: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

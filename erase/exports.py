@@ -12,9 +12,11 @@ from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.formats.delta import save_delta
-from erase_concept.pipelines.formats.folder import save_original, save_pipeline, save_unet
+from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
-from erase_concept.pipelines.load import load, silence_hub_logs
+from erase_concept.pipelines.formats.single_file import save_original
+from erase_concept.pipelines.hub import silence_hub_logs
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import read_run

@@ -1,80 +1,128 @@
-"""One face over a latent diffusion model: what erasing, sampling and evaluation need of it."""
+"""Diffusion: one interface to a latent diffusion model, for erasing, sampling and evaluation."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from erase_concept.pipelines.formats.single_file import Family
-
-FAMILIES: dict[Family, str] = {
-    "sd1": "Stable Diffusion 1.x",
-    "sd2": "Stable Diffusion 2.x",
-    "sdxl": "Stable Diffusion XL",
-}
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from erase_concept.errors import RequestError
+from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
+from erase_concept.pipelines.families.family import Family
+from erase_concept.pipelines.formats.weights import dtype_names, published_name
 
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """A Stable Diffusion 1.x, 2.x or XL model: tokenizer, text encoder, VAE, UNet and noise schedule.
+    """A latent diffusion model: its components by diffusers' names, and the family that says how they work together.
 
-    ``source`` says where it came from, and ``stored`` which dtype its UNet had there. Shapes: latents [n, 4, h/f, w/f]
-    with the VAE's factor f, time steps int64 [n] in [0, 1000), prompt embeddings [n, tokens, width]. XL has a second
-    tokenizer and text encoder, whose embedding of the whole prompt goes along as one token more, filled up with zeros:
-    so a prompt is one tensor in every family.
+    ``source`` says where it came from, ``settings`` are those of its diffusers pipeline that the family knows, and
+    ``stored`` the dtype that its UNet had there, such as "float16", or "float16, float32" where both are mixed.
+    Shapes: latents [n, c, h/f, w/f] with the VAE's factor f, time steps int64 [n] in [0, 1000), prompt embeddings [n,
+    tokens, width].
     """
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    scheduler: Any
+    family: Family
+    components: Mapping[str, Any]
     source: str
-    tokenizer_2: CLIPTokenizer | None = None
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    force_zeros_for_empty_prompt: bool = False  # XL: guidance leads away from zeros, not from the embedded empty prompt
-    stored: str = "unknown"  # such as "float16"; "float16, float32" where weights of both are mixed
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stored: str = "unknown"
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline) -> Diffusion:
+        """Take over a loaded diffusers pipeline, such as a StableDiffusionPipeline, sharing its components.
+
+        Raises RequestError when it is of no known family, or its components do not fit each other.
+        """
+        kind = type(pipeline).__name__
+        name = str(pipeline.config.get("_name_or_path") or kind)
+        parts = pipeline.components
+        candidates = families_of_pipeline(kind)
+        if not candidates:
+            known = dict.fromkeys(family.pipeline.__name__ for family in FAMILIES.all().values())
+            raise RequestError("model", name, f"is a {kind}; needed: {' or '.join(known)}")
+        if missing := [key for key in candidates[0].components if parts.get(key) is None]:
+            raise RequestError("model", name, f"has no {missing[0]}: a {kind} needs one")
+        family = find_family(kind, {key: _config(part) for key, part in parts.items() if hasattr(part, "config")})
+        if family is None:
+            raise RequestError("model", name, f"is a {kind} of an unknown family: its configurations fit none")
+        components = {key: parts[key] for key in family.components}
+        try:
+            family.check_fit(components)
+        except ValueError as problem:
+            raise RequestError("model", name, str(problem)) from None
+        settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
+        stored = dtype_names(components["unet"].state_dict().values())
+        return cls(family, components, source=name, settings=settings, stored=stored)
+
+    def with_components(self, **changed: Any) -> Diffusion:
+        """Return the same model with other components in the place of its own."""
+        return replace(self, components={**self.components, **changed})
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser."""
+        return self.components["unet"]
+
+    @property
+    def vae(self) -> Any:
+        """The VAE, from images to latents and back."""
+        return self.components["vae"]
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that the model came with."""
+        return self.components["scheduler"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The first tokenizer."""
+        return self.components["tokenizer"]
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder."""
+        return self.components["text_encoder"]
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """All tokenizers by diffusers' names."""
+        return {name: part for name, part in self.components.items() if name.startswith("tokenizer")}
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders by diffusers' names, one or two."""
-        found = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-        return {name: encoder for name, encoder in found.items() if encoder is not None}
+        """All text encoders by diffusers' names."""
+        return {name: part for name, part in self.components.items() if name.startswith("text_encoder")}
 
     @property
-    def family(self) -> Family:
-        """Which Stable Diffusion this is, told by its text encoders: OpenAI's, OpenCLIP's, or one of each."""
-        if self.text_encoder_2 is not None:
-            return "sdxl"
-        return "sd2" if self.text_encoder.config.hidden_act == "gelu" else "sd1"
+    def modules(self) -> dict[str, nn.Module]:
+        """All components with weights, by diffusers' names."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
     def describe(self) -> dict[str, str]:
         """Return what was loaded: source, SHA-256 of the UNet's weights, family, prediction type and stored dtype."""
         return {
             "source": self.source,
             "unet": weights_hash(self.unet),
-            "family": FAMILIES[self.family],
+            "family": self.family.title,
             "prediction_type": str(self.scheduler.config.prediction_type),
             "dtype": self.stored,
         }
 
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights of every part by diffusers' names."""
-        parts = {"unet": self.unet, "vae": self.vae, **self.text_encoders}
-        return {name: part.state_dict() for name, part in parts.items()}
+        """Return the weights of every component by diffusers' names."""
+        return {name: module.state_dict() for name, module in self.modules.items()}
 
     @property
     def device(self) -> torch.device:
         """Where the UNet is."""
-        return next(self.unet.parameters()).device
+        device: torch.device = next(self.unet.parameters()).device
+        return device
 
     @property
     def factor(self) -> int:
@@ -88,23 +136,16 @@ class Diffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Return the embeddings [n, tokens, width] of prompts, padded and cut as Stable Diffusion does."""
+        """Return the embeddings [n, tokens, width] of prompts, padded and truncated as diffusers does."""
         return self.encode_ids(self.token_ids(prompts))
 
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return the tokens of prompts for each text encoder, int64 [n, tokens], padded and cut."""
-        tokenizers = (self.tokenizer, self.tokenizer_2) if self.text_encoder_2 is not None else (self.tokenizer,)
-        return tuple(self._ids(tokenizer, prompts) for tokenizer in tokenizers)
+        """Return the token ids of prompts for each text encoder, int64 [n, tokens], padded and truncated."""
+        return tuple(self._ids(tokenizer, prompts) for tokenizer in self.tokenizers.values())
 
     def encode_ids(self, ids: Sequence[Tensor]) -> Tensor:
-        """Return the embeddings [n, tokens, width] of what ``token_ids`` gave, for the encoders' gradients too."""
-        if self.text_encoder_2 is None:
-            return self.text_encoder(ids[0])[0]
-        first = self.text_encoder(ids[0], output_hidden_states=True)
-        second = self.text_encoder_2(ids[1], output_hidden_states=True)
-        tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        whole = nn.functional.pad(second[0], (0, tokens.shape[-1] - second[0].shape[-1]))
-        return torch.cat([tokens, whole[:, None]], 1)
+        """Return the embeddings [n, tokens, width] of what ``token_ids`` returned, with gradients where asked for."""
+        return self.family.encode(self.components, ids)
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
@@ -113,8 +154,7 @@ class Diffusion:
 
     def encode_uncond(self) -> Tensor:
         """Return what guidance leads away from, [1, tokens, width]: the empty prompt, or XL's zeros."""
-        empty = self.encode_prompts([""])
-        return torch.zeros_like(empty) if self.force_zeros_for_empty_prompt else empty
+        return self.family.uncond(self.encode_prompts([""]), self.settings)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -130,105 +170,38 @@ class Diffusion:
         return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the noisy latents at the given time steps: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise."""
-        kept, added = self._schedule(timesteps)
-        return kept * latents + added * noise
-
-    def _schedule(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(a_t) and sqrt(1 - a_t), each [n, 1, 1, 1].
-
-        Not the scheduler's own ``add_noise``: with Euler or DPM-Solver, common in published models, it scales by other
-        rules, and not by these time steps.
-        """
-        a = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return a.sqrt(), (1 - a).sqrt()
+        """Return the noisy latents at the given time steps."""
+        return self.family.noise.add(self.components, latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
         """Return the UNet's prediction for noisy latents, in the model's own prediction type."""
-        config = self.unet.config
-        if config.addition_embed_type != "text_time":
-            return self.unet(noisy, timesteps, embeddings).sample
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        height, breadth = (side * self.factor for side in noisy.shape[-2:])
-        # The size an image was made at, where it was cut, and the size it is to have: as if it always had that size.
-        sizes = torch.tensor([height, breadth, 0, 0, height, breadth], dtype=embeddings.dtype, device=noisy.device)
-        added = {"text_embeds": embeddings[:, -1, :width], "time_ids": sizes.expand(len(noisy), -1)}
-        return self.unet(noisy, timesteps, embeddings[:, :-1], added_cond_kwargs=added).sample
+        return self.family.predict(self.components, noisy, timesteps, embeddings)
 
-    def cfg(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, empty: Tensor, scale: float | Tensor) -> Tensor:
+    def cfg(
+        self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, uncond: Tensor, scale: float | Tensor
+    ) -> Tensor:
         """Return the prediction with classifier-free guidance (arXiv 2207.12598), from one call on 2 n rows.
 
-        That is e(x, empty) + scale (e(x, c) - e(x, empty)), so scale 1 is no guidance. ``timesteps`` are [n], or one
-        for all; ``empty`` is [1, tokens, width], and ``scale`` a number or [n, 1, 1, 1].
+        That is e(x, uncond) + scale (e(x, c) - e(x, uncond)), so scale 1 is no guidance. ``timesteps`` are [n], or one
+        for all; ``uncond`` is [1, tokens, width], and ``scale`` a number or [n, 1, 1, 1].
         """
-        both = torch.cat([empty.expand_as(embeddings), embeddings])
+        both = torch.cat([uncond.expand_as(embeddings), embeddings])
         twice = timesteps.to(noisy.device).expand(len(noisy)).repeat(2)
         without, given = self.predict(torch.cat([noisy, noisy]), twice, both).chunk(2)
         return without + scale * (given - without)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what ``predict`` was trained to give: the noise, or the velocity (arXiv 2202.00512)."""
-        if self.scheduler.config.prediction_type == "v_prediction":
-            kept, added = self._schedule(timesteps)
-            return kept * noise - added * latents
-        return noise
+        """Return what ``predict`` is trained to give: the noise, or the velocity (arXiv 2202.00512)."""
+        return self.family.noise.target(self.components, latents, noise, timesteps)
 
-    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    def pipeline(self) -> Any:
         """Return the model as a diffusers pipeline that shares its weights."""
-        shared = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-        if self.text_encoder_2 is None:
-            return StableDiffusionPipeline(
-                **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-        return StableDiffusionXLPipeline(
-            **shared,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            force_zeros_for_empty_prompt=self.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+        return self.family.pipeline(**self.components, **self.settings, **self.family.pipeline_options)
 
 
-def check_fit(parts: Mapping[str, Any]) -> None:
-    """Raise ValueError when parts, by diffusers' names, do not make a model together: their configurations tell."""
-    unet, vae = parts["unet"].config, parts["vae"].config
-    if unet.in_channels == 9:
-        raise ValueError("it is an inpainting model (its UNet takes 9 channels); a text-to-image model is needed")
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        has = f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}"
-        raise ValueError(f"{has}, the VAE's latents have {vae.latent_channels}")
-    encoders = [parts[name].config for name in ("text_encoder", "text_encoder_2") if name in parts]
-    width = sum(encoder.hidden_size for encoder in encoders)
-    if unet.cross_attention_dim != width:
-        has = f"the UNet takes prompts {unet.cross_attention_dim} wide, the text encoder gives {width}"
-        raise ValueError(f"{has}: they are of different families")
-    needs = unet.addition_embed_type == "text_time"
-    whole = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim if needs else 0
-    given = encoders[1].projection_dim if len(encoders) == 2 else 0
-    if whole != given:
-        raise ValueError(f"the UNet takes whole prompts {whole} wide, the text encoder gives {given}")
-    scheduler = parts["scheduler"]
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"the scheduler is a {type(scheduler).__name__}, which is none of Stable Diffusion's")
-    if scheduler.config.prediction_type not in PREDICTION_TYPES:
-        has = f"the scheduler's prediction type is {scheduler.config.prediction_type}"
-        raise ValueError(f"{has}; allowed: {', '.join(PREDICTION_TYPES)}")
-
-
-def dtype_names(tensors: Iterable[Tensor]) -> str:
-    """Return the dtype of weights in words, such as "float16"; where they are mixed, all of them."""
-    names = {str(value.dtype).removeprefix("torch.") for value in tensors if value.is_floating_point()}
-    return ", ".join(sorted(names))
-
-
-def published_name(part: str, name: str) -> str:
-    """Return the name under which published models store a weight of a part, such as "text_encoder_2".
-
-    transformers 5 names those of CLIP's text encoder without ``text_model.``, transformers 4 and all files with it.
-    """
-    if not part.startswith("text_encoder") or name.startswith(("text_model.", "text_projection.")):
-        return name
-    return f"text_model.{name}"
+def _config(part: Any) -> dict[str, Any]:
+    """Return a component's configuration: transformers' is an object, diffusers' a mapping."""
+    return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -237,8 +210,7 @@ def weights_hash(module: nn.Module) -> str:
     The names are the published ones, so that a model has the same hash with every version of the libraries.
     """
     digest = hashlib.sha256()
-    part = "text_encoder" if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection) else ""
-    for name, value in sorted((published_name(part, name), value) for name, value in module.state_dict().items()):
+    for name, value in sorted((published_name(module, name), value) for name, value in module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -13,15 +13,16 @@ from typing import Annotated, Any
 import diffusers
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
 from pydantic import InstanceOf
 from torch import Tensor
 
-from erase_concept.errors import EraseError, RequestError
+from erase_concept.errors import EraseError, RequestError, out_of_memory
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.formats.read_single_file import out_of_memory
 from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
+from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.image_set import (
     SETTINGS,
     ImageSet,
@@ -32,10 +33,11 @@ from erase_concept.pipelines.image_set import (
     read_images,
     read_manifest,
 )
-from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import progress
+from erase_concept.prompts.find_prompts import find_prompts
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 from erase_concept.settings import check_settings, described, settings
 
@@ -193,8 +195,8 @@ def _batches(rows: Sequence[PromptRow], batch_size: int) -> list[list[int]]:
 
 
 def sample(
-    model: Diffusion,
-    prompts: PromptSet,
+    model: Diffusion | DiffusionPipeline | str | Path,
+    prompts: PromptSet | str | Path,
     out: str | Path,
     *,
     steps: int = DEFAULT.steps,
@@ -205,13 +207,18 @@ def sample(
 ) -> ImageSet:
     """Sample a prompt set into a folder, with a progress bar, and return all images of the folder.
 
-    Run again, it samples only the missing images; see ``iter_sample``. ``guidance`` is the scale of prompts that name
-    none, ``scheduler`` one of ``SCHEDULERS``, ``guard`` what ``find_guard`` returns. Raises RequestError when a
-    setting is out of range.
+    Run again, it samples only the missing images; see ``iter_sample``. ``model`` may be anything that ``load`` takes;
+    a loaded pipeline is used as it is. ``prompts`` may be the name of a set or a file. ``guidance`` is the scale of
+    prompts that name none, ``scheduler`` one of ``SCHEDULERS``, ``guard`` what ``find_guard`` returns. Raises
+    RequestError when a setting is out of range.
     """
     asked = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "batch_size": batch_size, "guard": guard}
-    made = iter_sample(model, prompts, out, check_settings(Sampling, asked))
-    for _ in progress(made, f"sampling {prompts.name}", len(prompts.rows)):
+    sampling = check_settings(Sampling, asked)
+    found = prompts if isinstance(prompts, PromptSet) else find_prompts(str(prompts))
+    if isinstance(model, DiffusionPipeline):
+        model = Diffusion.from_pipeline(model)
+    loaded = model if isinstance(model, Diffusion) else load(model)
+    for _ in progress(iter_sample(loaded, found, out, sampling), f"sampling {found.name}", len(found.rows)):
         pass
     return read_images(out, setting="out")
 
@@ -251,10 +258,9 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
 
 def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> None:
     """Write the settings into the folder, or check that they are the same; merge what killed processes left."""
+    modules = dict.fromkeys(("unet", *model.text_encoders, "vae", *model.modules))
     told = {
-        "unet": weights_hash(model.unet),
-        **{name: weights_hash(encoder) for name, encoder in model.text_encoders.items()},
-        "vae": weights_hash(model.vae),
+        **{name: weights_hash(model.modules[name]) for name in modules},
         "prompts": _rows_hash(prompts.rows),
         "sampler": sampling.scheduler or SAMPLER,
         "steps": sampling.steps,

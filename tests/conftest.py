@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
@@ -84,8 +85,11 @@ def diffusion(tokenizer: CLIPTokenizer, family: str = "sd1") -> Diffusion:
     text_2 = CLIPTextModelWithProjection(text_config(tokenizer, act)) if xl else None
     for part in (text, vae, unet, *((text_2,) if text_2 else ())):
         part.eval().requires_grad_(False)
-    second = {"tokenizer_2": tokenizer, "text_encoder_2": text_2, "force_zeros_for_empty_prompt": True} if xl else {}
-    return Diffusion(tokenizer, text, vae, unet, scheduler, source="tiny", **second)
+    components = {"tokenizer": tokenizer, "text_encoder": text, "vae": vae, "unet": unet, "scheduler": scheduler}
+    if xl:
+        components |= {"tokenizer_2": tokenizer, "text_encoder_2": text_2}
+    record = FAMILIES.find(family)
+    return Diffusion(record, components, source="tiny", settings=dict(record.settings))
 
 
 @pytest.fixture

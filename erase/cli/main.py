@@ -71,7 +71,7 @@ def main() -> None:
             old = getattr(problem, "option_name", None)
             now = f"{old}: is now {REPLACED[old]}" if old in REPLACED else problem.format_message()
             _fail(problem, now, 2)
-        from erase_concept.pipelines.formats.read_single_file import out_of_memory
+        from erase_concept.errors import out_of_memory
 
         if not out_of_memory(problem):
             raise

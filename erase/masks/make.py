@@ -148,6 +148,7 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
         "accumulate": settings.accumulate,
         "guidance": settings.guidance,
         "seed": recipe.seed,
+        "family": model.family.name,
         "base": base_hash,
         "recipe": recipe.fingerprint(),
     }
@@ -157,14 +158,15 @@ def make_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash: s
 def _in_scope(given: Mask, model: Diffusion, scope: str) -> Mask:
     if scope == "full":
         return given
-    part = masks.expand_to(masks.all_ones(masks.in_scope(model.unet, scope)), model.unet)
+    part = masks.expand_to(masks.all_ones(masks.in_scope(model.unet, scope, model.family.layers)), model.unet)
     return Mask((given & part).bits, given.shapes, given.provenance)
 
 
 def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
     """Return the mask of the recipe's kind and sparsity over the UNet's weights in its scope."""
     settings = recipe.mask
-    shapes = masks.in_scope(model.unet, settings.scope)
+    layers = model.family.layers
+    shapes = masks.in_scope(model.unet, settings.scope, layers)
     total = sum(math.prod(shape) for shape in shapes.values())
     k = masks.keep_count(1 - settings.sparsity, total)
     if k == 0:
@@ -172,7 +174,7 @@ def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
     if settings.kind == "none":
         return masks.all_ones(shapes)
     if settings.kind == "random":
-        return masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope)
+        return masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope, layers)
     choose = masks.top_k if settings.kind == "salient" else masks.bottom_k
     rows = torch.arange(len(data.forget_latents))
     groups = [rows]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 
 Part = Literal["unet", "text_encoder"]  # of a model, by diffusers' names, that an erasure may change
 
@@ -153,10 +155,12 @@ def expand_to(mask: Mask, model: nn.Module) -> Mask:
 
 def describe(mask: Mask) -> dict[str, Any]:
     """Return what ``mask-info`` prints: counts, density by kind of layer and by layer, and provenance."""
+    family = mask.provenance.get("family")  # masks of older versions do not say it
+    groups = FAMILIES.find(family).layers if family else UNET_LAYERS
     layers = mask.layers()
     kinds: dict[str, list[int]] = {}
     for name, (ones, weights) in layers.items():
-        entry = kinds.setdefault(_kind(name), [0, 0])
+        entry = kinds.setdefault(groups.group(name), [0, 0])
         entry[0] += ones
         entry[1] += weights
     return {
@@ -167,14 +171,3 @@ def describe(mask: Mask) -> dict[str, Any]:
         "layers": {name: ones / weights for name, (ones, weights) in layers.items() if weights},
         "provenance": mask.provenance,
     }
-
-
-def _kind(name: str) -> str:
-    """Name the kind of layer a UNet parameter belongs to."""
-    if "attn2" in name:
-        return "cross-attention"
-    if "attn1" in name:
-        return "self-attention"
-    if "attentions" in name:
-        return "other transformer"
-    return "resnet" if "resnets" in name else "other"

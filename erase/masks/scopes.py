@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask, expand_to
+from erase_concept.pipelines.families.family import Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -18,19 +20,15 @@ SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")  #
 TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
 
 
-def in_scope(model: nn.Module, scope: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the parameters of one of ``SCOPES``, by name.
-
-    Cross-attention is every parameter of diffusers' ``attn2``, self-attention of ``attn1``. Raises RequestError for
-    another scope.
-    """
+def in_scope(model: nn.Module, scope: str, layers: Layers = UNET_LAYERS) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters of one of ``SCOPES``, by name; raises RequestError for another scope."""
     if scope not in SCOPES:
         raise RequestError("mask.scope", scope, f"allowed: {', '.join(SCOPES)}")
-    word = {"cross-attention": ".attn2.", "self-attention": ".attn1."}.get(scope)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if scope == "non-cross-attention":
-        return {name: shape for name, shape in shapes.items() if ".attn2." not in name}
-    return {name: shape for name, shape in shapes.items() if word is None or word in name}
+    if scope == "full":
+        return shapes
+    group = scope.removeprefix("non-")
+    return {name: shape for name, shape in shapes.items() if (layers.group(name) == group) == (scope == group)}
 
 
 def token_rows(encoder: CLIPTextModel, tokens: Tensor) -> Mask:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from erase_concept.masks.mask import Mask, all_ones, expand_to
 from erase_concept.masks.scopes import in_scope
+from erase_concept.pipelines.families.family import Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 
 _CHUNK = 1 << 18  # scores looked at together: what is made of them stays in the cache, and needs no new pages
 _LOW_BITS = 16
@@ -114,8 +116,8 @@ def bottom_k(scores: Mapping[str, Tensor], k: int) -> Mask:
     return Mask((all_ones(top.shapes) - top).bits, top.shapes)
 
 
-def random(model: nn.Module, density: float, seed: int, scope: str = "full") -> Mask:
+def random(model: nn.Module, density: float, seed: int, scope: str = "full", layers: Layers = UNET_LAYERS) -> Mask:
     """Return a mask over a random choice of the scope's weights, a share of them: the control for saliency."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(shape, generator=generator) for name, shape in in_scope(model, scope).items()}
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in in_scope(model, scope, layers).items()}
     return expand_to(top_k(scores, keep_count(density, sum(s.numel() for s in scores.values()))), model)

@@ -102,7 +102,7 @@ def edit_then_train(
         return forget_loss + settings.alpha * retain_loss, {"forget": forget_loss, "retain": retain_loss}
 
     def closed_form(model: Diffusion) -> None:
-        if mask is None or any(mask.dense(name).any() for name in matrices(model.unet)):
+        if mask is None or any(mask.dense(name).any() for name in matrices(model.unet, model.family.layers)):
             # A mean over concepts, as the training's loss is: a sum of many would outweigh what is to be preserved.
             scale = settings.erase_scale / (int(data.forget_parts.max()) + 1)
             edited = ClosedFormSettings(erase_scale=scale, ridge=_RIDGE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,7 +100,7 @@ def esd(
     leaves out the last layers and the time embedding as well.
     """
     # A second UNet in memory, for x_t is not known before the current model makes it.
-    base = replace(model, unet=copy.deepcopy(model.unet))
+    base = model.with_components(unet=copy.deepcopy(model.unet))
     empty = data.uncond.to(model.device)
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:

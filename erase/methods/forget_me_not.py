@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
+from erase_concept.pipelines.families.family import Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
@@ -61,7 +63,7 @@ def forget_me_not(
         rows = data.draw_forget(settings.batch_size, generator)
         batch = data.forget_batch(model, rows, generator)
         which = torch.cat([data.forget_which, data.anchor_which])[rows]
-        with cross_attentions(model.unet) as seen:
+        with cross_attentions(model.unet, model.family.layers) as seen:
             model.predict(batch.noisy, batch.timesteps, batch.embeddings)
         first, behind = data.forget_spans[which].to(model.device).T[..., None, None, None]
         resteering = batch.noisy.new_zeros(())
@@ -76,7 +78,7 @@ def forget_me_not(
 
 
 @contextmanager
-def cross_attentions(unet: nn.Module) -> Iterator[list[tuple[Any, Tensor, Tensor]]]:
+def cross_attentions(unet: nn.Module, layers: Layers = UNET_LAYERS) -> Iterator[list[tuple[Any, Tensor, Tensor]]]:
     """Collect each cross-attention that is called, with what it attends from [n, pixels, width] and to, with gradient.
 
     What they compute is not touched, so activations may be computed anew after the context has ended.
@@ -86,8 +88,8 @@ def cross_attentions(unet: nn.Module) -> Iterator[list[tuple[Any, Tensor, Tensor
     def note(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], _: Tensor) -> None:
         seen.append((layer, given[0], named["encoder_hidden_states"]))
 
-    layers = [layer for name, layer in unet.named_modules() if name.endswith(".attn2")]
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    found = [layer for name, layer in unet.named_modules() if layers.is_cross_attention(name)]
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in found]
     try:
         yield seen
     finally:

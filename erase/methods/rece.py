@@ -66,7 +66,10 @@ def rece(
     but the name there. With a mask each round is the minimiser over its weights alone. Nothing is drawn at random.
     """
     began = time.perf_counter()
-    base = {name: weight.detach().to("cpu", torch.float64, copy=True) for name, weight in matrices(model.unet).items()}
+    base = {
+        name: weight.detach().to("cpu", torch.float64, copy=True)
+        for name, weight in matrices(model.unet, model.family.layers).items()
+    }
     concept, wanted = concept_tokens(model, data, settings.becomes, name=True)
     tokens = concept
     for turn in range(settings.epochs + 1):
@@ -80,7 +83,7 @@ def regained(model: Diffusion, base: Mapping[str, Tensor], concept: Tensor, regu
     """Return tokens [n, width] in which the model as it is now sees what the base saw in the concept's [n, width]."""
     system = regular_scale * torch.eye(concept.shape[1], dtype=torch.float64)
     mixed = torch.zeros_like(system)
-    for name, weight in matrices(model.unet).items():
+    for name, weight in matrices(model.unet, model.family.layers).items():
         now = weight.detach().double().cpu()
         system += now.T @ now
         mixed += now.T @ base[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,7 +74,7 @@ def spm(
     where its authors' code takes noise; here they are the prompts to be retained. Their adapters' strength can depend
     on the prompt; fused into the weights it cannot. The rate falls along one cosine, where their code takes three.
     """
-    adapters = Adapters(model.unet, mask, stage_generator(seed, "adapters"))
+    adapters = Adapters(model.unet, mask, stage_generator(seed, "adapters"), model.family.layers)
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         which = draw(len(data.forget), settings.batch_size, generator)
@@ -95,5 +94,5 @@ def spm(
         return forget + settings.anchoring * retain, {"forget": forget, "retain": retain}
 
     with adapters.attached():
-        yield from train(replace(model, unet=adapters), loss, None, settings, seed=seed, checkpoint=checkpoint)
+        yield from train(model.with_components(unet=adapters), loss, None, settings, seed=seed, checkpoint=checkpoint)
     adapters.fuse()

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.families.family import TRANSFORMER, Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 
 
 class Adapters(nn.Module):
@@ -25,7 +27,7 @@ class Adapters(nn.Module):
 
     unet: Any
 
-    def __init__(self, unet: Any, mask: Mask | None, generator: torch.Generator) -> None:
+    def __init__(self, unet: Any, mask: Mask | None, generator: torch.Generator, layers: Layers = UNET_LAYERS) -> None:
         """Begin with changes of zero: down is drawn as torch draws a linear layer's weights, up is zero."""
         super().__init__()
         self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
@@ -35,7 +37,7 @@ class Adapters(nn.Module):
         object.__setattr__(self, "unet", unet.requires_grad_(False))  # not a part: its weights are not the adapters'
         for name, layer in unet.named_modules():
             weight = f"{name}.weight"
-            if ".attentions." not in name or not isinstance(layer, nn.Linear | nn.Conv2d):
+            if layers.group(weight) not in TRANSFORMER or not isinstance(layer, nn.Linear | nn.Conv2d):
                 continue
             if mask is not None and not mask.bits[weight].any():
                 continue

@@ -6,9 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -131,7 +131,7 @@ def train(
     elif start is not None:
         start(model)
     steps = _Steps(accelerator, accelerator.prepare(trained), masked, loss, settings, generators, targets)
-    prepared = replace(model, **dict[str, Any]({part: steps.trained}))
+    prepared = model.with_components(**{part: steps.trained})
     if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     try:

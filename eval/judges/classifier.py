@@ -128,11 +128,11 @@ def imagenet_labels() -> tuple[str, ...]:
 
 def read_state(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
     """Read a state dict and the labels beside it; raises ValueError when it is damaged or holds more than tensors."""
-    from erase_concept.pipelines.formats.read_single_file import read
+    from erase_concept.pipelines.formats.weights import read_tensors
 
     labels = labels_beside(file)
     try:
-        return read(file)[0], labels
+        return read_tensors(file)[0], labels
     except RequestError as problem:
         raise ValueError(f"{file.name} {problem.allowed}") from problem
 

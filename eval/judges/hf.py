@@ -39,7 +39,7 @@ def _network(value: str) -> Classifier:
     from huggingface_hub import constants
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from erase_concept.pipelines.load import silence_hub_logs
+    from erase_concept.pipelines.hub import silence_hub_logs
 
     local = Path(value).is_dir()
     if not local and (value.count("/") > 1 or value.startswith(("/", ".", "~"))):

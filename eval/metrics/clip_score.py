@@ -56,7 +56,7 @@ def load_clip(name: str = MODEL) -> Clip:
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from safetensors import SafetensorError
 
-    from erase_concept.pipelines.load import silence_hub_logs
+    from erase_concept.pipelines.hub import silence_hub_logs
     from erase_concept.pipelines.model import weights_hash
     from erase_concept.pipelines.processes import processes
 

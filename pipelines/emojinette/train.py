@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase_concept.pipelines.emojinette import CATALOG, artwork
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
 
@@ -299,7 +300,8 @@ def train_unet(
     scheduler = new_scheduler()
     mean, std = encode(vae, data["images"])
     objects, styles = data["objects"], data["styles"]
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    signal = (1 - scheduler.betas).cumprod(0)
+    snr = signal / (1 - signal)
     weight = snr.clamp(max=5) / snr
 
     def loss(rng: np.random.Generator, offset: float) -> Tensor:
@@ -399,7 +401,8 @@ def main(argv: list[str] | None = None) -> None:
     classifier = train_classifier(train, vae, args.work, args.classifier_steps)
     unet, text_encoder = train_unet(train, vae, tokenizer, args.work, args.unet_steps, args.offset_steps)
 
-    model = Diffusion(tokenizer, text_encoder, vae, unet, new_scheduler(), source="emojinette")
+    components = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
+    model = Diffusion(FAMILIES.find("sd1"), components | {"scheduler": new_scheduler()}, source="emojinette")
     model.pipeline().to(torch.float16)
     partial = args.work / "model"
     save_pipeline(model, partial)

@@ -40,7 +40,7 @@ class Delta:
     about: dict[str, str]
 
 
-def save_delta(base: nn.Module, erased: nn.Module, file: Path, about: dict[str, str]) -> None:
+def save_delta(base: nn.Module, erased: nn.Module, file: str | Path, about: dict[str, str]) -> None:
     """Write the way from ``base`` to ``erased``, two UNets of the same shapes and the same dtype, and go it once.
 
     Raises ValueError when they differ in more than their weights' values or when the dtype is none of fp32, fp16, bf16,
@@ -63,7 +63,7 @@ def save_delta(base: nn.Module, erased: nn.Module, file: Path, about: dict[str, 
             tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in parts.items()}
     own = {"format": FORMAT, "dtype": str(dtype).removeprefix("torch."), "shapes": json.dumps(shapes)}
     hashes = {"base_unet_sha256": weights_hash(base), "erased_unet_sha256": weights_hash(erased)}
-    with atomic_write(file) as partial:
+    with atomic_write(Path(file)) as partial:
         save_file(tensors, partial, {**about, **own, **hashes})
         with safe_open(partial, "pt") as stored:
             moved = _changed(stored)
@@ -76,13 +76,14 @@ def save_delta(base: nn.Module, erased: nn.Module, file: Path, about: dict[str, 
                     raise EraseError(f"{file}: {name} was not written as it is; what was written is removed")
 
 
-def open_delta(file: Path, *, argument: str = "DELTA") -> Delta:
+def open_delta(file: str | Path, *, setting: str = "delta") -> Delta:
     """Read what a delta file says of itself; raises RequestError when it is missing, damaged or no delta."""
+    file = Path(file)
     try:
         with safe_open(file, "pt") as tensors:
             about: dict[str, str] = dict(tensors.metadata() or {})
         if about.pop("format", "") != FORMAT:
-            raise RequestError(argument, file, "is no delta file of erase-concept")
+            raise RequestError(setting, file, "is no delta file of erase-concept")
         shapes = {name: tuple(shape) for name, shape in json.loads(about.pop("shapes")).items()}
         dtype = _DTYPES[about.pop("dtype")]
         base, erased = about.pop("base_unet_sha256"), about.pop("erased_unet_sha256")
@@ -90,7 +91,7 @@ def open_delta(file: Path, *, argument: str = "DELTA") -> Delta:
     except (OSError, SafetensorError, KeyError, ValueError) as problem:
         if isinstance(problem, RequestError):
             raise
-        raise RequestError(argument, file, f"is not a readable delta: {problem}") from None
+        raise RequestError(setting, file, f"is not a readable delta: {problem}") from None
 
 
 def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer: bool = False) -> None:
@@ -106,18 +107,18 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
     for name in (*delta.shapes, *state):
         have, want = tuple(state[name].shape) if name in state else None, delta.shapes.get(name)
         if have != want:
-            raise RequestError("MODEL", name, f"does not fit: the delta has {_side(want)}, the model has {_side(have)}")
+            raise RequestError("model", name, f"does not fit: the delta has {_side(want)}, the model has {_side(have)}")
     wanted, promised = (delta.erased, delta.base) if revert else (delta.base, delta.erased)
     if not transfer and weights_hash(unet) != wanted:
         which = "erased model that this delta leads to" if revert else "base model that this delta was made for"
-        raise RequestError("MODEL", f"(UNet {weights_hash(unet)[:16]})", f"is not the {which} ({wanted[:16]})")
+        raise RequestError("model", f"(UNet {weights_hash(unet)[:16]})", f"is not the {which} ({wanted[:16]})")
     try:
         with safe_open(delta.file, "pt") as tensors, torch.no_grad():
             for name in sorted(_changed(tensors)):
                 flat = _moved(tensors, name, state[name], revert=revert)
                 state[name].copy_(_floats(flat, delta.dtype).view(state[name].shape))
     except (OSError, SafetensorError, KeyError, ValueError) as problem:
-        raise RequestError("DELTA", delta.file, f"is damaged: {problem}") from None
+        raise RequestError("delta", delta.file, f"is damaged: {problem}") from None
     if transfer:
         if not all(bool(value.isfinite().all()) for value in state.values()):
             raise EraseError(f"{delta.file} leads this model to weights that are no numbers: it does not transfer")

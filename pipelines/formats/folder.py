@@ -1,24 +1,130 @@
-"""Handing models back: a diffusers folder, the UNet alone, or everything in one file as A1111 and ComfyUI load it."""
+"""A model as a diffusers folder, and its UNet alone as a file."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from erase_concept.errors import EraseError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.formats.single_file import from_original, replace_unet, save_single_file
-from erase_concept.pipelines.load import read_weights, silence_hub_logs
-from erase_concept.pipelines.model import Diffusion, published_name
+from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
+from erase_concept.pipelines.families.family import Configs, Family
+from erase_concept.pipelines.formats.tokenizer import copy_vocabulary
+from erase_concept.pipelines.formats.weights import (
+    assign_weights,
+    check_same,
+    dtype_names,
+    published_name,
+    read_json,
+    read_tensors,
+)
+from erase_concept.pipelines.hub import silence_hub_logs
+from erase_concept.pipelines.model import Diffusion
+
+INDEX = "model_index.json"
+# What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
+_RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
-def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
+def read_configs(folder: Path, family: Family) -> Configs:
+    """Return the configurations of the scheduler and of all components with weights, by diffusers' names."""
+    files = {name: part.files[0] for name, part in family.components.items() if part.make or name == "scheduler"}
+    return {name: read_json(folder / name / file) for name, file in files.items()}
+
+
+def read_family(folder: Path, name: str) -> Family:
+    """Return the family of a folder's model; raises RequestError when there is none, or a component is missing."""
+    if not (folder / INDEX).is_file():
+        raise RequestError("model", name, f"the folder holds no {INDEX}: it is not a diffusers pipeline")
+    index = read_json(folder / INDEX)
+    kind = str(index.get("_class_name"))
+    families = families_of_pipeline(kind)
+    if not families:
+        known = dict.fromkeys(family.pipeline.__name__ for family in FAMILIES.all().values())
+        raise RequestError("model", name, f"is a {kind}; needed: {' or '.join(known)}")
+    for part, component in families[0].components.items():
+        if not any(index.get(part) or ()) or not any((folder / part / file).is_file() for file in component.files):
+            needed = f"{' or '.join(component.files)} in {part}/ and a line in {INDEX}"
+            raise RequestError("model", name, f"has no {part}: a {kind} needs {needed}")
+    family = find_family(kind, read_configs(folder, families[0]))
+    if family is None:
+        raise RequestError("model", name, f"is a {kind} of an unknown family: its configurations fit none")
+    return family
+
+
+def load_folder(folder: Path, name: str) -> Diffusion:
+    """Load a folder's model on the CPU, in the dtypes of its files; ``name`` is the one that the user gave.
+
+    Raises RequestError when it does not load whole, and ValueError when its components do not fit each other.
+    """
+    family = read_family(folder, name)
+    modules: dict[str, Any] = {
+        part: _load_component(folder / part, family, name) for part, one in family.components.items() if one.make
+    }
+    stored = dtype_names(modules["unet"].state_dict().values())
+    pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **modules, **family.pipeline_options)
+    components = {part: getattr(pipeline, part) for part in family.components}
+    family.check_fit(components)
+    settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
+    return Diffusion(family, components, source=name, settings=settings, stored=stored)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a component's folder, under the names of its files; of several variants, the first.
+
+    A variant is the middle of ``diffusion_pytorch_model.fp16.safetensors``; the one without a name comes first. Returns
+    nothing when there are no weights; raises RequestError when a file is damaged.
+    """
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if match := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(match[1] or "", []).append(file)
+    files = found[min(found)] if found else []
+    files = [file for file in files if file.suffix == ".safetensors"] or files
+    return {key: value for file in files for key, value in read_tensors(file)[0].items()}
+
+
+def _load_component(folder: Path, family: Family, name: str) -> nn.Module:
+    """Return the UNet, the VAE or a text encoder of a folder, with the weights of its files, in their dtypes.
+
+    The libraries' own loaders do not do this: where they know a weight by another name, they put random numbers in its
+    place. Raises RequestError naming the first weight that is missing, has another shape, or has no place.
+    """
+    make = family.components[folder.name].make
+    assert make is not None  # only components with weights come here
+    with torch.device("meta"):
+        module = make(read_json(folder / "config.json"))
+    places = {published_name(module, key): (key, list(value.shape)) for key, value in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for key, value in read_weights(folder).items():
+        for old, new in _RENAMED.items():
+            key = key.replace(old, new) if "attentions" in key else key  # noqa: PLW2901
+        place = published_name(module, key)
+        if place in tensors:
+            raise RequestError("model", name, f"{folder.name}: {place} is in its files twice")
+        if not key.endswith("position_ids"):  # the numbers 0, 1, 2 ..., which older files hold
+            tensors[place] = value
+    if not tensors:
+        raise RequestError("model", name, f"no weights in {folder.name}/")
+    for key, (_, asked) in places.items():
+        has = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
+        if key not in tensors or list(tensors[key].shape) != asked:
+            raise RequestError("model", name, f"{folder.name}: {key} {has}, its configuration asks for {asked}")
+    if extra := sorted(tensors.keys() - places.keys()):
+        raise RequestError("model", name, f"{folder.name}: {extra[0]} has no place in what its configuration describes")
+    assign_weights(module, {key: tensors[place] for place, (key, _) in places.items()})
+    return module
+
+
+def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:
     """Write the model as a diffusers folder in its present dtype, and load it back; ``card`` becomes its README.md.
 
     The weights have the names of published models, whatever version of the libraries writes them.
@@ -26,29 +132,23 @@ def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
     A folder of that name is replaced as a whole. Raises EraseError, and leaves that as it was, when a file cannot be
     written or when what loads is not what was written.
     """
+    folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with silence_hub_logs():
-            _save_parts(model, partial)
-        # transformers 5 saves tokenizer.json alone; older versions need these two.
-        for part, tokenizer in (("tokenizer", model.tokenizer), ("tokenizer_2", model.tokenizer_2)):
-            source = Path(str(getattr(tokenizer, "name_or_path", "")))
-            for name in getattr(tokenizer, "vocab_files_names", {}).values():
-                for file in (source / name, source / part / name):
-                    if file.is_file() and not (partial / part / name).exists():
-                        shutil.copyfile(file, partial / part / name)
+            _save_components(model, partial)
         for weights in partial.rglob("*.safetensors"):
-            weights.chmod((partial / "model_index.json").stat().st_mode)  # safetensors writes for the owner alone
+            weights.chmod((partial / INDEX).stat().st_mode)  # safetensors writes for the owner alone
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
-        for name, module in {"unet": model.unet, "vae": model.vae, **model.text_encoders}.items():
-            with silence_hub_logs():  # one part at a time, so that the model is never in memory twice
+        for name, module in model.modules.items():
+            with silence_hub_logs():  # one at a time, so that the model is never in memory twice
                 found = type(module).from_pretrained(partial / name, local_files_only=True).state_dict()
             check_same(module.state_dict(), found, folder / name)
-            if read_weights(partial / name).keys() != {published_name(name, key) for key in found}:
+            if read_weights(partial / name).keys() != {published_name(module, key) for key in found}:
                 raise EraseError(f"{folder / name}: its weights were written under other names than published models'")
-            del found  # where files in use cannot be renamed, a part that is read from its file would hold it
+            del found  # where files in use cannot be renamed, a component that is read from its file would hold it
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
     except SafetensorError as problem:
@@ -57,59 +157,27 @@ def save_pipeline(model: Diffusion, folder: Path, card: str = "") -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_parts(model: Diffusion, folder: Path) -> None:
+def _save_components(model: Diffusion, folder: Path) -> None:
     """Write all that diffusers' own ``save_pretrained`` writes, but for the names of the text encoders' weights."""
     pipeline = model.pipeline()
     for name, part in pipeline.components.items():
         if name in model.text_encoders:
-            state = {published_name(name, key): value for key, value in part.state_dict().items()}
+            state = {published_name(part, key): value for key, value in part.state_dict().items()}
             # transformers 5 would name them as the file did from which it loaded them.
             part.save_pretrained(folder / name, state_dict=state, save_original_format=False)
         elif part is not None:
             part.save_pretrained(folder / name)
+    for name, tokenizer in model.tokenizers.items():
+        copy_vocabulary(tokenizer, name, folder / name)
     pipeline.save_config(folder)
 
 
-def save_unet(unet: nn.Module, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+def save_unet(unet: nn.Module, file: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
     """Write the UNet's weights under diffusers' names as one safetensors file, and read it back.
 
     Raises EraseError, and leaves no file, when what is read back is not what was written.
     """
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in unet.state_dict().items()}
-    with atomic_write(file) as partial:
+    with atomic_write(Path(file)) as partial:
         save_file(tensors, partial, {"format": "pt", **metadata})
-        check_same(tensors, load_file(partial), file)
-
-
-def check_same(written: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path) -> None:
-    """Compare tensors with those that were read back, bit for bit; raises EraseError naming the first that differs."""
-    for name in (*written, *found):
-        value, other = written.get(name), found.get(name)
-        if value is None or other is None or not torch.equal(_bits(value.to("cpu", other.dtype)), _bits(other)):
-            raise EraseError(f"{where}: {name} was not written as it is; what was written is removed")
-
-
-def save_original(model: Diffusion, file: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Write the model as one safetensors file in the original layout, and read it back.
-
-    A model that came from such a file gets its UNet put into a copy of it, in the types that are there; all that is not
-    the UNet stays as it was, bit for bit. Any other model is written in ``dtype``. Raises EraseError, and leaves no
-    file, when what is read back is not what was written.
-    """
-    source = Path(model.source)
-    if source.is_file() and source.suffix == ".safetensors":
-        replace_unet(source, model.unet.state_dict(), file, metadata)
-    else:
-        parts = {part: {name: v.to(dtype) for name, v in state.items()} for part, state in model.states().items()}
-        save_single_file(parts, model.family, file, metadata)
-    states = model.states()
-    try:
-        for part, found in from_original(load_file(file), states, model.family).items():
-            check_same(states[part], found, file)
-    except (EraseError, SafetensorError, ValueError) as problem:
-        file.unlink()
-        raise EraseError(f"{file} could not be read back: {problem}") from None
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(-1).view(torch.uint8)
+        check_same(tensors, load_file(partial), Path(file))

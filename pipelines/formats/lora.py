@@ -18,17 +18,10 @@ from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.formats.folder import check_same
-from erase_concept.pipelines.formats.single_file import Family, unet_table
+from erase_concept.pipelines.families.family import Family
+from erase_concept.pipelines.formats.weights import check_same
 
 Style = Literal["kohya", "diffusers"]
-
-# A1111 tells by these which base model a LoRA is for, and hides those for another.
-_BASES: dict[Family, dict[str, str]] = {
-    "sd1": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
-    "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
-    "sdxl": {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ def save_lora(
     base: nn.Module,
     erased: nn.Module,
     family: Family,
-    file: Path,
+    file: str | Path,
     *,
     rank: int,
     style: Style,
@@ -62,7 +55,7 @@ def save_lora(
     Raises EraseError, and leaves no file, when no such layer changed, the change is not finite, or what is read back is
     not what was written.
     """
-    table = unet_table(base.state_dict()) if style == "kohya" and family == "sdxl" else {}
+    kohya_names = _kohya_names(base, family) if style == "kohya" else {}
     layers = _layers(base)
     rank = min(rank, max(min(weight.flatten(1).shape) for weight in layers.values()))
     lower = [2**power for power in range(rank.bit_length()) if 2**power < rank]
@@ -85,16 +78,17 @@ def save_lora(
                 missed[low] += float(squares[low:].sum())
             missed[rank] += float((change.flatten(1) - up.double() @ down.double()).square().sum())
             up, down = up.reshape(len(change), rank, *[1] * (change.ndim - 2)), down.reshape(rank, *change.shape[1:])
-            tensors |= _named(table.get(name, name), up.contiguous(), down.contiguous(), style)
+            tensors |= _named(kohya_names.get(name, name), up.contiguous(), down.contiguous(), style)
     if not tensors:
         raise EraseError("no linear or convolutional layer changed: there is nothing that a LoRA could carry")
     errors = {r: ((left_out + square) / all_change) ** 0.5 for r, square in missed.items()}
     fit = Fit(errors, (left_out / all_change) ** 0.5)
     told = {"relative_error": f"{fit.errors[rank]:.6f}", "left_out": f"{fit.left_out:.6f}"}
+    base_model = family.single_file.lora_metadata if family.single_file else {}
     kohya = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    with atomic_write(file) as partial:
-        save_file(tensors, partial, {"format": "pt", **about, **told, **kohya, **_BASES[family]})
-        check_same(tensors, load_file(partial), file)
+    with atomic_write(Path(file)) as partial:
+        save_file(tensors, partial, {"format": "pt", **about, **told, **kohya, **base_model})
+        check_same(tensors, load_file(partial), Path(file))
     return fit
 
 
@@ -124,9 +118,17 @@ def _layers(unet: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": module.weight for name, module in modules}
 
 
+def _kohya_names(unet: nn.Module, family: Family) -> dict[str, str]:
+    """Return the layers' names in kohya's style where they are not diffusers': it names SDXL's as the original does."""
+    if family.single_file is None or not family.single_file.lora_names:
+        return {}
+    layout = family.single_file.layouts["unet"]
+    return {name: original.removeprefix(layout.prefix) for name, original in layout.names(unet.state_dict()).items()}
+
+
 def _named(weight: str, up: Tensor, down: Tensor, style: Style) -> dict[str, Tensor]:
-    """Name a layer's two tensors: kohya counts SDXL's blocks as the original does, all others as diffusers does."""
-    name = weight.removeprefix("model.diffusion_model.").removesuffix(".weight")
+    """Name a layer's two tensors in a style."""
+    name = weight.removesuffix(".weight")
     if style == "diffusers":
         return {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     name = "lora_unet_" + name.replace(".", "_")

@@ -1,204 +1,144 @@
-"""Original checkpoints: a whole Stable Diffusion 1.x, 2.x or XL in one file, under the names it was published with.
+"""A whole model in one file, under the names it was published with, as AUTOMATIC1111 and ComfyUI load it.
 
-This is the layout that AUTOMATIC1111 and ComfyUI load. diffusers gives the same weights other names: it counts the
-UNet's blocks level by level where the original counts them through. How many levels, layers and attentions there are
-is read from the names themselves. A *module* here is a tensor's name without its last part, "weight" or "bias".
+A file holds weights alone. The configurations are the family's, or come from the diffusers folder that bears the file's
+name, ``model/`` beside ``model.safetensors``, where there is one.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.families import family_of_file
+from erase_concept.pipelines.families.family import Configs, Family, SingleFile, State
+from erase_concept.pipelines.formats.folder import INDEX, read_configs
+from erase_concept.pipelines.formats.tokenizer import load_tokenizer
+from erase_concept.pipelines.formats.weights import assign_weights, check_same, dtype_names, read_tensors
+from erase_concept.pipelines.model import Diffusion
 
-Family = Literal["sd1", "sd2", "sdxl"]
-
-# Where each family has its text encoders: OpenAI's in "transformer", OpenCLIP's in "model".
-_TEXT_ENCODERS: dict[Family, dict[str, str]] = {
-    "sd1": {"text_encoder": "cond_stage_model.transformer."},
-    "sd2": {"text_encoder": "cond_stage_model.model."},
-    "sdxl": {
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-}
-_UNET = "model.diffusion_model."
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-_TRANSFORMER = (
-    *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
-    *(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _PROJECTIONS),
-)
-_VAE_ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-_VAE_RESNET = {**{name: name for name in ("norm1", "conv1", "norm2", "conv2")}, "conv_shortcut": "nin_shortcut"}
-_VAE_ATTENTION = {"group_norm": "norm", **dict(zip(_PROJECTIONS, ("q", "k", "v", "proj_out"), strict=True))}
-_CLIP_ENDS = {
-    "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding": "positional_embedding",
-    "final_layer_norm": "ln_final",
-}
-_CLIP_LAYER = {
-    **{f"self_attn.{which}_proj": "attn.in_proj" for which in "qkv"},
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
+SUFFIXES = (".safetensors", ".ckpt")
 
 
-def unet_table(names: Iterable[str]) -> dict[str, str]:
-    """Return the original name of each of a UNet2DConditionModel's tensors.
+def load_single_file(file: Path, name: str, *, ema: bool = True) -> Diffusion:
+    """Load a checkpoint on the CPU, with weights as they are in the file; ``name`` is the one that the user gave.
 
-    Raises ValueError for the first name that the original UNet has no tensor for.
+    Where the file has the UNet's weights twice, live and averaged over the last of the training, ``ema`` takes the
+    averages, with which a model is meant to be used. Where it has them once, either choice takes these.
+
+    Raises RequestError when the file cannot be read, is something else than a whole checkpoint of a known family, or
+    when there is no tokenizer.
     """
-    names = dict.fromkeys(names)
-    places = dict(_UNET_ENDS)
-    resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    attentions = {"mid_block.attentions.0": "middle_block.1"}
-    for way, blocks, first in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):  # input_blocks.0 is conv_in
-        index = first
-        for level in range(_count(names, f"{way}_blocks", "resnets.0.conv1")):
-            here = f"{way}_blocks.{level}"
-            for layer in range(_count(names, f"{here}.resnets", "conv1")):
-                resnets[f"{here}.resnets.{layer}"] = f"{blocks}.{index}.0"
-                attentions[f"{here}.attentions.{layer}"] = f"{blocks}.{index}.1"
-                index += 1
-            if way == "up":  # an upsampler gets no number of its own: it comes last in the last block of its level
-                last = 2 if f"{here}.attentions.0.norm.weight" in names else 1
-                places[f"{here}.upsamplers.0.conv"] = f"{blocks}.{index - 1}.{last}.conv"
-            elif f"{here}.downsamplers.0.conv.weight" in names:
-                places[f"{here}.downsamplers.0.conv"] = f"{blocks}.{index}.0.op"
-                index += 1
-    places |= _inside(resnets, _UNET_RESNET)
-    for here, there in attentions.items():
-        depth = range(_count(names, f"{here}.transformer_blocks", "norm1"))
-        inner = (f"transformer_blocks.{block}.{name}" for block in depth for name in _TRANSFORMER)
-        places |= _inside({here: there}, {name: name for name in ("norm", "proj_in", "proj_out", *inner)})
-    return _table(names, places, _UNET)
+    tensors, metadata = read_tensors(file)
+    family = _family(file, tensors)
+    layout = _layout(family)
+    configs, own = _configs(file, family, metadata)
+    for part, widths in layout.widths(tensors).items():
+        configs[part] |= widths
+    if ema:
+        tensors |= {key: tensors[ema_key(key)] for key in tensors if ema_key(key) in tensors}
+    components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(configs["scheduler"])}
+    makes = {part: one.make for part, one in family.components.items() if one.make}
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {part: make(configs[part]) for part, make in makes.items()}
+    try:
+        family.check_fit(components | modules)
+        states = from_original(tensors, {part: module.state_dict() for part, module in modules.items()}, family)
+    except ValueError as problem:
+        raise RequestError("model", file, str(problem)) from None
+    for part, module in modules.items():
+        assign_weights(module, states[part])
+    components |= modules
+    for part in family.components:
+        if part.startswith("tokenizer"):
+            components[part] = load_tokenizer(file, part, layout.pad_tokens.get(part))
+    if layout.settle is not None and not own:
+        layout.settle(components, metadata)
+    stored = dtype_names(states["unet"].values())
+    return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored)
 
 
-def vae_table(names: Iterable[str]) -> dict[str, str]:
-    """Return the original name of each of an AutoencoderKL's tensors.
-
-    Raises ValueError for the first name that the original VAE has no tensor for.
-    """
-    names = dict.fromkeys(names)
-    places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for side, way in (("encoder", "down"), ("decoder", "up")):
-        resnets = {f"{side}.mid_block.resnets.{layer}": f"{side}.mid.block_{layer + 1}" for layer in (0, 1)}
-        levels = _count(names, f"{side}.{way}_blocks", "resnets.0.conv1")
-        for level in range(levels):
-            here = f"{side}.{way}_blocks.{level}"
-            # The original counts the levels from the image on, diffusers in the order of computing.
-            there = f"{side}.{way}.{level if way == 'down' else levels - level - 1}"
-            for layer in range(_count(names, f"{here}.resnets", "conv1")):
-                resnets[f"{here}.resnets.{layer}"] = f"{there}.block.{layer}"
-            places[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
-        places |= _inside({side: side}, _VAE_ENDS) | _inside(resnets, _VAE_RESNET)
-        places |= _inside({f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}, _VAE_ATTENTION)
-    return _table(names, places, "first_stage_model.")
+def single_file_configs(file: Path) -> tuple[Family, Configs]:
+    """Return the family of a checkpoint and the configurations of its components, by diffusers' names."""
+    tensors, metadata = read_tensors(file)
+    family = _family(file, tensors)
+    return family, _configs(file, family, metadata)[0]
 
 
-def open_clip_table(names: Iterable[str]) -> dict[str, str]:
-    """Return OpenCLIP's name of each of a text encoder's tensors, one and the same for the queries, keys and values.
-
-    The names are those of CLIPTextModel in transformers 5. Raises ValueError for the first one without a tensor there.
-    """
-    names = dict.fromkeys(names)
-    layers = range(_count(names, "encoder.layers", "layer_norm1"))
-    blocks = {f"encoder.layers.{layer}": f"transformer.resblocks.{layer}" for layer in layers}
-    table = _table(names, _CLIP_ENDS | _inside(blocks, _CLIP_LAYER), "")
-    # These two are no modules there, so their parameters have other names.
-    for module, bare in ((".in_proj.", ".in_proj_"), ("positional_embedding.weight", "positional_embedding")):
-        table = {name: original.replace(module, bare) for name, original in table.items()}
-    return table
+def _configs(file: Path, family: Family, metadata: Mapping[str, str]) -> tuple[Configs, bool]:
+    """Return the configurations, and whether they come from a folder of the file's name."""
+    folder = file.with_suffix("")
+    if (folder / INDEX).is_file():
+        return read_configs(folder, family), True
+    return _layout(family).configs(metadata), folder.is_dir()
 
 
-def to_original(parts: Mapping[str, Mapping[str, Tensor]], family: Family) -> dict[str, Tensor]:
+def _family(file: Path, tensors: State) -> Family:
+    """Return the family of a file; raises RequestError saying what the file seems to be when it has none."""
+    family = family_of_file(tensors)
+    if family is not None:
+        return family
+    what = "holds no text encoder of Stable Diffusion 1.x, 2.x or XL"
+    if any("lora" in key for key in tensors):
+        what = "is a LoRA"
+    elif any(key.startswith(("decoder.", "first_stage_model.")) for key in tensors) and not any(
+        key.startswith("model.diffusion_model.") for key in tensors
+    ):
+        what = "is a VAE alone"
+    raise RequestError("model", file, f"{what}; a whole checkpoint is needed")
+
+
+def _layout(family: Family) -> SingleFile:
+    if family.single_file is None:
+        raise RequestError("format", "single-file", f"a model of the family {family.title} has no layout in one file")
+    return family.single_file
+
+
+def to_original(parts: Mapping[str, State], family: Family) -> dict[str, Tensor]:
     """Return the tensors of an original checkpoint, sharing memory with the given ones where they stay as they are.
 
-    ``parts`` holds the state dicts of "unet", "vae", "text_encoder" and, for "sdxl" alone, "text_encoder_2".
+    ``parts`` holds the state dict of each component with weights.
 
-    Raises ValueError when these are not the parts, and one naming the first tensor that has no place.
+    Raises ValueError when these are not the family's components, and one naming the first tensor that has no place.
     """
-    encoders = _TEXT_ENCODERS[family]
-    if parts.keys() != {"unet", "vae", *encoders}:
-        raise ValueError(f"{family} is made of unet, vae, {', '.join(encoders)}; got {', '.join(parts) or 'nothing'}")
+    layouts = _layout(family).layouts
+    if parts.keys() != layouts.keys():
+        raise ValueError(f"{family.name} has the parts {', '.join(layouts)}; got {', '.join(parts) or 'nothing'}")
     tensors: dict[str, Tensor] = {}
     for part, state in parts.items():
         try:
-            if part == "unet":
-                tensors |= {original: state[name] for name, original in unet_table(state).items()}
-            elif part == "vae":
-                tensors |= _vae(state)
-            else:
-                convert = _open_clip if encoders[part].endswith(".model.") else _clip
-                tensors |= {encoders[part] + original: value for original, value in convert(state).items()}
+            tensors |= layouts[part].pack(layouts[part].names(state), state)
         except ValueError as problem:
             raise ValueError(f"{part}: {problem}") from None
     return tensors
 
 
-def from_original(
-    tensors: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Tensor]], family: Family
-) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts of each part from an original checkpoint's tensors: what ``to_original`` does, undone.
+def from_original(tensors: State, states: Mapping[str, State], family: Family) -> dict[str, dict[str, Tensor]]:
+    """Return the state dicts of each component from an original checkpoint's tensors: the inverse of ``to_original``.
 
-    ``states`` says which tensors the parts need, and of which shapes: their own state dicts, on the meta device maybe.
+    ``states`` says which tensors the components need, and of which shapes: their state dicts, on any device.
 
     Raises ValueError naming the first tensor that is missing or has another shape.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for part, state in states.items():
-        prefix = _TEXT_ENCODERS[family].get(part, "")
-        bare = {name.removeprefix("text_model."): name for name in state}
-        if part in ("unet", "vae"):
-            table = (unet_table if part == "unet" else vae_table)(state)
-        elif prefix.endswith(".model."):
-            own = open_clip_table(name for name in bare if name != "text_projection.weight")
-            table = {bare[name]: prefix + original for name, original in own.items()}
-            table |= {name: f"{prefix}text_projection" for name in state if name == "text_projection.weight"}
-        else:
-            table = {name: f"{prefix}text_model.{plain}" for plain, name in bare.items()}
+        layout = _layout(family).layouts[part]
         found[part] = {}
-        for name, original in table.items():
+        for name, original in layout.names(state).items():
             if original not in tensors:
-                raise ValueError(f"{original} is missing: this is no whole checkpoint of {family}")
-            value = tensors[original]
-            if ".in_proj_" in original:
-                value = value.chunk(3)["qkv".index(name.rpartition("_proj.")[0][-1])]
-            elif name == "text_projection.weight":
-                value = value.T.contiguous()
-            elif part == "vae" and state[name].ndim == 2 and value.ndim == 4:
-                value = value[:, :, 0, 0]
+                raise ValueError(f"{original} is missing: this is no whole checkpoint of {family.title}")
+            value = layout.unpack(name, original, tensors[original], state[name])
             if value.shape != state[name].shape:
-                raise ValueError(f"{original} has shape {list(value.shape)}, {family} needs {list(state[name].shape)}")
+                needed = f"{family.title} needs {list(state[name].shape)}"
+                raise ValueError(f"{original} has shape {list(value.shape)}, {needed}")
             found[part][name] = value
     return found
 
@@ -208,98 +148,66 @@ def ema_key(key: str) -> str:
     return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
-def save_single_file(
-    parts: Mapping[str, Mapping[str, Tensor]], family: Family, file: Path, metadata: Mapping[str, str]
-) -> None:
+def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+    """Write the model as one safetensors file in the original layout, and read it back.
+
+    A model that came from such a file gets its UNet put into a copy of it, in the dtypes that are there; everything
+    else stays as it was, bit for bit. Any other model is written in ``dtype``. Raises EraseError, and leaves no file,
+    when what is read back is not what was written.
+    """
+    source, file = Path(model.source), Path(file)
+    if source.is_file() and source.suffix == ".safetensors":
+        replace_unet(source, model.unet.state_dict(), model.family, file, metadata)
+    else:
+        parts = {part: {name: v.to(dtype) for name, v in state.items()} for part, state in model.states().items()}
+        save_single_file(parts, model.family, file, metadata)
+    states = model.states()
+    try:
+        for part, found in from_original(load_file(file), states, model.family).items():
+            check_same(states[part], found, file)
+    except (EraseError, SafetensorError, ValueError) as problem:
+        file.unlink()
+        raise EraseError(f"{file} could not be read back: {problem}") from None
+
+
+def save_single_file(parts: Mapping[str, State], family: Family, file: Path, metadata: Mapping[str, str]) -> None:
     """Write an original checkpoint as safetensors, each tensor in its present dtype; raises as ``to_original`` does."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(parts, family).items()}
     with atomic_write(file) as partial:
         save_file(tensors, partial, {"format": "pt", **metadata})
 
 
-def replace_unet(source: Path, unet: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+def replace_unet(source: Path, unet: State, family: Family, file: Path, metadata: Mapping[str, str]) -> None:
     """Write ``source``, an original checkpoint, with the given UNet (diffusers' names) in the place of its own.
 
     The new UNet takes the dtypes of the old one, and the place of its average (EMA) too, so that no loader brings back
-    what was erased. All other tensors stay as they are, bit for bit, whatever they are, and so does the source's
-    metadata where ours does not say otherwise.
+    what was erased. All other tensors stay as they are, bit for bit, and so does the source's metadata where ours does
+    not say otherwise.
 
     Raises RequestError when the source cannot be read, is the file to write, or holds another UNet than one of these
     names and shapes, and ValueError when the given UNet has a tensor without a place.
     """
     if source.suffix != ".safetensors":
-        raise RequestError("MODEL", source, "a .safetensors file is needed")
+        raise RequestError("model", source, "a .safetensors file is needed")
     if file.resolve() == source.resolve():
-        raise RequestError("MODEL", source, "is the file to write: a source is never written to")
-    replacing = {original: unet[name] for name, original in unet_table(unet).items()}
+        raise RequestError("model", source, "is the file to write: a source is never written to")
+    layout = _layout(family).layouts["unet"]
+    replacing = layout.pack(layout.names(unet), unet)
     try:
         with safe_open(source, "pt") as stored:
             about: dict[str, str] = dict(stored.metadata() or {})
             tensors: dict[str, Tensor] = {key: stored.get_tensor(key) for key in stored.keys()}
     except (OSError, SafetensorError) as problem:
-        raise RequestError("MODEL", source, f"is not a readable safetensors file: {problem}") from None
-    for key in (*replacing, *(key for key in tensors if key.startswith(_UNET))):
+        raise RequestError("model", source, f"is not a readable safetensors file: {problem}") from None
+    for key in (*replacing, *(key for key in tensors if key.startswith(layout.prefix))):
         have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, replacing))
         if have != want:
-            raise RequestError("MODEL", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
+            raise RequestError("model", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
         if not tensors[key].is_floating_point():
-            raise RequestError("MODEL", source, f"does not fit: {key} is {tensors[key].dtype}, no kind of float")
+            raise RequestError("model", source, f"does not fit: {key} is {tensors[key].dtype}, no kind of float")
     for key, value in replacing.items():
         for place in (key, ema_key(key)):
             if place in tensors:
                 tensors[place] = value.detach().to("cpu", tensors[place].dtype, copy=True).contiguous()
     with atomic_write(file) as partial:
         save_file(tensors, partial, {"format": "pt", **about, **metadata})
-
-
-def _vae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a VAE's tensors; its attention is made of 1x1 convolutions [c, c, 1, 1], not of matrices [c, c]."""
-    tensors = {original: state[name] for name, original in vae_table(state).items()}
-    return {key: value[:, :, None, None] if value.ndim == 2 else value for key, value in tensors.items()}
-
-
-def _clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the tensors of OpenAI's text encoder as transformers 4 does, whose names the original has."""
-    bare = {name.removeprefix("text_model."): value for name, value in state.items()}
-    open_clip_table(bare)  # refuses what is no part of a text encoder
-    return {f"text_model.{name}": value for name, value in bare.items()}
-
-
-def _open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename OpenCLIP's tensors; it stacks q, k and v to [3 c, c] and has the projection [p, c] transposed, [c, p].
-
-    Of Stable Diffusion 2's 24 layers the last one is never used, and diffusers' models do not have it.
-    """
-    bare = {name.removeprefix("text_model."): value for name, value in state.items()}
-    projection = bare.pop("text_projection.weight", None)
-    tensors = {} if projection is None else {"text_projection": projection.T}
-    for name, original in open_clip_table(bare).items():
-        pieces = [name]
-        if ".in_proj_" in original:
-            layer, kind = name.partition(".self_attn.")[0], original.rpartition("_")[2]
-            pieces = [f"{layer}.self_attn.{which}_proj.{kind}" for which in "qkv"]
-            if not bare.keys() >= set(pieces):
-                raise ValueError(f"{name} has no place in an original checkpoint without the others of {pieces}")
-        tensors[original] = torch.cat([bare[piece] for piece in pieces]) if len(pieces) > 1 else bare[name]
-    return tensors
-
-
-def _inside(places: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the places of the modules inside each of the given ones."""
-    return {f"{a}.{name}": f"{b}.{original}" for a, b in places.items() for name, original in names.items()}
-
-
-def _table(names: Iterable[str], places: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Return the original name of each tensor, given where in the original each module is."""
-    table: dict[str, str] = {}
-    for name in names:
-        module, _, kind = name.rpartition(".")
-        if module not in places or kind not in {"weight", "bias"}:
-            raise ValueError(f"{name} has no place in an original checkpoint")
-        table[name] = f"{prefix}{places[module]}.{kind}"
-    return table
-
-
-def _count(names: Container[str], before: str, after: str) -> int:
-    """Return how many modules "before.0.after", "before.1.after" and so on there are, up to the first gap."""
-    return next(index for index in itertools.count() if f"{before}.{index}.{after}.weight" not in names)

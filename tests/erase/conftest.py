@@ -62,7 +62,7 @@ def check_method(tiny: Diffusion, tmp_path: Path) -> Callable[..., None]:
     def check(run: Any, data: ForgetRetain, config: Any) -> None:
         config = replace(config, steps=6, batch_size=2, lr=1e-3, checkpoint_every=2)
         mask = masks.random(tiny.unet, 0.5, seed=4)
-        whole, killed, again = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3))
+        whole, killed, again = (tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3))
         list(run(whole, data, mask, config, seed=7))
         moved = 0
         for (name, before), after in zip(tiny.unet.named_parameters(), whole.unet.parameters(), strict=True):

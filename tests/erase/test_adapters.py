@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ def test_adapters_stand_in_the_layers_only_while_attached(family: Diffusion) -> 
     prompts = family.encode_prompts(["a square", "one circle"])
     base = family.predict(noisy, t, prompts)
     adapters = Adapters(family.unet, None, torch.Generator().manual_seed(0))
-    model = replace(family, unet=adapters)
+    model = family.with_components(unet=adapters)
     for up in adapters.up.values():
         up.data.fill_(0.1)
     with adapters.attached():

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,8 +15,8 @@ from erase_concept.dry_run import LivingBytes, expect, predict_saliency, predict
 from erase_concept.make_data import make_data_for
 from erase_concept.methods import METHODS
 from erase_concept.methods.salun import SalUnSettings
-from erase_concept.pipelines import emojinette
-from erase_concept.pipelines.load import configs, load
+from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.load import ModelConfigs, configs, load
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import MaskRecipe, make_recipe
 from erase_concept.settings import settings_of
@@ -26,7 +24,7 @@ from erase_concept.training.loop import Training
 
 
 @pytest.fixture(scope="module")
-def make() -> dict[str, Any]:
+def make() -> ModelConfigs:
     """Emojinette's configurations."""
     return configs("emojinette")
 
@@ -40,8 +38,8 @@ def few_prompts() -> Concept:
     return Concept("square", "object", "circle", ("a {O}", "one {O}"), retain=("circle", "line"))
 
 
-def test_weights_and_state_are_counted(make: dict[str, Any]) -> None:
-    unet = UNet2DConditionModel.from_config(make["unet"])
+def test_weights_and_state_are_counted(make: ModelConfigs) -> None:
+    unet = UNet2DConditionModel.from_config(make.components["unet"])
     weights = sum(p.numel() for p in unet.parameters())
     expected = predict_step(make, CONFIG, 0.5).bytes
     assert expected["weights"] == 4 * weights
@@ -50,8 +48,8 @@ def test_weights_and_state_are_counted(make: dict[str, Any]) -> None:
     assert predict_step(make, replace(CONFIG, accumulation=2), 0.5).bytes["gradients"] == 4 * weights
 
 
-def test_operations_are_those_of_a_real_step(make: dict[str, Any]) -> None:
-    unet = UNet2DConditionModel.from_config(make["unet"])
+def test_operations_are_those_of_a_real_step(make: ModelConfigs) -> None:
+    unet = UNet2DConditionModel.from_config(make.components["unet"])
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
 
     def rows(n: int) -> tuple[torch.Tensor, ...]:
@@ -64,8 +62,8 @@ def test_operations_are_those_of_a_real_step(make: dict[str, Any]) -> None:
     assert predict_step(make, CONFIG, 0.5).operations == counter.get_total_flops()
 
 
-def test_activations_are_what_autograd_saves(make: dict[str, Any]) -> None:
-    unet = UNet2DConditionModel.from_config(make["unet"])
+def test_activations_are_what_autograd_saves(make: ModelConfigs) -> None:
+    unet = UNet2DConditionModel.from_config(make.components["unet"])
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     saved: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
@@ -84,7 +82,7 @@ def test_activations_are_what_autograd_saves(make: dict[str, Any]) -> None:
     assert sum(saved.values()) < expected < 1.3 * sum(saved.values())
 
 
-def test_recomputing_takes_less_memory_and_more_operations(make: dict[str, Any]) -> None:
+def test_recomputing_takes_less_memory_and_more_operations(make: ModelConfigs) -> None:
     plain, lean = (predict_step(make, replace(CONFIG, recompute=recompute), 0.5) for recompute in (False, True))
     assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
     assert 1.1 * plain.operations < lean.operations < 1.5 * plain.operations
@@ -92,14 +90,14 @@ def test_recomputing_takes_less_memory_and_more_operations(make: dict[str, Any])
     assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
 
 
-def test_activations_grow_with_rows_and_pixels(make: dict[str, Any]) -> None:
+def test_activations_grow_with_rows_and_pixels(make: ModelConfigs) -> None:
     one, four = (predict_step(make, replace(CONFIG, batch_size=n), 0.5).bytes["activations"] for n in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.05)
     assert predict_step(make, replace(CONFIG, batch_size=1), 0.5, size=128).bytes["activations"] > 3 * one
 
 
 @pytest.mark.parametrize("name", [name for name, one in METHODS.all().items() if issubclass(one.settings, Training)])
-def test_every_method_takes_what_is_predicted_of_it(make: dict[str, Any], few_prompts: Concept, name: str) -> None:
+def test_every_method_takes_what_is_predicted_of_it(make: ModelConfigs, few_prompts: Concept, name: str) -> None:
     """The most bytes that live at once in a real step, beside the weights, are within 10 % of the prediction."""
     settings = {"steps": 1, "batch_size": 2, "fisher_rows": 1, "sampling_steps": 2, "anchors": 2}
     known = settings_of(METHODS.find(name).settings)
@@ -129,8 +127,8 @@ def test_a_copy_of_the_unet_is_in_the_plan(few_prompts: Concept) -> None:
     assert plans["uce"]["edit"]["peak_gib"] < plans["salun"]["step"]["peak_gib"]
 
 
-def test_a_scope_needs_the_state_of_its_own_weights_alone(make: dict[str, Any]) -> None:
-    unet = UNet2DConditionModel.from_config(make["unet"])
+def test_a_scope_needs_the_state_of_its_own_weights_alone(make: ModelConfigs) -> None:
+    unet = UNet2DConditionModel.from_config(make.components["unet"])
     own = sum(p.numel() for name, p in unet.named_parameters() if ".attn2." in name)
     full, part = (predict_step(make, CONFIG, 0.5, scope=scope).bytes for scope in ("full", "cross-attention"))
     assert part["optimizer"] == round(own / 2 * 8)
@@ -142,8 +140,9 @@ def test_a_scope_needs_the_state_of_its_own_weights_alone(make: dict[str, Any]) 
 @pytest.mark.parametrize(("family", "millions"), [("sd1", 859.5), ("sd2", 865.9), ("sdxl", 2567.5)])
 def test_every_family_at_full_size(family: str, millions: float) -> None:
     """No weights exist: 10 GB of them are predicted in seconds."""
-    text = (emojinette.MODEL.parents[1] / "families" / "layouts.yaml").read_text(encoding="utf-8")
-    expected = predict_step(yaml.safe_load(text)[family], SalUnSettings(batch_size=1, recompute=True), 0.5, size=256)
+    record = FAMILIES.find(family)
+    make = ModelConfigs(record, record.single_file.configs({}))
+    expected = predict_step(make, SalUnSettings(batch_size=1, recompute=True), 0.5, size=256)
     assert expected.bytes["weights"] / 4e6 == pytest.approx(millions, abs=0.1)
     assert expected.peak == sum(expected.bytes.values())
     assert math.isfinite(expected.operations)

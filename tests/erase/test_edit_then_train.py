@@ -36,7 +36,7 @@ def test_two_steps_equal_the_formulas(
     terms = {"alpha": 0.25, "guidance": guidance, "erase_scale": erase_scale, "decay": False}
     settings = EditThenTrainSettings(steps=2, batch_size=3, lr=1e-2, **terms)
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    base, edited = copy.deepcopy(tiny.unet), replace(tiny, unet=copy.deepcopy(tiny.unet))
+    base, edited = copy.deepcopy(tiny.unet), tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(mace(edited, data, mask, MACESettings(erase_scale=erase_scale, ridge=1000.0), seed=0))
     unet = edited.unet.requires_grad_(True)
     records = [event for event in edit_then_train(tiny, data, mask, settings, seed=7) if isinstance(event, Record)]
@@ -78,7 +78,7 @@ def test_tells_how_far_the_targets_are_and_computes_only_what_is_left(
     tiny: Diffusion, data: ForgetRetain, tmp_path: Path
 ) -> None:
     settings = EditThenTrainSettings(steps=6, batch_size=2, lr=1e-3, checkpoint_every=2, accumulation=2)
-    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
+    models = [tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
     list(edit_then_train(models[0], data, None, settings, seed=7))
     file = tmp_path / "checkpoints" / "last.safetensors"
     interrupted = edit_then_train(models[1], data, None, settings, seed=7, checkpoint=file)
@@ -98,7 +98,7 @@ def test_tells_how_far_the_targets_are_and_computes_only_what_is_left(
 
 def test_begins_at_the_closed_form_with_targets_of_the_base_model(tiny: Diffusion, data: ForgetRetain) -> None:
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    base, edited, still = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3))
+    base, edited, still = (tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3))
     list(mace(edited, data, mask, MACESettings(erase_scale=100.0, ridge=1000.0), seed=0))
     assert any((p != q).any() for p, q in zip(base.unet.parameters(), edited.unet.parameters(), strict=True))
     settings = EditThenTrainSettings(steps=1, batch_size=3, lr=0.0, guidance=0.0, erase_scale=100.0)
@@ -120,7 +120,7 @@ def test_the_closed_form_of_a_concept_told_twice_is_that_of_the_concept(tiny: Di
     settings = EditThenTrainSettings(steps=1, batch_size=2, lr=0.0, erase_scale=100.0)
     edited = []
     for some in (data, twice, longer):
-        model = replace(tiny, unet=copy.deepcopy(tiny.unet))
+        model = tiny.with_components(unet=copy.deepcopy(tiny.unet))
         list(edit_then_train(model, some, None, settings, seed=7))
         edited.append(torch.cat([p.flatten() for p in model.unet.parameters()]))
     torch.testing.assert_close(edited[1], edited[0])
@@ -130,7 +130,7 @@ def test_the_closed_form_of_a_concept_told_twice_is_that_of_the_concept(tiny: Di
 
 def test_begins_at_the_base_model_where_the_mask_has_no_keys_and_values(tiny: Diffusion, data: ForgetRetain) -> None:
     mask = masks.random(tiny.unet, 0.5, seed=4, scope="self-attention")
-    one, other = (replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(2))
+    one, other = (tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(2))
     for model, scale in ((one, 8.0), (other, 0.0)):
         settings = EditThenTrainSettings(steps=1, batch_size=2, lr=1e-3, erase_scale=scale)
         list(edit_then_train(model, data, mask, settings, seed=7))
@@ -140,7 +140,7 @@ def test_begins_at_the_base_model_where_the_mask_has_no_keys_and_values(tiny: Di
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: ForgetRetain) -> None:
     settings = EditThenTrainSettings(steps=3, batch_size=2, lr=1e-3)
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(edit_then_train(tiny, data, mask, settings, seed=7))
     list(edit_then_train(other, data, mask, replace(settings, recompute=True), seed=7))
     state = other.unet.state_dict()

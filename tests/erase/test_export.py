@@ -28,7 +28,8 @@ from erase_concept.pipelines.formats import delta, single_file
 from erase_concept.pipelines.formats import folder as folders
 from erase_concept.pipelines.formats.delta import apply_delta, open_delta
 from erase_concept.pipelines.formats.folder import save_pipeline
-from erase_concept.pipelines.load import load, silence_hub_logs
+from erase_concept.pipelines.hub import silence_hub_logs
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
 
 
 def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) -> None:
-    model = replace(tiny, unet=tiny.unet.double())
+    model = tiny.with_components(unet=tiny.unet.double())
     config = RECESettings(epochs=2, regular_scale=0.05, ridge=0.2, erase_scale=1.5, preserve_scale=0.3)
     base = {name: weight.numpy().copy() for name, weight in matrices(model.unet).items()}
     c, u = (t.double().numpy() for t in concept_tokens(model, data, "anchor", name=True))
@@ -48,7 +47,7 @@ def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) ->
 
 
 def test_regained_tokens_are_the_minimiser_and_bring_the_concept_back(tiny: Diffusion, data: ForgetRetain) -> None:
-    model = replace(tiny, unet=copy.deepcopy(tiny.unet).double())
+    model = tiny.with_components(unet=copy.deepcopy(tiny.unet).double())
     base = {name: weight.detach().clone() for name, weight in matrices(model.unet).items()}
     concept, _ = concept_tokens(model, data, "anchor", name=True)
     list(uce(model, data, None, UCESettings(), seed=0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import diffusers
 import pytest
 import torch
@@ -70,7 +68,7 @@ def test_leaves_the_module_as_it_was_even_after_an_error() -> None:
 @pytest.mark.parametrize("w", [0.0, 7.5])
 def test_forgetting_loss_is_the_formula(tiny: Diffusion, w: float, prediction: str, scheduler: str) -> None:
     """Whatever sampler a model was published with, its noise is that of its training."""
-    tiny = replace(tiny, scheduler=getattr(diffusers, scheduler).from_config(tiny.scheduler.config))
+    tiny = tiny.with_components(scheduler=getattr(diffusers, scheduler).from_config(tiny.scheduler.config))
     tiny.scheduler.register_to_config(prediction_type=prediction)
     generator = torch.Generator().manual_seed(1)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)

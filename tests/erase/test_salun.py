@@ -87,11 +87,13 @@ def test_anchor_is_the_first_remapping(tiny: Diffusion, square: Concept, data: F
 def test_runs_twice_to_the_same_bits_and_resumes_to_them(tiny: Diffusion, data: ForgetRetain, tmp_path: Path) -> None:
     config = SalUnSettings(steps=6, batch_size=2, lr=1e-3, checkpoint_every=2, accumulation=2, warmup=2)
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
+    models = [tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3)]
     for model in models[:2]:
         list(salun(model, data, mask, config, seed=7))
     file = tmp_path / "checkpoints" / "last.safetensors"
-    interrupted = salun(replace(tiny, unet=copy.deepcopy(tiny.unet)), data, mask, config, seed=7, checkpoint=file)
+    interrupted = salun(
+        tiny.with_components(unet=copy.deepcopy(tiny.unet)), data, mask, config, seed=7, checkpoint=file
+    )
     assert [next(interrupted).step for _ in range(5)] == [1, 2, 3, 4, 5]
     interrupted.close()
     records = list(salun(models[2], data, mask, config, seed=7, checkpoint=file))
@@ -110,7 +112,7 @@ def test_stops_at_a_loss_that_is_no_number_with_the_last_good_weights(
     config = SalUnSettings(steps=3, batch_size=2, lr=1e-3, checkpoint_every=1)
     before = copy.deepcopy(tiny.unet.state_dict())
     file = tmp_path / "last.safetensors"
-    copied = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    copied = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(salun(copied, data, None, replace(config, steps=1), seed=7, checkpoint=file))
     kept = file.read_bytes()
     with pytest.raises(EraseError, match=r"loss is (nan|inf) at step 1: lower lr"):
@@ -130,7 +132,7 @@ def test_accumulated_halves_are_one_whole_batch(tiny: Diffusion, data: ForgetRet
 
 def test_bf16_is_for_the_arithmetic_alone(tiny: Diffusion, data: ForgetRetain) -> None:
     config = SalUnSettings(steps=2, batch_size=2, lr=1e-3)
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     exact = list(salun(tiny, data, None, config, seed=7))
     rough = list(salun(other, data, None, replace(config, precision="bf16"), seed=7))
     assert rough[0].loss != exact[0].loss
@@ -145,7 +147,7 @@ def test_bf16_is_for_the_arithmetic_alone(tiny: Diffusion, data: ForgetRetain) -
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, data: ForgetRetain) -> None:
     config = SalUnSettings(steps=3, batch_size=2, lr=1e-3)
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(salun(tiny, data, mask, config, seed=7))
     list(salun(other, data, mask, replace(config, recompute=True), seed=7))
     state = other.unet.state_dict()
@@ -157,7 +159,7 @@ def test_clipping_far_above_the_norm_changes_no_bit(tiny: Diffusion, data: Forge
     """With a clip all gradients are kept until the backward pass is over: the plain path, beside the lean one."""
     config = SalUnSettings(steps=3, batch_size=2, lr=1e-3)
     mask = masks.random(tiny.unet, 0.5, seed=4)
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(salun(tiny, data, mask, config, seed=7))
     list(salun(other, data, mask, replace(config, max_grad_norm=1e9), seed=7))
     state = other.unet.state_dict()
@@ -166,7 +168,7 @@ def test_clipping_far_above_the_norm_changes_no_bit(tiny: Diffusion, data: Forge
 
 def test_random_label_is_salun_with_random_names(tiny: Diffusion, data: ForgetRetain) -> None:
     config = RandomLabelSettings(steps=2, batch_size=2, lr=1e-3)
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     list(salun(tiny, data, None, replace(SalUnSettings(steps=2, batch_size=2, lr=1e-3), remap="random"), seed=7))
     list(random_label(other, data, None, config, seed=7))
     state = other.unet.state_dict()

@@ -111,7 +111,7 @@ def test_what_is_fused_is_what_was_trained_and_of_rank_one(tiny: Diffusion, squa
             assert values[1] < 1e-3 * values[0], name  # what is left is the rounding of the sum
     assert changed == {n for n, p in before.named_parameters() if "attentions" in n and p.ndim > 1}
     options = {"rank": 1, "style": "kohya", "dtype": torch.float32, "about": {}}
-    fit = save_lora(before, tiny.unet, "sd1", tmp_path / "adapter.safetensors", **options)
+    fit = save_lora(before, tiny.unet, tiny.family, tmp_path / "adapter.safetensors", **options)
     assert fit.left_out == 0
     assert fit.errors[1] < 1e-3
 
@@ -124,7 +124,7 @@ def test_freezes_what_the_mask_freezes_and_resumes_to_the_same_bits(
             p.view(-1)[::3] = -0.0  # which a change of zero would make positive
     mask, file = masks.random(tiny.unet, 0.5, seed=4, scope="cross-attention"), tmp_path / "last.safetensors"
     data = prompts_alone(tiny, square)
-    models = [replace(tiny, unet=copy.deepcopy(tiny.unet)) for _ in range(4)]
+    models = [tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(4)]
     list(spm(models[0], data, mask, SHORT, seed=7))
     interrupted = spm(models[1], data, mask, SHORT, seed=7, checkpoint=file)
     assert [next(interrupted).step for _ in range(3)] == [1, 2, 3]
@@ -144,7 +144,7 @@ def test_freezes_what_the_mask_freezes_and_resumes_to_the_same_bits(
 
 
 def test_recomputed_activations_give_the_same_bits(tiny: Diffusion, square: Concept) -> None:
-    other = replace(tiny, unet=copy.deepcopy(tiny.unet))
+    other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
     data = prompts_alone(tiny, square)
     list(spm(tiny, data, None, SHORT, seed=7))
     list(spm(other, data, None, replace(SHORT, recompute=True), seed=7))

@@ -19,8 +19,8 @@ from erase_concept.eval.plan import make_plan
 from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.verdict import summary
 from erase_concept.eval.request import EvalRequest
-from erase_concept.pipelines.formats.folder import save_original, save_pipeline
-from erase_concept.pipelines.formats.single_file import ema_key
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.single_file import ema_key, save_original
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept

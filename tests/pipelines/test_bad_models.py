@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from erase_concept.cli import main as cli
-from erase_concept.pipelines.formats.folder import save_original, save_pipeline
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.single_file import save_original
 from erase_concept.pipelines.model import Diffusion
 
 UNET = "model.diffusion_model."
@@ -269,7 +270,7 @@ def test_the_hub_gets_the_token_and_its_refusal_says_what_to_do(tmp_path: Path) 
     lines = done.stdout.splitlines()
     assert len(lines) == len(REFUSALS), done.stdout + done.stderr
     for line, (name, (_, _, problem)) in zip(lines, REFUSALS.items(), strict=True):
-        assert line.startswith(f"RequestError MODEL owner/{name}: ")
+        assert line.startswith(f"RequestError model owner/{name}: ")
         assert problem in line
 
 

@@ -20,8 +20,9 @@ from erase_concept.eval.judges.emojinette import classify
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG
 from erase_concept.pipelines.emojinette.classifier import load_classifier
+from erase_concept.pipelines.formats.weights import published_name
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.model import Diffusion, published_name, weights_hash
+from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.sample import Sampling, sample_images
 from erase_concept.prompts.label_grid import catalog_prompts
 from erase_concept.recipe import recipe_for
@@ -56,7 +57,7 @@ def test_text_encoder_has_the_published_names_and_its_trained_bits(model: Diffus
     with safe_open(file, "pt") as stored:
         assert all(name.startswith("text_model.") for name in stored.keys())
         for name, value in model.text_encoder.state_dict().items():
-            assert torch.equal(value, stored.get_tensor(published_name("text_encoder", name)).float())
+            assert torch.equal(value, stored.get_tensor(published_name(model.text_encoder, name)).float())
 
 
 def test_diffusers_alone_loads_every_weight(model: Diffusion) -> None:

@@ -14,9 +14,9 @@ from erase_concept.cli import main as cli
 from erase_concept.errors import RequestError
 from erase_concept.exports import export
 from erase_concept.masks.mask import Mask
-from erase_concept.pipelines.formats.folder import save_original, save_pipeline
-from erase_concept.pipelines.formats.read_single_file import predicts_noise
-from erase_concept.pipelines.formats.single_file import ema_key
+from erase_concept.pipelines.families.stable_diffusion import predicts_noise
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.single_file import ema_key, save_original
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
@@ -46,7 +46,7 @@ def test_is_the_model_that_was_saved(family: Diffusion, file: Path) -> None:
     assert torch.equal(back.encode_prompts(["a church"]), family.encode_prompts(["a church"]))
     assert torch.equal(back.encode_uncond(), family.encode_uncond())
     assert back.scheduler.config.prediction_type == family.scheduler.config.prediction_type
-    assert (back.family, back.size, back.factor) == (family.family, family.size, family.factor)
+    assert (back.family.name, back.size, back.factor) == (family.family.name, family.size, family.factor)
 
 
 def test_pickled_checkpoints_load_and_their_code_does_not_run(family: Diffusion, file: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ WRONG = {
     "unet": ({"model.diffusion_model.out.2.bias": torch.zeros(2)}, "holds no text encoder"),
     "part": (
         {"cond_stage_model.transformer.text_model.x": torch.zeros(2)},
-        "is missing: this is no whole checkpoint of sd1",
+        "is missing: this is no whole checkpoint of Stable Diffusion 1",
     ),
 }
 

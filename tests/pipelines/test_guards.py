@@ -131,12 +131,9 @@ def ends(model: Diffusion, ids: list[list[int]]) -> np.ndarray:
     """What stands for prompts of the given tokens as a whole: of SD 1 and 2 the text encoder's pooled output."""
     length = model.tokenizer.model_max_length
     padded = torch.tensor([row + [model.tokenizer.pad_token_id] * (length - len(row)) for row in ids])
-    if model.text_encoder_2 is None:
+    if len(model.text_encoders) == 1:
         return model.text_encoder(padded).pooler_output.double().numpy()
-    both = [
-        encoder(padded, output_hidden_states=True).hidden_states[-2]
-        for encoder in (model.text_encoder, model.text_encoder_2)
-    ]
+    both = [encoder(padded, output_hidden_states=True).hidden_states[-2] for encoder in model.text_encoders.values()]
     return torch.cat(both, -1)[range(len(ids)), [len(row) - 1 for row in ids]].double().numpy()
 
 

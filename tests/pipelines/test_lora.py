@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
+from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.formats import lora
 from erase_concept.pipelines.formats.lora import Fit, Style, factors, save_lora
-from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.model import Diffusion
 
 STYLES: tuple[Style, ...] = get_args(Style)
@@ -183,7 +184,9 @@ BASES = {"sd1": ("sd_v1", "False"), "sd2": ("sd_v2", "True"), "sdxl": ("sdxl_bas
 def test_kohya_keys_are_the_published_ones_and_diffusers_finds_every_layer(family: Any, tmp_path: Path) -> None:
     unet = small_unet(family)
     file = tmp_path / "l.safetensors"
-    save_lora(unet, erased_from(unet), family, file, rank=2, style="kohya", dtype=torch.float16, about={})
+    save_lora(
+        unet, erased_from(unet), FAMILIES.find(family), file, rank=2, style="kohya", dtype=torch.float16, about={}
+    )
     tensors = load_file(file)
     modules = {key.partition(".")[0] for key in tensors}
     assert modules >= set(KOHYA[family])
@@ -197,7 +200,7 @@ def test_the_metadata_tells_a1111_the_base_model(family: Diffusion, tmp_path: Pa
     save(family, erased_from(family.unet), tmp_path / "l.safetensors", rank=1)
     with safe_open(tmp_path / "l.safetensors", "pt") as stored:
         about = stored.metadata()
-    assert (about["ss_base_model_version"], about["ss_v2"]) == BASES[family.family]
+    assert (about["ss_base_model_version"], about["ss_v2"]) == BASES[family.family.name]
 
 
 def test_what_no_lora_can_carry_makes_no_file(tiny: Diffusion, tmp_path: Path) -> None:

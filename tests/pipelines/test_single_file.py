@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -29,22 +28,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase_concept.errors import RequestError
-from erase_concept.pipelines.formats import read_single_file as from_single_file
-from erase_concept.pipelines.formats.single_file import (
-    Family,
-    ema_key,
-    open_clip_table,
-    replace_unet,
-    save_single_file,
-    to_original,
-    unet_table,
-    vae_table,
-)
-from erase_concept.pipelines.load import silence_hub_logs
+from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.families.original_names import open_clip_table, unet_table, vae_table
+from erase_concept.pipelines.formats.single_file import ema_key, replace_unet, save_single_file, to_original
+from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.model import Diffusion
 
 Shapes = dict[str, list[int] | None]  # None: no such tensor
-FAMILIES: tuple[Family, ...] = get_args(Family)
+NAMES = ("sd1", "sd2", "sdxl")
+SD1 = FAMILIES.find("sd1")
 XL_BLOCKS: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -52,7 +44,7 @@ XL_BLOCKS: dict[str, Any] = {
     "addition_embed_type": "text_time",
 }
 # Small channels, but each family's own number of levels, layers, attentions and transformer blocks.
-SMALL_UNETS: dict[Family, dict[str, Any]] = {
+SMALL_UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"block_out_channels": (4, 8, 8, 8), "cross_attention_dim": 16, "attention_head_dim": 2},
     "sd2": {
         "block_out_channels": (4, 8, 8, 8),
@@ -81,7 +73,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def small_unet(family: Family, seed: int = 0) -> nn.Module:
+def small_unet(family: str, seed: int = 0) -> nn.Module:
     return randomized(UNet2DConditionModel(sample_size=8, norm_num_groups=4, **SMALL_UNETS[family]), seed)
 
 
@@ -98,7 +90,7 @@ def text_encoder(kind: Any, tokenizer: CLIPTokenizer, width: int, **options: Any
     return kind(CLIPTextConfig(**(special | shape | fixed | options)))
 
 
-def small_models(family: Family, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+def small_models(family: str, tokenizer: CLIPTokenizer) -> dict[str, Any]:
     models = {"unet": small_unet(family), "vae": vae((4, 4, 8, 8), 4)}
     models["text_encoder"] = text_encoder(CLIPTextModel, tokenizer, 24 if family == "sd2" else 16)
     if family == "sdxl":
@@ -110,7 +102,7 @@ def states(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     return {part: dict(model.state_dict()) for part, model in models.items()}
 
 
-def small_states(tokenizer: CLIPTokenizer, family: Family = "sd1") -> dict[str, dict[str, Tensor]]:
+def small_states(tokenizer: CLIPTokenizer, family: str = "sd1") -> dict[str, dict[str, Tensor]]:
     return states(small_models(family, tokenizer))
 
 
@@ -130,22 +122,20 @@ def sha(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def full_states(family: Family) -> dict[str, dict[str, Tensor]]:
+def full_states(family: str) -> dict[str, dict[str, Tensor]]:
     """The parts of the published models, without memory behind them."""
-    makes = yaml.safe_load(
-        (Path(from_single_file.__file__).parent.parent / "families" / "layouts.yaml").read_text(encoding="utf-8")
-    )
-    configs = {part: config for part, config in makes[family].items() if part != "scheduler"}
+    record = FAMILIES.find(family)
+    configs = record.single_file.configs({})
     with torch.device("meta"):
-        models = {part: from_single_file.MODEL_CLASSES[part](config) for part, config in configs.items()}
+        models = {part: one.make(configs[part]) for part, one in record.components.items() if one.make}
     return states(models)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_converters_give_back_the_same_model(family: Family, tokenizer: CLIPTokenizer) -> None:
+@pytest.mark.parametrize("family", NAMES)
+def test_diffusers_converters_give_back_the_same_model(family: str, tokenizer: CLIPTokenizer) -> None:
     models = small_models(family, tokenizer)
     parts, configs = states(models), {part: dict(models[part].config) for part in ("unet", "vae")}
-    original = to_original(parts, family)
+    original = to_original(parts, FAMILIES.find(family))
     assert bits(convert_ldm_unet_checkpoint(dict(original), configs["unet"])) == bits(parts["unet"])
     assert bits(convert_ldm_vae_checkpoint(dict(original), configs["vae"])) == bits(parts["vae"])
     if family != "sd2":
@@ -159,8 +149,8 @@ def test_diffusers_converters_give_back_the_same_model(family: Family, tokenizer
         assert bits(without_prefix(text)) == bits(without_prefix(parts[part]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_from_single_file_loads_what_was_saved(family: Family, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", NAMES)
+def test_from_single_file_loads_what_was_saved(family: str, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     models = small_models(family, tokenizer)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     folder, file = tmp_path / "config", tmp_path / "model.safetensors"
@@ -175,7 +165,7 @@ def test_from_single_file_loads_what_was_saved(family: Family, tokenizer: CLIPTo
         pipeline.save_pretrained(folder)
         for weights in folder.rglob("*.safetensors"):
             weights.unlink()  # the weights must come from the single file
-        save_single_file(states(models), family, file, {})
+        save_single_file(states(models), FAMILIES.find(family), file, {})
         loaded = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     for part, model in models.items():
         assert bits(getattr(loaded, part).state_dict()) == bits(model.state_dict()), part
@@ -208,14 +198,14 @@ def test_a_unet_of_other_depths_and_a_vae_without_attention_have_their_places(ti
 
 
 # Tensors of the published UNets, and how many weights they have together.
-UNET_SIZES: dict[Family, tuple[int, int]] = {
+UNET_SIZES: dict[str, tuple[int, int]] = {
     "sd1": (686, 859_520_964),
     "sd2": (686, 865_910_724),
     "sdxl": (1680, 2_567_463_684),
 }
 # Tensors of the published files, less what diffusers' models do not have: position_ids of OpenAI's text encoder (1131
 # in v1-5-pruned-emaonly, 2515 in sd_xl_base_1.0), logit_scale of OpenCLIP, and in SD 2 its last layer and projection.
-FILE_SIZES: dict[Family, int] = {"sd1": 1131 - 1, "sd2": 686 + 248 + 23 * 12 + 4, "sdxl": 2515 - 2}
+FILE_SIZES: dict[str, int] = {"sd1": 1131 - 1, "sd2": 686 + 248 + 23 * 12 + 4, "sdxl": 2515 - 2}
 UNETS_SHARE: Shapes = {
     "time_embed.0.weight": [1280, 320],
     "time_embed.2.weight": [1280, 1280],
@@ -245,7 +235,7 @@ FOUR_LEVELS: Shapes = {
     "output_blocks.11.0.in_layers.0.weight": [640],
     "output_blocks.11.1.proj_out.bias": [320],
 }
-UNET_SHAPES: dict[Family, Shapes] = {
+UNET_SHAPES: dict[str, Shapes] = {
     "sd1": FOUR_LEVELS
     | {
         "input_blocks.1.1.proj_in.weight": [320, 320, 1, 1],
@@ -327,7 +317,7 @@ def open_clip_shapes(width: int, last: int) -> Shapes:
     }
 
 
-TEXT_SHAPES: dict[Family, dict[str, Shapes]] = {
+TEXT_SHAPES: dict[str, dict[str, Shapes]] = {
     "sd1": {"cond_stage_model.transformer.": CLIP_L_SHAPES},
     "sd2": {"cond_stage_model.model.": open_clip_shapes(1024, 22)},
     "sdxl": {
@@ -337,15 +327,15 @@ TEXT_SHAPES: dict[Family, dict[str, Shapes]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_published_models_get_the_names_and_shapes_of_their_files(family: Family) -> None:
+@pytest.mark.parametrize("family", NAMES)
+def test_published_models_get_the_names_and_shapes_of_their_files(family: str) -> None:
     parts = full_states(family)
     table, vae_names = unet_table(parts["unet"]), vae_table(parts["vae"])
     assert (len(table), sum(t.numel() for t in parts["unet"].values())) == UNET_SIZES[family]
     assert len(vae_names) == 248
     for names in (table, vae_names):
         assert len(set(names.values())) == len(names)
-    original = to_original(parts, family)
+    original = to_original(parts, FAMILIES.find(family))
     assert len(original) == FILE_SIZES[family]
     assert sum(t.numel() for t in original.values()) == sum(t.numel() for part in parts.values() for t in part.values())
     shapes = {key: list(t.shape) for key, t in original.items()}
@@ -357,7 +347,7 @@ def test_published_models_get_the_names_and_shapes_of_their_files(family: Family
 
 def test_stacks_queries_keys_and_values_and_transposes_the_projection(tokenizer: CLIPTokenizer) -> None:
     parts = small_states(tokenizer, "sdxl")
-    original, text = to_original(parts, "sdxl"), without_prefix(parts["text_encoder_2"])
+    original, text = to_original(parts, FAMILIES.find("sdxl")), without_prefix(parts["text_encoder_2"])
     for kind in ("weight", "bias"):
         stacked = original[f"conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_{kind}"]
         for piece, which in zip(stacked.chunk(3), "qkv", strict=True):
@@ -367,8 +357,8 @@ def test_stacks_queries_keys_and_values_and_transposes_the_projection(tokenizer:
     assert torch.equal(projection.T, text["text_projection.weight"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_encoders_of_transformers_4_and_5_are_written_alike(family: Family, tokenizer: CLIPTokenizer) -> None:
+@pytest.mark.parametrize("family", NAMES)
+def test_text_encoders_of_transformers_4_and_5_are_written_alike(family: str, tokenizer: CLIPTokenizer) -> None:
     new = {part: without_prefix(state) for part, state in small_states(tokenizer, family).items()}
     old = {
         part: {
@@ -377,7 +367,7 @@ def test_text_encoders_of_transformers_4_and_5_are_written_alike(family: Family,
         }
         for part, s in new.items()
     }
-    assert bits(to_original(new, family)) == bits(to_original(old, family))
+    assert bits(to_original(new, FAMILIES.find(family))) == bits(to_original(old, FAMILIES.find(family)))
 
 
 @pytest.mark.parametrize(
@@ -393,25 +383,25 @@ def test_text_encoders_of_transformers_4_and_5_are_written_alike(family: Family,
     ],
 )
 def test_names_the_first_tensor_without_a_place(
-    family: Family, part: str, name: str, tokenizer: CLIPTokenizer, tmp_path: Path
+    family: str, part: str, name: str, tokenizer: CLIPTokenizer, tmp_path: Path
 ) -> None:
     parts = small_states(tokenizer, family)
     parts[part] |= {name: torch.zeros(1), "zzz.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=rf"^{part}: {name.removeprefix('text_model.')} has no place"):
-        save_single_file(parts, family, tmp_path / "m.safetensors", {})
+        save_single_file(parts, FAMILIES.find(family), tmp_path / "m.safetensors", {})
     assert not list(tmp_path.iterdir())
 
 
 def test_refuses_other_parts_than_the_family_has(tokenizer: CLIPTokenizer) -> None:
     parts = small_states(tokenizer)
-    with pytest.raises(ValueError, match="sdxl is made of unet, vae, text_encoder, text_encoder_2; got unet, vae"):
-        to_original(parts, "sdxl")
-    with pytest.raises(ValueError, match="sd1 is made of"):
-        to_original({**parts, "text_encoder_2": parts["text_encoder"]}, "sd1")
+    with pytest.raises(ValueError, match="sdxl has the parts unet, vae, text_encoder, text_encoder_2; got unet, vae"):
+        to_original(parts, FAMILIES.find("sdxl"))
+    with pytest.raises(ValueError, match="sd1 has the parts"):
+        to_original({**parts, "text_encoder_2": parts["text_encoder"]}, FAMILIES.find("sd1"))
     parts["text_encoder"] = without_prefix(parts["text_encoder"])
     del parts["text_encoder"]["encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(ValueError, match=r"text_encoder: encoder.layers.1.self_attn.[qv]_proj.bias has no place"):
-        to_original(parts, "sd2")
+        to_original(parts, FAMILIES.find("sd2"))
     assert set(open_clip_table(["final_layer_norm.bias"]).values()) == {"ln_final.bias"}
 
 
@@ -421,8 +411,8 @@ def test_saves_each_tensor_as_it_is_with_the_metadata(tokenizer: CLIPTokenizer, 
     weight = parts["unet"]["conv_out.weight"]
     parts["unet"]["conv_out.weight"] = weight.transpose(2, 3).contiguous().transpose(2, 3)
     file = tmp_path / "new" / "m.safetensors"
-    save_single_file(parts, "sd1", file, {"concept": "church"})
-    assert bits(load_file(file)) == bits(to_original(parts, "sd1"))
+    save_single_file(parts, FAMILIES.find("sd1"), file, {"concept": "church"})
+    assert bits(load_file(file)) == bits(to_original(parts, FAMILIES.find("sd1")))
     with safe_open(file, "pt") as stored:
         assert stored.metadata() == {"format": "pt", "concept": "church"}
     assert [path.name for path in file.parent.iterdir()] == ["m.safetensors"]
@@ -442,7 +432,7 @@ def published(tokenizer: CLIPTokenizer, tmp_path: Path) -> Path:
         "brain": torch.randn(3).bfloat16(),
         "none": torch.zeros(0),
     }
-    tensors = to_original(small_states(tokenizer), "sd1")
+    tensors = to_original(small_states(tokenizer), FAMILIES.find("sd1"))
     half = {key: t.half() for key, t in tensors.items() if key.startswith("model.diffusion_model.")}
     half["model.diffusion_model.out.2.bias"] = half["model.diffusion_model.out.2.bias"].float()
     file = tmp_path / "published.safetensors"
@@ -452,7 +442,7 @@ def published(tokenizer: CLIPTokenizer, tmp_path: Path) -> Path:
 
 def test_replaces_the_unet_and_nothing_else(published: Path, tmp_path: Path) -> None:
     unet, before, file = small_unet("sd1", seed=9).state_dict(), sha(published), tmp_path / "out" / "e.safetensors"
-    replace_unet(published, unet, file, {"concept": "church"})
+    replace_unet(published, unet, SD1, file, {"concept": "church"})
     assert sha(published) == before
     old, new = load_file(published), load_file(file)
     assert list(new) == list(old)
@@ -469,7 +459,9 @@ def test_replaces_the_unet_and_nothing_else(published: Path, tmp_path: Path) -> 
     assert bits({key: new[key] for key in kept_types}) == bits(kept_types)
     with safe_open(file, "pt") as stored:
         assert stored.metadata() == {"format": "pt", "modelspec.title": "Mine", "concept": "church"}
-    replace_unet(file, {name: old[original] for name, original in table.items()}, tmp_path / "back.safetensors", {})
+    replace_unet(
+        file, {name: old[original] for name, original in table.items()}, SD1, tmp_path / "back.safetensors", {}
+    )
     back = load_file(tmp_path / "back.safetensors")
     assert bits({key: back[key] for key in old if key not in averages}) == bits(
         {key: value for key, value in old.items() if key not in averages}
@@ -487,14 +479,14 @@ def test_refuses_a_source_with_another_unet_and_says_where(published: Path, tmp_
         (lost, r"model\.diffusion_model\.out\.0\.weight is \[4\] in the file, nothing in the UNet"),
     ):
         with pytest.raises(RequestError, match=message) as refused:
-            replace_unet(published, other, file, {})
-        assert refused.value.setting == "MODEL"
+            replace_unet(published, other, SD1, file, {})
+        assert refused.value.setting == "model"
     counted = load_file(published) | {"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int8)}
     save_file(counted, tmp_path / "int.safetensors")
     with pytest.raises(RequestError, match=r"out\.2\.bias is torch\.int8, no kind of float"):
-        replace_unet(tmp_path / "int.safetensors", unet, file, {})
+        replace_unet(tmp_path / "int.safetensors", unet, SD1, file, {})
     with pytest.raises(ValueError, match=r"^zzz\.weight has no place"):
-        replace_unet(published, {**unet, "zzz.weight": torch.zeros(1)}, file, {})
+        replace_unet(published, {**unet, "zzz.weight": torch.zeros(1)}, SD1, file, {})
     assert not file.exists()
     assert sha(published) == before
 
@@ -506,11 +498,11 @@ def test_refuses_a_source_that_cannot_be_read_or_is_the_target(published: Path, 
     text.write_text("no model")
     for source in (cut, text, tmp_path / "missing.safetensors"):
         with pytest.raises(RequestError, match="is not a readable safetensors file"):
-            replace_unet(source, unet, file, {})
+            replace_unet(source, unet, SD1, file, {})
     with pytest.raises(RequestError, match=r"a \.safetensors file is needed"):
-        replace_unet(pickled, unet, file, {})
+        replace_unet(pickled, unet, SD1, file, {})
     before = sha(published)
     with pytest.raises(RequestError, match="never written to"):
-        replace_unet(published, unet, tmp_path / "out" / ".." / published.name, {})
+        replace_unet(published, unet, SD1, tmp_path / "out" / ".." / published.name, {})
     assert sha(published) == before
     assert not file.exists()
