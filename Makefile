@@ -56,12 +56,14 @@ test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the
 	$(TESTS) $(LOWEST)/bin/pytest -p no:cacheprovider -p no:anyio \
 		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS)
 
-lint: $(VENV)/installed  ## check style, docstrings and types
+lint: $(VENV)/installed  ## check style, docstrings, shape, types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/shape.py
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --config-file pyproject.toml -p erase_concept
+	PYTHONPATH=build/types $(BIN)/lint-imports --no-cache --no-logo
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/pip install --quiet -e '.[docs]'

@@ -70,7 +70,9 @@ def _show(what: str, name: str, json_: bool) -> None:
         _show_benchmark(name, json_)
         return
     if what not in COLUMNS:
-        raise RequestError("name", name, f"{what} have no settings; allowed with a name: {', '.join(COLUMNS)}")
+        raise RequestError(
+            "name", name, f"{what} have no settings; allowed with a name: {', '.join(COLUMNS)}, benchmarks"
+        )
     try:
         record = _registry(what).find(name)
     except RequestError as problem:
