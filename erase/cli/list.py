@@ -23,6 +23,7 @@ COLUMNS = {
     "judges": {"summary": "what it tells"},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
     "attacks": {"summary": "what it does"},
+    "families": {"summary": "its models"},
 }
 # Further fields of one record, shown when it is asked for by name.
 MORE = {
@@ -31,7 +32,7 @@ MORE = {
     "metrics": {"title": "title", "unit": "unit", "judge": "judge"},
 }
 # What stands before a setting's name in --set.
-PREFIXES = {"guards": "guard.", "judges": "judge.", "metrics": "metric.", "attacks": "attack."}
+PREFIXES = {"methods": "", "guards": "guard.", "judges": "judge.", "metrics": "metric.", "attacks": "attack."}
 
 
 def list_(
@@ -39,7 +40,7 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, guards, judges, metrics, attacks, benchmarks, recipe, models, concepts or prompts.",
+            help="methods, guards, judges, metrics, attacks, families, benchmarks, recipe, models, concepts, prompts.",
         ),
     ],
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them: show all of its settings.")] = None,
@@ -61,7 +62,7 @@ def list_(
         header = [titles.get(field, field) for field in next(iter(rows.values()))]
         print_rows(what, ["name", *header], [[key, *row.values()] for key, row in rows.items()])
         if what in (*COLUMNS, "benchmarks"):
-            typer.echo(f"\nSettings of one: erase-concept list {what} NAME")
+            typer.echo(f"\nMore on one of them: erase-concept list {what} NAME")
 
 
 def _show(what: str, name: str, json_: bool) -> None:
@@ -78,14 +79,13 @@ def _show(what: str, name: str, json_: bool) -> None:
     except RequestError as problem:
         raise RequestError("name", name, problem.allowed) from None
     about = _fields(what, record, *MORE.get(what, {}))
-    settings = _settings(record.settings, PREFIXES.get(what, ""))
+    settings = _settings(record.settings, PREFIXES[what]) if what in PREFIXES else []
     if json_:
         print_json({"name": name, **about, "settings": settings})
         return
     titles = COLUMNS[what] | MORE.get(what, {})
     print_fields(name, {titles[field] or field: value for field, value in about.items() if value})
     if not settings:
-        typer.echo("\nIt has no settings.")
         return
     rows = [[one["name"], one["default"], one["allowed"], _told(one)] for one in settings]
     typer.echo()
