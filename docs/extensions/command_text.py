@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -22,16 +23,19 @@ def command_text(name: str) -> str:
     context = command.make_context(f"erase-concept {name}", [], resilient_parsing=True)
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [_plain(command.help or ""), "", "```text", f"erase-concept {name} {usage}", "```", ""]
-    arguments, options = [], []
+    panels: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
-            (arguments if parameter.param_type_name == "argument" else options).append(record)
-    for title, records in (("Arguments", arguments), ("Options", options)):
-        if records:
-            lines += [f"**{title}**", ""]
-            for names, text in records:
-                lines += [f"`{names}`", f": {_plain(text)}", ""]
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+    for panel, records in panels.items():
+        lines += [f"**{panel}**", ""]
+        for names, text in records:
+            lines += [f"`{names}`", f": {_plain(text)}", ""]
+    examples = re.findall(r"\[cyan\](.*?)\[/cyan\]", command.epilog or "")
+    if examples:
+        lines += ["**Examples**", "", "```text", *(example.replace("\\[", "[") for example in examples), "```"]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 - ``{command} erase``: what ``erase-concept erase --help`` says
 - ``{records} methods``: a table of the methods; the option ``:fields:`` names the columns
 - ``{settings} methods``: a section for each method with its settings
+- ``{benchmarks}``: a table of the built-in benchmarks
 - ``{public}``: the names of ``erase_concept.__all__``
 - ``{modules} erase_concept.eval``: every module of a package
 """
@@ -15,7 +16,7 @@ from api_text import modules_text, plain_lines, public_text, settings_lines
 from command_text import command_text
 from docutils import nodes
 from docutils.parsers.rst import directives
-from record_text import settings_text, table_text
+from record_text import benchmarks_text, settings_text, table_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -43,13 +44,24 @@ class Records(SphinxDirective):
 
 
 class Settings(SphinxDirective):
-    """``{settings} KIND``."""
+    """``{settings} KIND`` with the option ``:shared:``, the path of a class of settings that most of them have."""
 
     required_arguments = 1
+    option_spec = {"shared": directives.unchanged}  # noqa: RUF012 - docutils' way
 
     def run(self) -> list[nodes.Node]:
         """Return a section for each plug-in."""
-        return self.parse_text_to_nodes(settings_text(self.arguments[0]), allow_section_headings=True)
+        return self.parse_text_to_nodes(
+            settings_text(self.arguments[0], self.options.get("shared", "")), allow_section_headings=True
+        )
+
+
+class Benchmarks(SphinxDirective):
+    """``{benchmarks}``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a table of the built-in benchmarks."""
+        return self.parse_text_to_nodes(benchmarks_text())
 
 
 class Public(SphinxDirective):
@@ -85,6 +97,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("command", Command)
     app.add_directive("records", Records)
     app.add_directive("settings", Settings)
+    app.add_directive("benchmarks", Benchmarks)
     app.add_directive("public", Public)
     app.add_directive("modules", Modules)
     app.connect("autodoc-process-docstring", _docstring)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from erase_concept.settings import Setting, settings_of
 
 
 def records(kind: str) -> dict[str, Any]:
@@ -20,21 +23,48 @@ def table_text(kind: str, fields: list[str]) -> str:
     return _table(rows)
 
 
-def settings_text(kind: str) -> str:
-    """Return a Markdown section for each record: its summary, and a table of its settings."""
-    return "\n\n".join(_section(name, record) for name, record in records(kind).items())
+def settings_text(kind: str, shared: str = "") -> str:
+    """Return a Markdown section for each record with its settings.
+
+    ``shared`` is the path of a class of settings that most of them have: these get one section, and the records' own
+    only what differs from it.
+    """
+    common: dict[str, Setting] = {}
+    sections = []
+    if shared:
+        module, _, name = shared.rpartition(".")
+        common = settings_of(getattr(importlib.import_module(module), name))
+        sections.append("\n".join(("### Every training", "", _settings_table(common.values()))))
+    sections += [_section(name, record, common) for name, record in records(kind).items()]
+    return "\n\n".join(sections)
 
 
-def _section(name: str, record: Any) -> str:
-    from erase_concept.settings import settings_of
+def benchmarks_text() -> str:
+    """Return a Markdown table of the built-in benchmarks."""
+    from erase_concept.eval.benchmarks import benchmarks
 
+    rows = [["name", "about", "judges", "metrics"]]
+    for name, found in benchmarks().items():
+        rows.append([f"`{name}`", found.about, ", ".join(found.judges), ", ".join(found.metrics)])
+    return _table(rows)
+
+
+def _section(name: str, record: Any, common: Mapping[str, Setting]) -> str:
+    found = settings_of(record.settings)
+    own = [setting for setting in found.values() if common.get(setting.name) != setting]
     lines = [f"### {name}", "", _plain(record.summary), ""]
+    lines.append(_settings_table(own) if own else "It has no settings of its own.")
+    if common.keys() <= found.keys() and common:
+        lines += ["", "It also has the settings of every training."]
+    return "\n".join(lines)
+
+
+def _settings_table(found: Iterable[Setting]) -> str:
     rows = [["setting", "default", "allowed", "what it does", "source of the default"]]
-    for setting in settings_of(record.settings).values() if record.settings else ():
+    for setting in found:
         default = "none" if setting.default is None else str(setting.default)
         rows.append([f"`{setting.name}`", default, setting.allowed, setting.sentence, setting.source])
-    lines.append(_table(rows) if len(rows) > 1 else "It has no settings.")
-    return "\n".join(lines)
+    return _table(rows)
 
 
 def _cell(record: Any, field: str) -> str:

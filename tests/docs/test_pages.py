@@ -54,6 +54,7 @@ def run(block: Block, folder: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH")))),
         "PIP_TARGET": str(plugins),
         "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # which means: without isolation, so nothing is downloaded
         "PIP_QUIET": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -61,7 +62,7 @@ def run(block: Block, folder: Path) -> None:
         "COLUMNS": "120",
     }
     done = subprocess.run(
-        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 

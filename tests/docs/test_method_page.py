@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is a method like any other: its very text is run here."""
+"""The method that docs/extending/method.md shows is a method like any other: its very text is run here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from erase_concept.training.loop import Record
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the example, from a file of its own as a contributor would write it."""
-    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "extending" / "method.md").read_text(encoding="utf-8")
     file = tmp_path / "towards_nothing.py"
     file.write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0], encoding="utf-8")
     monkeypatch.setattr(METHODS, "_records", METHODS.all())
