@@ -22,7 +22,9 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    page for page in (ROOT / "docs").rglob("*.md") if not {"build", "notebooks"} & set(page.relative_to(ROOT).parts)
+    page
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if not {"build", "notebooks"} & set(page.relative_to(ROOT).parts)
 )
 BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
 RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-W", "ignore", "-c"]}

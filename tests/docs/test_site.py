@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from api_text import FLOORS, module_names, plain_lines
 from command_text import command_text, commands
+
+from erase_concept.eval.benchmarks import benchmarks
+from erase_concept.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -54,3 +58,22 @@ def test_the_api_reference_has_every_module() -> None:
                 assert ".".join(("erase_concept", *package, *parts)) in found
     for floor in FLOORS:
         assert f"{{modules}} erase_concept.{floor}\n" in (DOCS / "api" / f"{floor}.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+    prose = re.sub(
+        r"^```.*?^```$|^\|.*?$|^#.*?$|<!--.*?-->|!?\[([^]]*)\]\([^)]*\)|`[^`]*`", r"\1", text, flags=re.M | re.S
+    )
+    for paragraph in re.split(r"\n\s*\n|^\s*(?:[-*]|\d+\.) ", prose, flags=re.M):
+        for sentence in re.split(r"(?<=[.!?:])\s", paragraph):
+            assert len(sentence.split()) <= 30, sentence
+
+
+def test_the_readme_names_every_method_and_benchmark() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {word for row in re.findall(r"^\| (.*?) \|", text, re.M) for word in re.findall(r"[\w-]+", row)}
+    assert {*METHODS.all(), *benchmarks()} <= named
