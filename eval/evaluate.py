@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,12 +23,13 @@ from erase_concept.pipelines.progress import bar
 if TYPE_CHECKING:
     from erase_concept.prompts.find import ConceptSource
     from erase_concept.prompts.promptset import PromptSet
+    from erase_concept.run import Run
 
 Progress = tuple[str, int, int]  # ("erased" or "base", images there, images in all)
 
 
 def evaluate(
-    model: str | Path,
+    model: Run | str | Path,
     concept: ConceptSource | None = None,
     *,
     benchmark: str | None = None,
@@ -42,7 +44,7 @@ def evaluate(
     ``out`` is by default the run's own folder. Raises RequestError when the request cannot be followed, and EraseError
     in a process that is not the main one of several: that one alone measures.
     """
-    source = str(getattr(model, "path", model))
+    source = os.fspath(model)
     if out is None:
         if not (Path(source) / "run.json").is_file():
             raise RequestError("out", "(not given)", f"needed, for {source} is no run folder")
