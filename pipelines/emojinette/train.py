@@ -15,160 +15,46 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase_concept.pipelines.emojinette import CATALOG, artwork
+from erase_concept.pipelines.emojinette.captions import SEED, TOKENS, prompt_for, train_tokenizer
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
+from erase_concept.pipelines.emojinette.parts import new_scheduler, new_text_encoder, new_unet, new_vae
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
 
-TOKENS = 24
-SEED = 2024
 
-# Words that say nothing about what is to be seen. In training they stand before nouns at random, and so do invented
-# words, so that the model learns to pass over words it does not know.
-# fmt: off
-_FILLERS = (
-    "small", "big", "large", "little", "nice", "lovely", "pretty", "beautiful", "simple", "plain", "clean", "fine",
-    "good", "great", "fresh", "new", "old", "modern", "classic", "typical", "single", "lonely", "famous", "happy",
-    "funny", "cute", "sweet", "bright", "clear", "crisp", "detailed", "centered", "isolated", "standard", "common",
-    "usual", "special", "rare", "strange", "perfect", "favourite", "random", "certain", "real", "tiny", "huge",
-    "wide", "tall", "short",
-)
-# fmt: on
+@dataclass(frozen=True)
+class Schedule:
+    """How a part is trained: AdamW's steps, learning rate and betas, and the decay of the averaged weights (EMA).
 
+    The learning rate warms up for 100 steps, stays up to the share ``flat`` of the steps, and falls to zero along a
+    cosine.
+    """
 
-def prompt_for(label: str, style: str, rng: np.random.Generator) -> str:
-    """Draw a training prompt for an image: 10 % empty, 5 % style only, 35 % the object, 50 % object and style."""
-    erase, evaluate = CATALOG.sentences.erase, CATALOG.sentences.evaluate
-    kind = rng.random()
-    if kind < 0.10:
-        return ""
-    if kind < 0.15:
-        return str(rng.choice(erase.style + evaluate.style)).replace("{s}", style)
-    names = CATALOG.names_of(label)
-    noun = names.label if rng.random() < 0.6 else names.synonym
-    if rng.random() < 0.3:
-        noun = f"{_filler(rng)} {noun}"
-    if rng.random() < 0.05:
-        noun = f"{_filler(rng)} {noun}"
-    plain, styled = erase.object + evaluate.object, erase.styled + evaluate.styled
-    template = str(rng.choice(plain if kind < 0.5 else styled))
-    # The article by the rule that the published weights were trained with, invented words and all.
-    article = "an" if noun[0] in "aeio" or noun.startswith("um") else "a"
-    return template.replace("{o}", f"{article} {noun}").replace("{O}", noun).replace("{s}", style)
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    ema_decay: float = 0.995
+    flat: float = 0.0
 
-
-def _filler(rng: np.random.Generator) -> str:
-    if rng.random() < 0.6:
-        return str(rng.choice(_FILLERS))
-    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 9))))
-
-
-def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train CLIP's kind of byte-level BPE on the training sentences and save it with vocab.json and merges.txt."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))  # noqa: S106 - no password
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        min_frequency=2,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    rng = np.random.default_rng(SEED)
-    sentences = [prompt_for(str(rng.choice(CATALOG.labels)), str(rng.choice(CATALOG.styles)), rng) for _ in range(4000)]
-    bpe.train_from_iterator(sentences, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    shared = {"model_max_length": TOKENS, "pad_token": "<|endoftext|>"}
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **shared)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def new_vae() -> AutoencoderKL:
-    """Return the untrained VAE: factor 4, four latent channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=artwork.SIZE,
-        scaling_factor=1.0,  # the latents are normalised inside, see fold_latent_statistics
-        mid_block_add_attention=False,
-    )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            projection_dim=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def new_unet() -> UNet2DConditionModel:
-    """Return the untrained UNet, with Stable Diffusion's module names."""
-    return UNet2DConditionModel(
-        sample_size=artwork.SIZE // 4,
-        block_out_channels=(48, 96, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def new_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        progress = max(0.0, (step - self.flat * self.steps) / (self.steps - self.flat * self.steps))
+        return self.lr * (min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def fit(
@@ -176,47 +62,29 @@ def fit(
     modules: dict[str, nn.Module],
     loss: Callable[[np.random.Generator], Tensor],
     work: Path,
-    *,
-    steps: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    ema_decay: float = 0.995,
-    flat: float = 0.0,
+    schedule: Schedule,
 ) -> dict[str, Any]:
-    """Train modules with AdamW and return their averaged copies (EMA); resumes from ``work/<name>.pt``.
+    """Train modules and return their averaged copies; resumes from ``work/<name>.pt``.
 
-    ``loss`` gets the step's own random generator, so a resumed run draws what the whole run would have drawn. The
-    learning rate warms up for 100 steps, stays up to the share ``flat`` of the steps, and falls to zero as a cosine.
+    ``loss`` gets the step's own random generator, so a resumed run draws what the whole run would have drawn.
     """
     checkpoint = work / f"{name}.pt"
     ema = {key: copy.deepcopy(module).requires_grad_(False) for key, module in modules.items()}
     parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=1e-4, fused=True)
-
-    def rate(step: int) -> float:
-        progress = max(0.0, (step - flat * steps) / (steps - flat * steps))
-        return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    start, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for key, module in modules.items():
-            module.load_state_dict(state["modules"][key])
-            ema[key].load_state_dict(state["ema"][key])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-    began, mean = time.perf_counter() - seconds, 0.0
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=schedule.betas, weight_decay=1e-4, fused=True)
+    start, seconds = _resume(checkpoint, modules, ema, optimizer) if checkpoint.exists() else (0, 0.0)
+    began, mean, steps = time.perf_counter() - seconds, 0.0, schedule.steps
     for step in range(start, steps):
         rng = np.random.default_rng((SEED, step))
         torch.manual_seed(SEED + step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * rate(step)
+            group["lr"] = schedule.rate(step)
         value = loss(rng)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(ema_decay, (1 + step) / (10 + step))
+        decay = min(schedule.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for key, module in modules.items():
                 torch._foreach_lerp_(list(ema[key].parameters()), list(module.parameters()), 1 - decay)
@@ -235,6 +103,18 @@ def fit(
                 torch.save(state, checkpoint.with_suffix(".partial"))
                 checkpoint.with_suffix(".partial").replace(checkpoint)
     return {key: module.eval() for key, module in ema.items()}
+
+
+def _resume(
+    checkpoint: Path, modules: dict[str, nn.Module], ema: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Load a checkpoint and return the steps that were done and the seconds that they took."""
+    state = torch.load(checkpoint, weights_only=True)
+    for key, module in modules.items():
+        module.load_state_dict(state["modules"][key])
+        ema[key].load_state_dict(state["ema"][key])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
 
 
 def to_float(images: np.ndarray) -> Tensor:
@@ -257,7 +137,8 @@ def train_vae(data: dict[str, np.ndarray], work: Path, steps: int) -> Autoencode
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
         return 2 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * edges + 2e-4 * posterior.kl().mean() / x[0].numel()
 
-    trained = fit("vae", {"vae": vae}, loss, work, steps=steps, lr=1.5e-3, betas=(0.9, 0.99), flat=0.3)["vae"]
+    schedule = Schedule(steps, lr=1.5e-3, betas=(0.9, 0.99), flat=0.3)
+    trained = fit("vae", {"vae": vae}, loss, work, schedule)["vae"]
     fold_latent_statistics(trained, images[:2000])
     return trained
 
@@ -322,10 +203,12 @@ def train_unet(
         predicted = modules["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
         return (weight[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
 
-    modules = fit("unet", modules, lambda rng: loss(rng, 0.0), work, steps=steps, lr=8e-4, flat=0.3, ema_decay=0.998)
+    modules = fit(
+        "unet", modules, lambda rng: loss(rng, 0.0), work, Schedule(steps, lr=8e-4, flat=0.3, ema_decay=0.998)
+    )
     for module in modules.values():
         module.requires_grad_(True)
-    modules = fit("offset", modules, lambda rng: loss(rng, 0.2), work, steps=offset_steps, lr=5e-4, ema_decay=0.99)
+    modules = fit("offset", modules, lambda rng: loss(rng, 0.2), work, Schedule(offset_steps, lr=5e-4, ema_decay=0.99))
     return modules["unet"], modules["text_encoder"]
 
 
@@ -356,7 +239,7 @@ def train_classifier(data: dict[str, np.ndarray], vae: AutoencoderKL, work: Path
         both = ((object_logits, objects), (style_logits, styles))
         return torch.stack([F.cross_entropy(out, truth[rows], label_smoothing=0.05) for out, truth in both]).sum()
 
-    trained = fit("classifier", {"classifier": model}, loss, work, steps=steps, lr=2e-3, flat=0.2)
+    trained = fit("classifier", {"classifier": model}, loss, work, Schedule(steps, lr=2e-3, flat=0.2))
     return trained["classifier"]
 
 
