@@ -90,6 +90,4 @@ def faults() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    found = list(faults())
-    print(*found, sep="\n")
-    sys.exit(1 if found else 0)
+    sys.exit("\n".join(faults()) or 0)
