@@ -185,8 +185,8 @@ def _built(make: ModelConfigs, part: str) -> nn.Module:
 
 def _text_encoder(make: ModelConfigs) -> tuple[int, int]:
     """Return the bytes of a text encoder's weights and of the gradient of its token embeddings, which are trained."""
-    encoder = _built(make, "text_encoder")
-    table: Any = encoder.get_input_embeddings().weight
+    encoder: Any = _built(make, "text_encoder")
+    table = encoder.get_input_embeddings().weight
     return sum(p.nbytes for p in encoder.parameters()), table.nbytes
 
 

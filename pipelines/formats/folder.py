@@ -144,7 +144,8 @@ def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:
             (partial / "README.md").write_text(card, encoding="utf-8")
         for name, module in model.modules.items():
             with silence_hub_logs():  # one at a time, so that the model is never in memory twice
-                found = type(module).from_pretrained(partial / name, local_files_only=True).state_dict()
+                kind: Any = type(module)  # of diffusers or transformers, which mypy sees as a plain module
+                found = kind.from_pretrained(partial / name, local_files_only=True).state_dict()
             check_same(module.state_dict(), found, folder / name)
             if read_weights(partial / name).keys() != {published_name(module, key) for key in found}:
                 raise EraseError(f"{folder / name}: its weights were written under other names than published models'")
