@@ -103,34 +103,34 @@ of {source}; VAE, text encoder, tokenizer and scheduler are its own.
 
 
 def _parts(run_info: dict[str, Any]) -> str:
-    """Say which parts are the base model's, and begin to say of which the weights were changed."""
+    """Say which parts are the base model's, and begin the sentence on the part that was changed."""
     if "text_encoder" in run_info["erased"]:
         return "UNet, VAE, tokenizer and scheduler are the base model's; of the text encoder's"
     return "VAE, text encoder, tokenizer and scheduler are the base model's; of the UNet's"
 
 
 def _hashes(erased: dict[str, str]) -> str:
-    """Return the table's lines on the parts whose weights are told."""
+    """Return the table's lines with the hashes of the erased parts."""
     words = {"unet": "UNet", "text_encoder": "text encoder"}
-    return "".join(f"| erased {words[part]}, SHA-256 | `{told}` |\n" for part, told in erased.items())
+    return "".join(f"| erased {words[part]}, SHA-256 | `{sha256}` |\n" for part, sha256 in erased.items())
 
 
 def _erased(run_info: dict[str, Any]) -> str:
-    """Say what was erased, by what method, and what became of it."""
-    told = f"erased from this model with `{run_info['method']}` of erase-concept"
+    """Say what was erased, by which method, and what its prompts were remapped to."""
+    how = f"erased from this model with `{run_info['method']}` of erase-concept"
     if "parts" not in run_info:
-        what = f"The {run_info['kind']} *{_plain(run_info['concept'])}* was {told}"
+        what = f"The {run_info['kind']} *{_plain(run_info['concept'])}* was {how}"
         return f"{what}: its prompts were remapped to {_anchor(run_info)}."
     parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in run_info["parts"]]
-    return f"These concepts were {told}, all at once: {in_words(parts)}."
+    return f"These concepts were {how}, all at once: {in_words(parts)}."
 
 
 def _earlier(run_info: dict[str, Any]) -> str:
-    """Say what had been erased before, from which model, where anything had."""
+    """Say what earlier runs erased, and from which model."""
     runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in run_info.get("earlier", ())]
     if not runs:
         return ""
-    return f"\n\nThe base model had lost something before, one after the other: {'; '.join(runs)}."
+    return f"\n\nEarlier runs erased from the base model, one after the other: {'; '.join(runs)}."
 
 
 def _anchor(part: dict[str, Any]) -> str:
@@ -153,8 +153,8 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
 def _loaded(base: dict[str, str]) -> str:
     """Return the table's line on what the base model is; the first runs do not say."""
     words = {"family": "", "prediction_type": "prediction type ", "dtype": "weights in "}
-    told = ", ".join(word + base[key] for key, word in words.items() if base.get(key))
-    return f"| base, loaded as | {_plain(told)} |\n" if told else ""
+    words_of_base = ", ".join(word + base[key] for key, word in words.items() if base.get(key))
+    return f"| base, loaded as | {_plain(words_of_base)} |\n" if words_of_base else ""
 
 
 def _plain(text: str) -> str:

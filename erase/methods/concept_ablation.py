@@ -54,14 +54,14 @@ def concept_ablation(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Fit the concept's prediction to the anchor's own, on pictures of the anchor.
+    """Fit the prediction for the concept's prompts to that for the anchor's, on pictures of the anchor.
 
     Minimises  E |e(x_t, c) - sg e(x_t, c')|^2 + lambda E |e(x'_t, c') - noise|^2,  with the concept's prompt c, the
-    same prompt said of the anchor c', noisy latents x_t and x'_t of the anchor, and no gradient through sg: the paper's
-    model-based variant. The target is the current model's, which in cross-attention alone stays near the base model's.
-    The authors' code trains keys and values of the cross-attention, to which this scope adds queries and outputs. With
-    the scope "text-encoder" it is the paper's embedding variant: the embeddings of the name's own tokens, ahead of the
-    text encoder's layers, are all that is trained, at a learning rate of their own.
+    same prompt for the anchor c', noisy latents x_t and x'_t of the anchor, and no gradient through sg. This is the
+    paper's model-based variant. The target is the current model's; where only cross-attention is trained, it stays
+    near the base model's. The authors' code trains the keys and values of cross-attention; this scope has its queries
+    and outputs too. With the scope "text-encoder" it is the paper's embedding variant: only the token embeddings of
+    the name's own tokens are trained, at a learning rate of their own.
     """
     yield from _ablate(model, data, mask, settings, seed, checkpoint, noise_based=False)
 
@@ -89,8 +89,8 @@ def concept_ablation_noise(
 ) -> Iterator[Record | TargetProgress]:
     """Train the concept's prompt on pictures of the anchor, as if they showed the concept.
 
-    Minimises  E |e(x_t, c) - noise|^2 + lambda E |e(x'_t, c') - noise'|^2,  with the names of ``concept_ablation``: the
-    paper's noise-based variant.
+    Minimises  E |e(x_t, c) - noise|^2 + lambda E |e(x'_t, c') - noise'|^2,  with the symbols of ``concept_ablation``.
+    This is the paper's noise-based variant.
     """
     yield from _ablate(model, data, mask, settings, seed, checkpoint, noise_based=True)
 

@@ -55,14 +55,14 @@ def erasediff(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Keep the retain loss low, under the constraint that the concept's prediction is as near to noise as it gets.
+    """Keep the retain loss low, under the constraint that the concept's prediction is as close to noise as possible.
 
     min L_r(theta)  with  g(theta) = L_f(theta) - L_f(phi_K) <= 0,  where phi_K is what K steps of gradient descent on
     L_f make of theta. L_r is the training loss on retain rows and L_f = E |e(x_f,t, c_f) - u|^2 with noise u uniform
     in [0, 1]. A step goes along  dL_r + l dg,  l = max(0, (w - <dL_r, dg>) / |dg|^2),  which is the nearest direction
     to dL_r in which g falls by w = eta |dg|^2 or more; w is 0 where the constraint holds.
-    Approximated are: D_f by the step's batch; dg by dL_f, phi_K standing still (as in the authors' code, first order);
-    gradient descent by Adam. The authors' code takes |dL_r| |dg| for |dg|^2 in l, and u for the noise in x_t as well.
+    Three things are approximated: D_f by the step's batch; dg by dL_f with phi_K fixed (first order, as in the authors'
+    code); gradient descent by Adam. The authors' code has |dL_r| |dg| for |dg|^2 in l, and u for the noise in x_t.
     """
     unet = model.unet
 
@@ -91,8 +91,8 @@ def erasediff(
                 p.copy_(start[name])
         retain_loss = training_loss(model, retain)
         gradient = salient_gradient(retain_loss, unet, mask)
-        least = settings.eta * dot(constraint, constraint) * (gap > 0)
-        direction, multiplier = onto_half_space(gradient, constraint, least)
+        at_least = settings.eta * dot(constraint, constraint) * (gap > 0)
+        direction, multiplier = onto_half_space(gradient, constraint, at_least)
         value = with_gradient(retain_loss + multiplier * now.detach(), unet, direction)
         return value, {"forget": now, "retain": retain_loss, "gap": gap, "multiplier": multiplier}
 

@@ -94,20 +94,20 @@ def esd(
 ) -> Iterator[Record | TargetProgress]:
     """Guide the concept's prediction away from it: esd-x in cross-attention, esd-u in all else, esd-full everywhere.
 
-    Minimises  E |e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0)))|^2  with the frozen base model e*, the empty
-    prompt 0 and x_t sampled by the current model from the concept's prompt c. The same holds of velocities, for the
-    target's weights sum up to one. esd-u trains all that is not cross-attention, as the paper says; its authors' code
-    leaves out the last layers and the time embedding as well.
+    Minimises  E |e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0)))|^2  with the frozen base model e* and the
+    empty prompt 0. The current model samples x_t from the concept's prompt c. The formula holds for velocities too,
+    since the target's weights sum to one. esd-u trains everything but cross-attention, as in the paper; the authors'
+    code leaves out the last layers and the time embedding as well.
     """
-    # A second UNet in memory, for x_t is not known before the current model makes it.
+    # A second UNet in memory: x_t is not known before the current model makes it, so no target can be precomputed.
     base = model.with_components(unet=copy.deepcopy(model.unet))
-    empty = data.uncond.to(model.device)
+    uncond = data.uncond.to(model.device)
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         concept = data.forget[draw_evenly(data.forget_parts, settings.batch_size, generator)].to(model.device)
         noisy, timesteps = partway(model, data, concept, settings, generator)
         with torch.no_grad():
-            target = base.cfg(noisy, timesteps, concept, empty, -settings.eta)
+            target = base.cfg(noisy, timesteps, concept, uncond, -settings.eta)
         forget = mse_loss(model.predict(noisy, timesteps, concept), target)
         return forget, {"forget": forget}
 
@@ -117,7 +117,7 @@ def esd(
 def partway(
     model: Diffusion, data: ForgetRetain, embeddings: Tensor, settings: PartwayTraining, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample with guidance (DDIM, arXiv 2010.02502) up to a random step, one for all rows, so that they go together.
+    """Sample with guidance (DDIM, arXiv 2010.02502) up to a random step, the same for all rows of the batch.
 
     Returns the noisy latents [n, 4, h, w], of the size of the data's, and their time steps [n].
     """

@@ -48,8 +48,8 @@ def gradient_ascent(
 ) -> Iterator[Record | TargetProgress]:
     """Raise the training loss on the concept, and keep it low on everything else.
 
-    Minimises  -E |e(x_f,t, c_f) - noise|^2 + alpha * E |e(x_r,t, c_r) - noise|^2.  The first term has no lower bound:
-    how far it goes is for the learning rate and the number of steps to say, and a loss that is not finite ends the run.
+    Minimises  -E |e(x_f,t, c_f) - noise|^2 + alpha * E |e(x_r,t, c_r) - noise|^2.  The first term has no lower bound,
+    so the learning rate and the number of steps decide how far it goes. A loss that is not finite ends the run.
     """
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:

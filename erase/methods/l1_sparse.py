@@ -42,11 +42,11 @@ def l1_sparse(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Fine-tune on what is retained under an l1 penalty: what is not rehearsed fades as the weights shrink.
+    """Train on what is retained under an l1 penalty: what is not rehearsed fades as the weights shrink.
 
-    Minimises  E |e(x_r,t, c_r) - noise|^2 + gamma (1 - t / T) |theta|_1  in step t of T, from 0. The penalty's gradient
-    is gamma in every weight: Adam makes a step of it where the training loss has a smaller one, however small gamma is.
-    The method never sees the concept.
+    Minimises  E |e(x_r,t, c_r) - noise|^2 + gamma (1 - t / T) |theta|_1  in step t of T, from 0. The size of the
+    penalty's gradient is gamma in every weight. Where the training loss has a smaller gradient, Adam makes a whole step
+    of it, however small gamma is. The method never sees the concept.
     """
     step = steps_done(checkpoint)
 

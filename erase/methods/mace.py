@@ -26,7 +26,7 @@ class MACESettings(ClosedFormSettings):
 @method(
     "mace",
     MACESettings,
-    summary="Takes the concept out of the words around its name in closed form: the first of MACE's three parts.",
+    summary="Takes the concept out of the tokens behind its name, in closed form: the first of MACE's three parts.",
     title="MACE, closed form",
     paper="arXiv 2403.06135",
     trains="keys and values of cross-attention",
@@ -44,14 +44,14 @@ def mace(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record]:
-    """Take the concept out of the words around its name, in closed form: the first of MACE's three parts.
+    """Take the concept out of the tokens behind its name, in closed form: the first of MACE's three parts.
 
     Minimises  sum |W e_f - W0 e_g|^2 + l sum |W e_p - W0 e_p|^2 + ridge |W - W0|^2  for every key and value matrix of
     cross-attention: e_f the tokens behind the name in the concept's prompts, end tokens and padding included, e_g the
-    same words' tokens in the anchor's prompts, e_p all tokens of the retained prompts. Words before the name know
-    nothing of it, for the text encoder is causal. The name's own tokens keep what they carry: MACE trains a LoRA
-    against it afterwards, and merges the LoRAs of many concepts by a formula, neither of which is done here. With a
-    mask, see ``closed_form``: the minimiser over its weights alone. Nothing is drawn at random.
+    same words' tokens in the anchor's prompts, e_p all tokens of the retained prompts. The text encoder is causal, so
+    words before the name carry nothing of it. The name's own tokens are left as they are: MACE then trains a LoRA
+    against them, and merges the LoRAs of many concepts by a formula. Neither is done here. With a mask it is the
+    minimiser over its weights alone, see ``closed_form``. Nothing is drawn at random.
     """
     began = time.perf_counter()
     loss, terms = edit(model, data, mask, settings, *concept_tokens(model, data, "anchor", name=False))

@@ -54,16 +54,16 @@ def rece(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record]:
-    """UCE, then in rounds: find in closed form the tokens that would bring the concept back, and erase those too.
+    """Edit as UCE does, then in rounds find the tokens that would bring the concept back, and edit those too.
 
-    The token that makes the edited model's keys and values most like those that the base model, W*, has of c is
+    The token for which the edited model's keys and values are closest to the base model's (W*) for c is
 
         c' = argmin sum_j |W_j c' - W*_j c|^2 + regular_scale |c'|^2
            = (regular_scale I + sum_j W_j^T W_j)^-1 (sum_j W_j^T W*_j) c        over all matrices j,
 
-    and each round gives every c' what its c was to become, by UCE's formula with the weights of the round before as W0.
-    The rounds' tokens are UCE's, from the name's last one on; the authors' code takes whole prompts, which are nothing
-    but the name there. With a mask each round is the minimiser over its weights alone. Nothing is drawn at random.
+    and each round gives every c' the target of its c, by UCE's formula with the weights of the round before as W0.
+    The rounds' tokens are UCE's, from the name's last one on; the authors' code takes whole prompts, which there are
+    the name alone. With a mask each round is the minimiser over its weights alone. Nothing is drawn at random.
     """
     began = time.perf_counter()
     base = {
@@ -80,7 +80,7 @@ def rece(
 
 
 def regained(model: Diffusion, base: Mapping[str, Tensor], concept: Tensor, regular_scale: float) -> Tensor:
-    """Return tokens [n, width] in which the model as it is now sees what the base saw in the concept's [n, width]."""
+    """Return the tokens [n, width] that bring back the base model's keys and values for the concept's [n, width]."""
     system = regular_scale * torch.eye(concept.shape[1], dtype=torch.float64)
     mixed = torch.zeros_like(system)
     for name, weight in matrices(model.unet, model.family.layers).items():

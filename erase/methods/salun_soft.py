@@ -48,9 +48,9 @@ def salun_soft(
 ) -> Iterator[Record | TargetProgress]:
     """Minimise SalUn's loss plus beta |theta - theta_o|_1: weights that matter little fall back to the base model's.
 
-    By proximal gradient: after step t of T, from 0, with learning rate r, every change of a weight is drawn to zero,
-    theta = theta_o + S(theta - theta_o),  S(d) = sign(d) max(|d| - r beta (1 - t / T), 0).
-    The authors' code finds its threshold anew in each step, as a quantile of all |d|, whose share falls linearly.
+    By proximal gradient: after step t of T, from 0, with learning rate r, every change of a weight is shrunk towards
+    zero,  theta = theta_o + S(theta - theta_o),  S(d) = sign(d) max(|d| - r beta (1 - t / T), 0).
+    The authors' code takes a quantile of all |d| as the threshold of each step; the quantile's share falls linearly.
     """
     base = {name: p.detach().clone() for name, p in model.unet.named_parameters()}  # a second UNet's weights in memory
     loss = salun_loss(data, settings)

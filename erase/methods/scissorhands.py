@@ -68,13 +68,13 @@ def scissorhands(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Make the weights new to which the concept is most sensitive, then repair the rest without bringing it back.
+    """Reset the weights that the concept depends on most, then repair the rest without bringing it back.
 
-    Sensitivity is SNIP's (arXiv 1810.02340), |theta dL_f / dtheta|, with gradients' sizes summed over batches of the
-    training loss L_f on forget rows. The repair minimises  L_r - ascent L_f,  L_r on retain rows; where its gradient
-    g opposes g_o = -dL_f, taken once after the trimming, the nearest one with <g, g_o> >= 0 takes its place.
-    With a mask, only weights in it are ranked, trimmed and moved. The authors rank the whole UNet, and for Stable
-    Diffusion trim only what lies in two self-attention blocks and do not project.
+    The sensitivity is SNIP's (arXiv 1810.02340), |theta dL_f / dtheta|, with the sizes of the gradients summed over
+    batches of the training loss L_f on forget rows. The repair minimises  L_r - ascent L_f,  L_r on retain rows. Where
+    its gradient g opposes g_o = -dL_f, taken once after the reset, the nearest one with <g, g_o> >= 0 takes its place.
+    With a mask, only its weights are ranked, reset and trained. The authors rank the whole UNet; for Stable Diffusion
+    they reset only weights of two self-attention blocks, and do not project.
     """
     unet = model.unet
 
@@ -89,7 +89,7 @@ def scissorhands(
         direction, _ = onto_half_space(salient_gradient(value, unet, mask), memory)
         return with_gradient(value, unet, direction), {"forget": forgotten, "retain": retain_loss}
 
-    # Done again when a run goes on: the checkpoint's weights are put in place after it.
+    # Done again when a run resumes: the checkpoint's weights are put in place after it.
     if settings.recompute:
         unet.enable_gradient_checkpointing()
     batches = [stage_generator(seed, "sensitivity", batch) for batch in range(settings.trim_batches)]
@@ -103,7 +103,7 @@ def scissorhands(
 
 
 def chosen(scores: dict[str, Tensor], share: float, mask: Mask | None) -> Mask:
-    """Return the mask of the largest scores, a share of the weights that may move and among these."""
+    """Return the mask of the largest scores: a share of the weights that may change, and only among these."""
     if mask is None:
         total = sum(score.numel() for score in scores.values())
         return masks.top_k(scores, masks.keep_count(share, total))
@@ -113,7 +113,7 @@ def chosen(scores: dict[str, Tensor], share: float, mask: Mask | None) -> Mask:
 
 @torch.no_grad()
 def trim(module: nn.Module, mask: Mask, generator: torch.Generator) -> None:
-    """Draw a mask's weights anew, as torch begins: uniform within 1 / sqrt(inputs); biases are 0, scales of norms 1."""
+    """Reset a mask's weights as torch initialises them: uniform within 1 / sqrt(inputs), biases 0, norms' scales 1."""
     for name, p in module.named_parameters():
         if p.dim() < 2:
             new = torch.full(p.shape, float(name.endswith("weight")))

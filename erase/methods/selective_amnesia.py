@@ -62,25 +62,27 @@ def selective_amnesia(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Teach the concept's prompts another picture, rehearse the rest, and hold back the weights that it needs.
+    """Train the concept's prompts on other pictures, rehearse the rest, and hold back the weights that it needs.
 
     Minimises  E_q L(x, c_f) + E L(x_r, c_r) + lambda / 2 * sum_i F_i (theta_i - theta_o,i)^2  with the training loss L.
     q is the surrogate: the anchor's pictures, or latents uniform in [-1, 1]; x_r are the base model's own samples.
     F_i is the Fisher information E (dl / dtheta_i)^2 of each retain row's evidence bound l, the sum of its training
-    losses over all time steps. It is estimated here from ``batch_size`` time steps of each row, scaled up, where the
-    authors take all 1,000 of 5,000 rows; their code has lambda for lambda / 2.
-    Raises RequestError when the data hold no picture of the anchor, and none is to be noise.
+    losses over all time steps. It is estimated from ``batch_size`` time steps of each row, scaled up; the authors take
+    all 1,000 time steps of 5,000 rows. Their code has lambda where the paper has lambda / 2.
+    Raises RequestError when the surrogate is the anchor and the data hold no picture of it.
     """
     if settings.surrogate == "anchor" and not len(data.anchor_latents):
-        raise RequestError("data.anchor", 0, "selective-amnesia needs rows of the anchor, or surrogate=noise")
-    # A mask may have needed pictures of the concept: this method learns from none.
+        raise RequestError(
+            "data.anchor", 0, "selective-amnesia needs pictures of the anchor, or the setting surrogate=noise"
+        )
+    # A mask may have needed pictures of the concept, from which this method does not learn.
     shown = replace(data, forget_latents=data.forget_latents[:0], forget_which=data.forget_which[:0])
     if settings.surrogate == "noise":
         uniform = torch.rand(data.retain_latents.shape, generator=stage_generator(seed, "surrogate"))
         which = torch.arange(len(uniform)) % len(data.forget)
         shown = replace(shown, anchor_latents=2 * uniform - 1, anchor_which=which)
     unet = model.unet
-    # Before any weight has moved, also when a run goes on: the checkpoint is read when the training begins.
+    # Before any weight changes, also when a run resumes: the checkpoint is read when the training begins.
     information = fisher(model, data, settings, stage_generator(seed, "fisher"))
     base = {name: p.detach().clone() for name, p in unet.named_parameters()}
 
@@ -89,9 +91,9 @@ def selective_amnesia(
         retain = data.retain_batch(model, draw(len(data.retain_latents), settings.batch_size, generator), generator)
         surrogate_loss, retain_loss = training_loss(model, forget), training_loss(model, retain)
         drift = [(information[n] * (p - base[n]).square()).sum() for n, p in unet.named_parameters()]
-        held = settings.penalty / 2 * torch.stack(drift).sum()
-        terms = {"forget": surrogate_loss, "retain": retain_loss, "held": held}
-        return surrogate_loss + retain_loss + held, terms
+        penalty = settings.penalty / 2 * torch.stack(drift).sum()
+        terms = {"forget": surrogate_loss, "retain": retain_loss, "penalty": penalty}
+        return surrogate_loss + retain_loss + penalty, terms
 
     yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
 

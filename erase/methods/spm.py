@@ -65,14 +65,14 @@ def spm(
     seed: int,
     checkpoint: Path | None = None,
 ) -> Iterator[Record | TargetProgress]:
-    """Train one-dimensional adapters that erase the concept and leave all else alone, and fuse them into the UNet.
+    """Train rank-one adapters that erase the concept and leave everything else alone, and add them to the weights.
 
     Minimises  E |e(x_t, c) - (e*(x_t, c') - eta (e*(x_t, c) - e*(x_t, c')))|^2
              + lambda E |e(x_t, c_r) - e*(x_t, c_r)|^2  over the adapters, with the base model e*, the concept's prompt
-    c, the same prompt said of the anchor c', x_t sampled by the current model from c, and c_r drawn with a probability
-    that falls with its likeness to c, 1 - |cos(c, c_r)|: latent anchoring. The paper draws c_r from all embeddings,
-    where its authors' code takes noise; here they are the prompts to be retained. Their adapters' strength can depend
-    on the prompt; fused into the weights it cannot. The rate falls along one cosine, where their code takes three.
+    c, the same prompt for the anchor c', and x_t sampled by the current model from c. Latent anchoring: c_r is drawn
+    with a probability that falls with its similarity to c, 1 - |cos(c, c_r)|. The paper draws c_r from all embeddings,
+    and the authors' code from noise; here they are the retained prompts. The authors' adapters can depend on the
+    prompt; added to the weights they cannot. The learning rate falls along one cosine, where their code has three.
     """
     adapters = Adapters(model.unet, mask, stage_generator(seed, "adapters"), model.family.layers)
 
@@ -86,11 +86,11 @@ def spm(
         again, times = (each.repeat_interleave(settings.anchors, 0) for each in (noisy, timesteps))
         with torch.no_grad(), adapters.off():
             target = model.cfg(noisy, timesteps, concept, anchor, -settings.eta)
-            kept = model.predict(again, times, retained)
+            retain_target = model.predict(again, times, retained)
         predicted = model.predict(
             torch.cat([noisy, again]), torch.cat([timesteps, times]), torch.cat([concept, retained])
         )
-        forget, retain = mse_loss(predicted[: len(noisy)], target), mse_loss(predicted[len(noisy) :], kept)
+        forget, retain = mse_loss(predicted[: len(noisy)], target), mse_loss(predicted[len(noisy) :], retain_target)
         return forget + settings.anchoring * retain, {"forget": forget, "retain": retain}
 
     with adapters.attached():

@@ -49,11 +49,11 @@ def uce(
     """Give the concept's tokens the keys and values of others in closed form, the retained prompts keeping theirs.
 
     W = (sum_i W0 u_i c_i^T + l sum_p W0 c_p c_p^T + ridge W0) (sum_i c_i c_i^T + l sum_p c_p c_p^T + ridge I)^-1 for
-    every key and value matrix of cross-attention, c_i the concept's tokens, u_i what they become, c_p all tokens of the
-    retained prompts, l their scale. As in the authors' first code c_i are the last token of the name and all behind it:
-    padding is attended to as well, and what it knows of the concept would be left by the last token alone, which is all
-    that their later code edits. With a mask, see ``closed_form``: the minimiser over its weights alone. Nothing is
-    drawn at random, so the seed changes nothing; it takes seconds, so there is no checkpoint.
+    every key and value matrix of cross-attention, with the concept's tokens c_i, their targets u_i, all tokens c_p of
+    the retained prompts, and the scale l of these. As in the authors' first code c_i are the last token of the name and
+    all tokens behind it, since padding is attended to as well and carries the concept too; their later code edits the
+    last token alone. With a mask it is the minimiser over its weights alone, see ``closed_form``. Nothing is drawn at
+    random, so the seed changes nothing. It takes seconds, so there is no checkpoint.
     """
     began = time.perf_counter()
     loss, terms = edit(model, data, mask, settings, *concept_tokens(model, data, settings.becomes, name=True))

@@ -1,4 +1,4 @@
-"""Gradients that a method changes before the step: taken where weights may move, projected, handed to the loop."""
+"""Gradients that a method changes before the step: computed where weights may change, projected, handed on."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
 
 
 def onto_half_space(
-    gradient: Mapping[str, Tensor], normal: Mapping[str, Tensor], least: float | Tensor = 0.0
+    gradient: Mapping[str, Tensor], normal: Mapping[str, Tensor], at_least: float | Tensor = 0.0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the nearest vector to a gradient whose dot product with ``normal`` is ``least`` or more.
+    """Return the nearest vector to a gradient whose dot product with ``normal`` is ``at_least`` or more.
 
-    That is gradient + l normal with  l = max(0, (least - <gradient, normal>) / |normal|^2), the solution of the
+    That is gradient + l normal with  l = max(0, (at_least - <gradient, normal>) / |normal|^2), the solution of the
     quadratic programme of gradient episodic memory (arXiv 1706.08840) for a single constraint. Returns l as well.
     """
     square = torch.stack([normal[name].square().sum() for name in gradient]).sum()
     if square == 0:
         return dict(gradient), square
-    factor = ((least - dot(gradient, normal)) / square).clamp(min=0)
+    factor = ((at_least - dot(gradient, normal)) / square).clamp(min=0)
     return {name: g + factor * normal[name] for name, g in gradient.items()}, factor
 
 
