@@ -70,7 +70,7 @@ def test_two_steps_equal_the_formulas(
         assert (held > 0) == (step > 0)
         loss = forget + retain + held
         assert records[step].loss == pytest.approx(loss.item(), rel=near)
-        terms = {"forget": forget.item(), "retain": retain.item(), "held": held.item()}
+        terms = {"forget": forget.item(), "retain": retain.item(), "penalty": held.item()}
         assert records[step].terms == pytest.approx(terms, rel=10 * near)
         adam(unet, torch.autograd.grad(loss, list(unet.parameters())), moments, step, 0.01, mask)
     for (name, p), q in zip(tiny.unet.named_parameters(), unet.parameters(), strict=True):
