@@ -116,8 +116,8 @@ class Report:
     charts: tuple[Chart, ...] = ()
     curves: tuple[Curve, ...] = ()
     pairs: tuple[Pair, ...] = ()
-    looks_for: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    looks_for: str = ""
 
     def score(self, metric: str) -> Score | None:
         """Return the score of that metric, the first where it has several, or None when it was not measured."""
