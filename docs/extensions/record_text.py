@@ -67,8 +67,17 @@ def _settings_table(found: Iterable[Setting]) -> str:
     return _table(rows)
 
 
+def _copies(method: Any) -> int:
+    """Return how many copies of all of the UNet a method holds at its peak, with its own settings."""
+    return round(max((phase.copies for phase in method.memory(method.settings())), default=0))
+
+
+# Columns that are no field of a record.
+_COMPUTED = {"copies": _copies}
+
+
 def _cell(record: Any, field: str) -> str:
-    value = getattr(record, field)
+    value = _COMPUTED[field](record) if field in _COMPUTED else getattr(record, field)
     if isinstance(value, (tuple, list, set, frozenset)):
         value = ", ".join(map(str, value))
     if isinstance(value, bool):
