@@ -77,8 +77,6 @@ def public_text() -> str:
 
 def modules_text(package: str) -> str:
     """Return a section for each module of a package."""
-    sections = []
-    for name in module_names(package):
-        members = "   :no-members:\n" if name == "erase_concept" else ""  # the public names have a page of their own
-        sections.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n{members}```")
-    return "\n\n".join(sections)
+    # What a package takes over from its modules is described there.
+    described = "\n".join(("```{{eval-rst}}", ".. automodule:: {name}", "   :ignore-module-all:", "```"))
+    return "\n\n".join(f"## {name}\n\n{described.format(name=name)}" for name in module_names(package))
