@@ -1,4 +1,4 @@
-"""Model families, one file each: what a model is made of, how it encodes and predicts, its layers and file layouts."""
+"""Model families, one file each: components, encoding, prediction, layers and single-file layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_family(class_name: str, configs: Configs) -> Family | None:
 
 
 def family_of_file(keys: Iterable[str]) -> Family | None:
-    """Return the family of a checkpoint in one file, told by the names of its tensors."""
+    """Return the family of a checkpoint in one file, found by the names of its tensors."""
     keys = list(keys)
     for family in FAMILIES.all().values():
         mark = family.single_file and family.single_file.mark

@@ -23,7 +23,7 @@ def _configs(metadata: Mapping[str, str]) -> Configs:
 
 
 def _matches(configs: Configs) -> bool:
-    """OpenCLIP's text encoder, which Stable Diffusion 2.x has, is told by its activation."""
+    """Tell it from Stable Diffusion 2.x, whose text encoder has another activation."""
     return configs["text_encoder"].get("hidden_act") != "gelu"
 
 

@@ -70,7 +70,7 @@ def uncond(empty: Tensor, settings: Mapping[str, Any]) -> Tensor:
 
 
 def predict(components: Components, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the UNet's prediction, told that the image was made, and is to be shown whole, in the latents' size."""
+    """Return the UNet's prediction for uncropped images of the latents' size."""
     unet, factor = components["unet"], shared.vae_factor(components["vae"])
     height, width = (side * factor for side in noisy.shape[-2:])
     # The size at which an image was made, the corner of its crop, and the size that it is to have.

@@ -1,9 +1,9 @@
-"""Deltas: what an erasing changed in the UNet, as one small file that is applied and taken back, bit for bit.
+"""Deltas: the change of a UNet as one small file, which can be applied and reverted, bit for bit.
 
-A float and its neighbours have consecutive bit patterns, so the way from one weight to another can be told in steps
-from float to float: a whole number, and exact in both directions, which a difference of floats is not. The file holds
-one bit for each weight of a parameter that changed (does this weight differ?) and the number of steps for those that
-do, in the fewest bytes that hold most of them.
+Neighbouring floats have consecutive bit patterns. So the change of a weight is stored as a number of steps from float
+to float: a whole number, which is exact in both directions, while a difference of floats is not. For each parameter
+that changed, the file holds one bit for each weight (did it change?) and the number of steps of those that did. The
+numbers take the fewest bytes that hold most of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _INTEGERS}
 
 @dataclass(frozen=True)
 class Delta:
-    """An opened delta file: the dtype of its weights, the hashes of both UNets, and what else its maker said."""
+    """An opened delta file: the dtype of its weights, the hashes of both UNets, and the other metadata."""
 
     file: Path
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Delta:
 
 
 def save_delta(base: nn.Module, erased: nn.Module, file: str | Path, about: dict[str, str]) -> None:
-    """Write the way from ``base`` to ``erased``, two UNets of the same shapes and the same dtype, and go it once.
+    """Write the change from ``base`` to ``erased``, two UNets of the same shapes and dtype, and check the file.
 
     Raises ValueError when they differ in more than their weights' values or when the dtype is none of fp32, fp16, bf16,
     and EraseError, leaving no file, when what is read back does not lead to ``erased``, bit for bit.
@@ -77,7 +77,7 @@ def save_delta(base: nn.Module, erased: nn.Module, file: str | Path, about: dict
 
 
 def open_delta(file: str | Path, *, setting: str = "delta") -> Delta:
-    """Read what a delta file says of itself; raises RequestError when it is missing, damaged or no delta."""
+    """Read a delta file's metadata; raises RequestError when it is missing, damaged or no delta."""
     file = Path(file)
     try:
         with safe_open(file, "pt") as tensors:
@@ -97,11 +97,11 @@ def open_delta(file: str | Path, *, setting: str = "delta") -> Delta:
 def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer: bool = False) -> None:
     """Turn the base UNet into the erased one in place, or with ``revert`` the erased one into the base.
 
-    The UNet must be in the delta's dtype. Its hash is checked before and the result's after, so what comes out is the
-    model that the delta was made from, bit for bit. With ``transfer`` neither is checked: another UNet of the same
-    shapes moves by as many floats as the first one did, so a weight of twice the size moves twice as far. Whether the
-    concept is then gone must be measured. Raises RequestError when the UNet is not the one that is needed, EraseError
-    when the result is not the one that was promised.
+    The UNet must be in the delta's dtype. Its hash is checked before, and the result's hash after, so the result is the
+    model that the delta was made from, bit for bit. With ``transfer`` neither is checked: each weight of another UNet
+    of the same shapes moves by the same number of floats, so a weight of twice the size moves twice as far. Measure
+    whether the concept is gone then. Raises RequestError when it is the wrong UNet, EraseError when the result is not
+    the right one.
     """
     state = unet.state_dict()
     for name in (*delta.shapes, *state):
@@ -132,7 +132,7 @@ def _changed(tensors: Any) -> set[str]:
 
 
 def _moved(tensors: Any, name: str, value: Tensor, *, revert: bool = False) -> np.ndarray:
-    """Return a parameter after its steps, or before them, as integers in the order of the floats, flat."""
+    """Return a parameter after its steps, or before them, as flat integers in the order of the floats."""
     packed, narrow, wide = (tensors.get_tensor(f"{name}:{part}").numpy() for part in ("changed", "steps", "wide"))
     flat = _ordered(value)
     steps = _widened(narrow, wide, flat.dtype)

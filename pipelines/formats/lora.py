@@ -1,8 +1,8 @@
-"""LoRA files: the change of an erasing, in low rank, as A1111, ComfyUI and diffusers add it to a model they have.
+"""LoRA files: the change of a UNet in low rank, as A1111, ComfyUI and diffusers add it to the base model.
 
-A LoRA adds ``up @ down`` to a layer's weight. Of all pairs of a given rank, those made of the change's leading singular
-vectors come nearest to it (Eckart and Young 1936). Only the weights of linear and convolutional layers can be changed
-so: what an erasing changed in biases and norms is left out, and its share is told.
+A LoRA adds ``up @ down`` to a layer's weight. Of all pairs of a given rank, the change's leading singular vectors come
+nearest to it (Eckart and Young 1936). A LoRA can change only the weights of linear and convolutional layers. Changes
+of biases and norms are left out, and their share is reported.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Style = Literal["kohya", "diffusers"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How near a LoRA comes to the change, as the Frobenius norm of what it misses over that of the whole change.
+    """The relative error of a LoRA: the Frobenius norm of what it misses over that of the whole change.
 
-    ``errors`` has it by rank, of the written file at its own and of the best there is at the lower ones; ``left_out``
-    is the part in biases and norms, below which no rank comes.
+    ``errors`` has it by rank: of the written file at its own rank, and of the best LoRA at lower ones. ``left_out`` is
+    the part in biases and norms, which is the least error of any rank.
     """
 
     errors: dict[int, float]
@@ -47,10 +47,10 @@ def save_lora(
     dtype: torch.dtype,
     about: dict[str, str],
 ) -> Fit:
-    """Write the nearest LoRA of a rank to the way from ``base`` to ``erased``, two UNets of one make, and read it back.
+    """Write the LoRA of a rank that is nearest to the change from ``base`` to ``erased``, and read it back.
 
-    All layers get the same rank, small ones filled up with zeros, and so the same scale: diffusers 0.42 mistakes the
-    scale of kohya's attention layers where ranks differ. The rank is no higher than the largest layer can use.
+    All layers get the same rank, small ones filled up with zeros, and so the same scale: diffusers 0.42 takes a wrong
+    scale for kohya's attention layers where ranks differ. The rank is no higher than the largest layer can use.
 
     Raises EraseError, and leaves no file, when no such layer changed, the change is not finite, or what is read back is
     not what was written.
@@ -95,10 +95,10 @@ def save_lora(
 def factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the nearest up [m, rank] and down [rank, n] to a float64 matrix [m, n], and its squared singular values.
 
-    These come in falling order, from the eigenvalues of the smaller Gram matrix: for Stable Diffusion's largest layers
-    that takes a tenth of the time of a singular value decomposition, and in float64 it is exact to some 1e-8 of the
-    largest. Each side gets the root of each singular value, so that neither holds numbers too small for fp16. A rank
-    beyond the matrix's own is filled up with zeros.
+    The squared singular values come in falling order. They are the eigenvalues of the smaller Gram matrix: for Stable
+    Diffusion's largest layers this takes a tenth of the time of a singular value decomposition, and in float64 it is
+    exact to some 1e-8 of the largest. Each side gets the root of each singular value, so that neither holds numbers
+    too small for fp16. A rank beyond the matrix's own is filled up with zeros.
     """
     matrix = change if change.shape[0] <= change.shape[1] else change.T
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T)

@@ -171,7 +171,7 @@ def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
     torch.testing.assert_close(tokens, data.forget[0, first : first + count])
     torch.testing.assert_close(wanted, other[start : start + count])
     whole = data.forget.shape[1] - 16
-    assert whole == (family.family == "sdxl")
+    assert whole == (family.family.name == "sdxl")
     if becomes == "empty":
         assert torch.equal(tokens, data.forget[0, first:16])  # up to the last token, and not beyond
     edit(family, data, None, ClosedFormSettings(), tokens, wanted)  # fits every family's width
@@ -182,7 +182,7 @@ def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Co
     tokens, wanted = concept_tokens(family, data, "anchor", name=True)
     retain = data.retain.clone()
     retain[:, 16:] = 1e6  # of SD XL alone
-    other = replace(family, unet=copy.deepcopy(family.unet))
+    other = family.with_components(unet=copy.deepcopy(family.unet))
     first = edit(family, data, None, ClosedFormSettings(), tokens, wanted)
     assert edit(other, replace(data, retain=retain), None, ClosedFormSettings(), tokens, wanted) == first
 
