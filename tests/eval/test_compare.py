@@ -178,7 +178,7 @@ def test_the_published_results_are_readable() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": "no/such/folder"}, "MODEL no/such/folder: "),
+        ({"model": "no/such/folder"}, "model no/such/folder: "),
         ({"benchmark": "i2p"}, "benchmark i2p: tells no share of what is forgotten, or none"),
         ({"benchmark": "no-such"}, "(--)?benchmark no-such: unknown benchmark"),
         ({"benchmark": "imagenette", "concepts": ("cat",)}, "(--)?concept cat: no prompt of imagenette"),
