@@ -3,14 +3,15 @@
 Keys and values are linear in the tokens of a prompt, so asking for those of some tokens to become those of others is a
 least-squares problem in their matrices W [out, width], the present ones being W0:
 
-    min over W   sum_i s_i |W c_i - W0 u_i|^2 + ridge |W - W0|^2
+    min over W   sum_i s_i |W c_i - V_i u_i|^2 + ridge |W - W0|^2
 
-where token c_i is to get what token u_i has now: another one's to erase it, its own to preserve it. With
-A = sum_i s_i c_i c_i^T + ridge I and B = W0 (sum_i s_i u_i c_i^T + ridge I) the minimiser is W = B A^-1.
+where token c_i is to get what the matrices V_i make of token u_i. V_i is W0 in most cases: another token's keys and
+values to erase it, its own to preserve it. With A = sum_i s_i c_i c_i^T + ridge I and B = sum_i s_i V_i u_i c_i^T +
+ridge W0 the minimiser is W = B A^-1.
 
 With a mask it is the exact minimiser over the weights of the mask alone. The rows of W are independent of each other:
 for row w with free weights S, the others F staying at w0, A_SS w_S = B_S - A_SF w0_F. In terms of the change d = w - w0
-both cases are the same, A_SS d_S = r_S with R = W0 sum_i s_i (u_i - c_i) c_i^T, and this is what is solved here, in
+both cases are the same, A_SS d_S = r_S with R = sum_i s_i (V_i u_i - W0 c_i) c_i^T, and this is what is solved here, in
 float64. Rows with the same free weights share one factorisation: without a mask there is one for all.
 """
 
@@ -32,6 +33,8 @@ from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 
 _UCE = "UCE's first code"
+# Which of a prompt's tokens are edited; see ``concept_tokens``.
+Places = Literal["all", "around-name", "behind-name", "name-to-end", "last"]
 
 
 @settings
@@ -39,21 +42,30 @@ class ClosedFormSettings:
     """Settings that every closed form has."""
 
     erase_scale: Annotated[float, described("Weight of the tokens to erase.", ge=0, source=_UCE)] = 1.0
-    preserve_scale: Annotated[float, described("Weight of all tokens of the retained prompts.", ge=0, source=_UCE)] = (
-        0.1
-    )
+    preserve_scale: Annotated[
+        float | None,
+        described(
+            "Weight of all tokens of the n retained prompts; not given, it is 1/n and at least 0.1.",
+            ge=0,
+            source=_UCE,
+        ),
+    ] = None
     ridge: Annotated[
-        float, described("Weight of the change itself; it makes the solution unique.", gt=0, source=_UCE)
+        float, described("Weight of the change itself; it makes the solution unique.", ge=0, source=_UCE)
     ] = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Demand:
-    """Tokens [n, width] that are to get the keys and values that the ``wanted`` ones [n, width] have, with a weight."""
+    """Tokens [n, width] that are to get the keys and values of the ``wanted`` ones [n, width], with a weight.
+
+    ``by`` are the matrices [out, width] that make the wanted keys and values, by name; without them the present ones.
+    """
 
     tokens: Tensor
     wanted: Tensor
     scale: float
+    by: Mapping[str, Tensor] | None = None
 
 
 def matrices(unet: nn.Module, layers: Layers = UNET_LAYERS) -> dict[str, nn.Parameter]:
@@ -62,25 +74,52 @@ def matrices(unet: nn.Module, layers: Layers = UNET_LAYERS) -> dict[str, nn.Para
 
 
 def concept_tokens(
-    model: Diffusion, data: ForgetRetain, becomes: Literal["anchor", "empty"], *, name: bool
+    model: Diffusion, data: ForgetRetain, places: Places, part: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens of the forget prompts that tell of the concept, and those they are to become, [n, width] each.
+    """Return the tokens of the forget prompts that are edited, and those they are to become, [n, width] each.
 
-    These are the last token of the concept's name and all behind it to the very end, end tokens and padding included,
-    for in a causal text encoder they all know the name; ``name`` False leaves out the name itself. The anchor's are
-    taken from the same place of its own prompt on, those of the empty prompt from its first token on, and what reaches
-    beyond the end of either is left out.
+    A prompt's tokens are paired with those of its anchor prompt, counted from where each names what it is about:
+
+        name-to-end  the name's last token, and all behind it to the very end, end token and padding included
+        last         the name's last token alone
+        behind-name  all behind the name
+        around-name  all behind the name, and all with which both prompts begin
+        all          every token with the one at the same place
+
+    A causal text encoder tells tokens of what stands before them, so those from the name's last token on know the name.
+    Where the anchor's name is not in its prompt, the last word stands for it. The empty prompt has no word: the start
+    token stands for its name's last one, as in UCE's code, so that a bare name's end token gets the empty prompt's end
+    token, and its padding the padding. What reaches beyond the end of either prompt is left out, and so is XL's
+    embedding of the whole prompt, which is no token. ``part`` takes the prompts of one concept alone.
     """
-    length = model.tokenizer.model_max_length  # what comes behind is XL's embedding of the whole prompt, and no token
+    length = model.tokenizer.model_max_length
     pairs = []
     for row, prompt in enumerate(data.forget):
-        begin = int(data.forget_spans[row, 1]) - name
-        other = data.uncond[0] if becomes == "empty" else data.remap[0, row]
-        start = 0 if becomes == "empty" else int(data.anchor_spans[row, 1]) - name
-        count = length - max(begin, start)
+        if part is not None and int(data.forget_parts[row]) != part:
+            continue
+        other = data.remap[0, row]
+        begin, start = int(data.forget_spans[row, 1]), int(data.anchor_spans[row, 1])
+        if places == "around-name":
+            same = int((data.forget_ids[row] == data.anchor_ids[row]).int().cumprod(0).sum())
+            same = min(same, int(data.forget_spans[row, 0]))
+            pairs.append((prompt[:same], other[:same]))
+        if places == "all":
+            begin = start = 0
+        elif places in ("name-to-end", "last"):
+            begin, start = begin - 1, start - 1
+        count = 1 if places == "last" else length - max(begin, start)
         pairs.append((prompt[begin : begin + count], other[start : start + count]))
     tokens, wanted = zip(*pairs, strict=True)
     return torch.cat(tokens), torch.cat(wanted)
+
+
+def retained_tokens(model: Diffusion, data: ForgetRetain, places: Places = "all") -> Tensor:
+    """Return the tokens [n, width] of the retained prompts: every one, or of each its last before the end token."""
+    length = model.tokenizer.model_max_length
+    if places != "last":
+        return data.retain[:, :length].flatten(0, 1)
+    last = (data.retain_ids == model.tokenizer.eos_token_id).int().argmax(1) - 1
+    return data.retain[torch.arange(len(last)), last]
 
 
 def edit(
@@ -90,13 +129,13 @@ def edit(
     settings: ClosedFormSettings,
     tokens: Tensor,
     wanted: Tensor,
+    kept: Tensor,
 ) -> tuple[float, dict[str, float]]:
-    """Erase tokens [n, width] and preserve all tokens of the retained prompts; return what ``minimise`` does."""
-    kept = data.retain[:, : model.tokenizer.model_max_length].flatten(0, 1)
-    demands = {
-        "erase": Demand(tokens, wanted, settings.erase_scale),
-        "preserve": Demand(kept, kept, settings.preserve_scale),
-    }
+    """Erase tokens [n, width] and preserve the ``kept`` ones [m, width]; return what ``minimise`` does."""
+    scale = settings.preserve_scale
+    if scale is None:
+        scale = max(0.1, 1 / len(data.retain))
+    demands = {"erase": Demand(tokens, wanted, settings.erase_scale), "preserve": Demand(kept, kept, scale)}
     return minimise(model.unet, demands, settings.ridge, mask, model.family.layers)
 
 
@@ -106,8 +145,9 @@ def minimise(
 ) -> tuple[float, dict[str, float]]:
     """Set keys and values to the minimiser of the demands over the weights of the mask, all others untouched.
 
-    Returns the objective's value and its terms without their weights s: for each demand sum |W c - W0 u|^2 over all
-    matrices, and "change", sum |W - W0|^2. Raises RequestError when the mask leaves no key or value free.
+    Returns the objective's value and its terms without their weights s: for each demand sum |W c - V u|^2 over all
+    matrices, and "change", sum |W - W0|^2. Raises RequestError when the mask leaves no key or value free, or when the
+    tokens leave more than one solution.
     """
     weights = matrices(unet, layers)
     free = {
@@ -128,23 +168,42 @@ def minimise(
         sums[name] = (tokens.T @ tokens, tokens.T @ gap, gap.T @ gap)
         system += demand.scale * sums[name][0]
         pull += demand.scale * sums[name][1].T
-    whole = torch.linalg.cholesky(system)
-    changed, crossed, given = (torch.zeros_like(system) for _ in range(3))
+    whole = _factor(system, ridge)
+    # V = W0 + E, so |W c - V u|^2 = |(D - E) c - (W0 + E) (u - c)|^2, summed over all rows of all matrices at once. The
+    # demands by the present matrices, where E is zero, share their sums.
+    grams = {key: torch.zeros(3, width, width, dtype=torch.float64) for key in ("", *_own(demands))}
     for name, weight in weights.items():
         before = weight.double().cpu()
-        change = _changes(system, whole, before @ pull, free[name].cpu())
-        changed += change.T @ change
-        crossed += change.T @ before
-        given += before.T @ before
+        extra = {key: by[name].double().cpu() - before for key, by in _own(demands).items()}
+        pulls = before @ pull
+        for key, more in extra.items():
+            pulls = pulls + demands[key].scale * more @ (sums[key][0] + sums[key][1]).T
+        change = _changes(system, whole, pulls, free[name].cpu())
+        for key, gram in grams.items():
+            moved, present = (change - extra[key], before + extra[key]) if key else (change, before)
+            gram.add_(torch.stack([moved.T @ moved, moved.T @ present, present.T @ present]))
         weight.copy_(torch.where(free[name].to(weight.device), (before + change).to(weight), weight))
-    # |W c - W0 u|^2 = |D c - W0 (u - c)|^2, summed over all rows of all matrices at once.
-    terms = {
-        name: float((cc * changed).sum() - 2 * (cg * crossed).sum() + (gg * given).sum())
-        for name, (cc, cg, gg) in sums.items()
-    }
-    terms["change"] = float(changed.trace())
+    terms = {}
+    for name, (cc, cg, gg) in sums.items():
+        changed, crossed, given = grams[name if name in grams else ""]
+        terms[name] = float((cc * changed).sum() - 2 * (cg * crossed).sum() + (gg * given).sum())
+    terms["change"] = float(grams[""][0].trace())
     scales = {name: demand.scale for name, demand in demands.items()} | {"change": ridge}
     return sum(scales[name] * value for name, value in terms.items()), terms
+
+
+def _own(demands: Mapping[str, Demand]) -> dict[str, Mapping[str, Tensor]]:
+    """Return the matrices of the demands that have their own."""
+    return {name: demand.by for name, demand in demands.items() if demand.by is not None}
+
+
+def _factor(system: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of A; raises RequestError when A is singular."""
+    try:
+        return torch.linalg.cholesky(system)
+    except torch.linalg.LinAlgError:
+        allowed = "the tokens leave more than one solution: must be above 0, or more prompts be retained"
+        raise RequestError("settings.ridge", ridge, allowed) from None
 
 
 def _changes(system: Tensor, whole: Tensor, pulls: Tensor, free: Tensor) -> Tensor:

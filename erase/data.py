@@ -43,7 +43,8 @@ class ForgetRetain:
     ``forget_spans`` and ``anchor_spans`` int64 [prompts, 2] say where a prompt names the concept, or the anchor: the
     first token, and the one behind the last.
     ``forget_parts`` int64 [prompts] numbers the concept of a forget prompt, where several are erased together.
-    ``forget_ids`` int64 [prompts, tokens] are the forget prompts' tokens for the (first) text encoder.
+    ``forget_ids``, ``anchor_ids`` and ``retain_ids`` int64 [prompts, tokens] are the tokens of the forget prompts, of
+    what they become, and of the retained prompts, for the (first) text encoder.
     """
 
     forget_latents: Tensor
@@ -60,6 +61,8 @@ class ForgetRetain:
     anchor_spans: Tensor
     forget_parts: Tensor
     forget_ids: Tensor
+    anchor_ids: Tensor
+    retain_ids: Tensor
 
     def draw_forget(
         self, size: int, generator: torch.Generator, of: Literal["both", "forget", "anchor"] = "both"

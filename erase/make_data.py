@@ -101,6 +101,8 @@ def make_data(
         anchor_spans=torch.cat([prompts.anchor_spans for prompts in forgotten]),
         forget_parts=torch.cat([torch.full((len(prompts.embedded),), i) for i, prompts in enumerate(forgotten)]),
         forget_ids=model.token_ids(concept.forget_prompts)[0].cpu(),
+        anchor_ids=torch.cat([prompts.anchor_ids for prompts in forgotten]),
+        retain_ids=model.token_ids(concept.retain_prompts)[0].cpu(),
     )
 
 
@@ -121,6 +123,7 @@ class _Forgotten:
         self.spans = name_spans(model, concept.forget_prompts, names)
         self.remapped = torch.stack([_embed(model, concept.remapped_to(name)) for name in becomes])
         self.anchor_spans = name_spans(model, anchored, [concept.anchor] * len(names))
+        self.anchor_ids = model.token_ids(anchored)[0].cpu()
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ def name_spans(model: Diffusion, prompts: Sequence[str], names: Sequence[str]) -
     """Return for each prompt where its name's tokens begin, for the last time, and where they end: int64 [prompts, 2].
 
     Where the name is not found, as when it is empty or a word joins on to it, the span is all of the prompt's words.
+    The empty prompt has none: its span is empty, behind the start token.
     """
     spans = []
     for prompt, name in zip(prompts, names, strict=True):
         ids, wanted = prompt_tokens(model, prompt), prompt_tokens(model, name)[1:-1]
         found = [i for i in range(len(ids)) if wanted and ids[i : i + len(wanted)] == wanted]
-        spans.append((found[-1], found[-1] + len(wanted)) if found else (1, max(len(ids) - 1, 2)))
+        spans.append((found[-1], found[-1] + len(wanted)) if found else (1, len(ids) - 1))
     return torch.tensor(spans)
 
 

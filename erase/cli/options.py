@@ -100,7 +100,7 @@ class RecipeOptions:
         str | None,
         typer.Option(
             metavar="PART",
-            help="full, cross-attention, self-attention or non-cross-attention; for Concept Ablation also "
+            help="full, cross-attention, self-attention, non-cross-attention or noxattn; for Concept Ablation also "
             "text-encoder. (default: the method's)",
             rich_help_panel=WEIGHTS,
         ),

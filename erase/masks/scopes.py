@@ -16,7 +16,9 @@ from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention")  # of the UNet
+# Of the UNet. "noxattn" is what the authors' code of ESD, EraseDiff and Selective Amnesia calls so: all but
+# cross-attention, the time embedding and the last layers.
+SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention", "noxattn")
 TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
 
 
@@ -27,6 +29,10 @@ def in_scope(model: nn.Module, scope: str, layers: Layers = UNET_LAYERS) -> dict
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if scope == "full":
         return shapes
+    if scope == "noxattn":
+        left_out = {name for name in shapes if layers.is_time_or_output(name)}
+        shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
+        scope = "non-cross-attention"
     group = scope.removeprefix("non-")
     return {name: shape for name, shape in shapes.items() if (layers.group(name) == group) == (scope == group)}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit, matrices
+from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit, matrices, retained_tokens
 from erase_concept.data import Batch, ForgetRetain, draw
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -23,6 +23,7 @@ from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 _RIDGE = 1000.0  # of MACE's recipes for single objects
+_PRESERVE = 0.1  # of UCE's first code
 
 
 @settings
@@ -105,8 +106,9 @@ def edit_then_train(
         if mask is None or any(mask.dense(name).any() for name in matrices(model.unet, model.family.layers)):
             # A mean over concepts, as the training's loss is: a sum of many would outweigh what is to be preserved.
             scale = settings.erase_scale / (int(data.forget_parts.max()) + 1)
-            edited = ClosedFormSettings(erase_scale=scale, ridge=_RIDGE)
-            edit(model, data, mask, edited, *concept_tokens(model, data, "anchor", name=False))
+            edited = ClosedFormSettings(erase_scale=scale, preserve_scale=_PRESERVE, ridge=_RIDGE)
+            pairs = concept_tokens(model, data, "behind-name")
+            edit(model, data, mask, edited, *pairs, retained_tokens(model, data))
 
     yield from train(
         model, loss, mask, settings, seed=seed, checkpoint=checkpoint, precompute=precompute, start=closed_form

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit
+from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit, retained_tokens
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -54,5 +54,7 @@ def mace(
     minimiser over its weights alone, see ``closed_form``. Nothing is drawn at random.
     """
     began = time.perf_counter()
-    loss, terms = edit(model, data, mask, settings, *concept_tokens(model, data, "anchor", name=False))
+    loss, terms = edit(
+        model, data, mask, settings, *concept_tokens(model, data, "behind-name"), retained_tokens(model, data)
+    )
     yield Record(1, 1, loss, terms, 0.0, time.perf_counter() - began)

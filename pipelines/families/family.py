@@ -50,12 +50,14 @@ class Layers:
 
     ``group`` gives the group of a parameter, one of ``TRANSFORMER`` or ``OTHERS``. ``is_cross_attention`` tells whether
     a module is one whole cross-attention, and ``is_key_or_value`` whether a parameter is the weight of a
-    cross-attention's keys or values.
+    cross-attention's keys or values. ``is_time_or_output`` tells whether a parameter embeds the time step or is of the
+    last layers, which the scope noxattn leaves out.
     """
 
     group: Callable[[str], str]
     is_cross_attention: Callable[[str], bool]
     is_key_or_value: Callable[[str], bool]
+    is_time_or_output: Callable[[str], bool] = lambda name: False
 
 
 def _rename(names: Mapping[str, str], state: State) -> dict[str, Tensor]:

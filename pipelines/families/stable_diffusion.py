@@ -166,6 +166,7 @@ UNET_LAYERS = Layers(
     group=layer_group,
     is_cross_attention=lambda name: name.endswith(".attn2"),
     is_key_or_value=lambda name: name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")),
+    is_time_or_output=lambda name: name.startswith(("time_embedding.", "conv_norm_out.", "conv_out.")),
 )
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept import masks
-from erase_concept.closed_form import ClosedFormSettings, Demand, concept_tokens, edit, matrices, minimise
+from erase_concept.closed_form import (
+    ClosedFormSettings,
+    Demand,
+    concept_tokens,
+    edit,
+    matrices,
+    minimise,
+    retained_tokens,
+)
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.make_data import make_data
@@ -156,40 +164,139 @@ def test_rows_with_the_same_free_weights_are_solved_as_one_with_all(
     assert all(torch.equal(a, b) for a, b in zip(values(tiny.unet).values(), values(other).values(), strict=True))
 
 
-@pytest.mark.parametrize("becomes", ["anchor", "empty"])
-@pytest.mark.parametrize("name", [True, False])
+BEHIND_ONE_SQUARE = 1 + len("one") + len("square")  # the tokenizer has a token for each letter, and a start token
+
+
+@pytest.mark.parametrize(
+    ("places", "first", "count"),
+    [
+        ("name-to-end", BEHIND_ONE_SQUARE - 1, 5),
+        ("behind-name", BEHIND_ONE_SQUARE, 4),
+        ("last", BEHIND_ONE_SQUARE - 1, 1),
+        ("all", 0, 16),
+    ],
+)
 def test_tokens_are_aligned_at_the_names_and_none_is_a_whole_prompt(
-    family: Diffusion, square: Concept, becomes: str, name: bool
+    family: Diffusion, square: Concept, places: str, first: int, count: int
 ) -> None:
-    """The tokenizer has a token for each letter: start, "one", "square" and so on."""
+    """Behind "one square" comes token 10, behind "one triangle" 12: the last two have no partner."""
     data = prompt_data(family, replace(square, templates=("one {O} on",), anchor="triangle", retain=("line",)))
-    tokens, wanted = concept_tokens(family, data, becomes, name=name)
-    end = 1 + len("one") + len("square")  # of the name, 10; of "triangle" it is 12
-    first = end - 1 if name else end
-    other, start = (data.uncond[0], 0) if becomes == "empty" else (data.remap[0, 0], first + 2)
-    count = 16 - max(first, start)
+    tokens, wanted = concept_tokens(family, data, places)
+    start = 0 if places == "all" else first + 2
     torch.testing.assert_close(tokens, data.forget[0, first : first + count])
-    torch.testing.assert_close(wanted, other[start : start + count])
+    torch.testing.assert_close(wanted, data.remap[0, 0, start : start + count])
     whole = data.forget.shape[1] - 16
     assert whole == (family.family.name == "sdxl")
-    if becomes == "empty":
-        assert torch.equal(tokens, data.forget[0, first:16])  # up to the last token, and not beyond
-    edit(family, data, None, ClosedFormSettings(), tokens, wanted)  # fits every family's width
+    # fits every family's width
+    edit(family, data, None, ClosedFormSettings(), tokens, wanted, retained_tokens(family, data))
+
+
+def test_around_the_name_are_all_tokens_but_the_names(family: Diffusion, square: Concept) -> None:
+    data = prompt_data(family, replace(square, templates=("one {O} on",), anchor="triangle", retain=("line",)))
+    tokens, wanted = concept_tokens(family, data, "around-name")
+    torch.testing.assert_close(tokens, torch.cat([data.forget[0, :4], data.forget[0, 10:14]]))
+    torch.testing.assert_close(wanted, torch.cat([data.remap[0, 0, :4], data.remap[0, 0, 12:16]]))
+    torch.testing.assert_close(tokens[:4], wanted[:4])  # a causal text encoder: they do not know what follows
+
+
+def test_one_concepts_tokens_can_be_taken_alone(tiny: Diffusion, square: Concept) -> None:
+    other = replace(square, name="dot", retain=("line",))
+    both = prompt_data(tiny, Concept("square and dot", "several", combined=(replace(square, retain=("line",)), other)))
+    alone = concept_tokens(tiny, prompt_data(tiny, other), "name-to-end")
+    for found, wanted in zip(concept_tokens(tiny, both, "name-to-end", part=1), alone, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of SD 1.x, and of SD 2.x, whose id is 0
+def test_a_name_becomes_the_start_of_an_empty_prompt_and_its_padding_the_padding(
+    tiny: Diffusion, square: Concept, pad: str
+) -> None:
+    """As UCE's first code pairs them: from the last token of each prompt before its end token on."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.pad_token = pad
+    model = tiny.with_components(tokenizer=tokenizer)
+    assert tokenizer.pad_token_id == (0 if pad == "!" else tokenizer.eos_token_id)
+    data = prompt_data(model, replace(square, templates=("{O}",), anchor=""))
+    ids = tokenizer(["square", ""], padding="max_length", max_length=16).input_ids
+    marks = tokenizer(["square", ""], padding="max_length", max_length=16).attention_mask
+    if pad != "!":  # a tokenizer cannot tell its padding from the end token
+        marks = [[int(place < ids[0].index(tokenizer.eos_token_id) + 1) for place in range(16)], [1, 1] + [0] * 14]
+    last, last_empty = (sum(mark) - 2 for mark in marks)
+    assert (last, last_empty) == (6, 0)
+    tokens, wanted = concept_tokens(model, data, "name-to-end")
+    embedded, empty = model.encode_ids([torch.tensor(ids)])
+    torch.testing.assert_close(tokens, embedded[last : 16 - max(0, last_empty - last)])
+    torch.testing.assert_close(wanted, empty[last_empty : 16 - max(0, last - last_empty)])
+    becomes = list(zip(ids[0][last:], ids[1], strict=False))
+    assert becomes[0] == (ids[0][6], tokenizer.bos_token_id)
+    assert becomes[1] == (tokenizer.eos_token_id, tokenizer.eos_token_id)
+    assert set(becomes[2:]) == {(tokenizer.pad_token_id, tokenizer.pad_token_id)}
+    # and of the last token alone, of MACE's and of RECE's
+    torch.testing.assert_close(concept_tokens(model, data, "last")[1], empty[:1])
+    torch.testing.assert_close(concept_tokens(model, data, "behind-name")[1], empty[1:10])
+    torch.testing.assert_close(concept_tokens(model, data, "all")[1], empty)
+
+
+def test_the_last_token_of_a_retained_prompt_is_the_one_before_its_end(family: Diffusion, square: Concept) -> None:
+    data = prompt_data(family, square)  # a circle, one circle, a line, one line, and the empty prompt
+    found = retained_tokens(family, data, "last")
+    places = [len("acircle"), len("onecircle"), len("aline"), len("oneline"), 0]
+    torch.testing.assert_close(found, data.retain[range(5), places])
+    assert len(retained_tokens(family, data)) == 5 * 16
+
+
+def test_preserving_weighs_less_the_more_there_is_and_never_less_than_a_tenth(tiny: Diffusion, square: Concept) -> None:
+    for count, scale in ((1, 1.0), (4, 0.25), (10, 0.1), (20, 0.1)):
+        concept = replace(square, retain=(), others=tuple(f"a line {chr(97 + i)}" for i in range(count)))
+        data, models = prompt_data(tiny, concept), [tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in "ab"]
+        given = (*concept_tokens(tiny, data, "name-to-end"), retained_tokens(tiny, data))
+        first, second = (
+            edit(model, data, None, ClosedFormSettings(preserve_scale=value), *given)
+            for model, value in zip(models, (None, scale), strict=True)
+        )
+        assert first == second
+
+
+def test_values_of_other_matrices_are_wanted_as_in_numpy(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    """W = (s sum V u c^T + l sum W0 p p^T + r W0) (s sum c c^T + l sum p p^T + r I)^-1, and the objective's terms."""
+    unet = tiny.unet.double()
+    base = {name: value.numpy() for name, value in values(unet).items()}
+    generator = torch.Generator().manual_seed(5)
+    by = {name: torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in base.items()}
+    asked = demands | {"erase": replace(demands["erase"], by=by)}
+    loss, terms = minimise(unet, asked, 0.3, None)
+    c, u, p = (t.numpy() for t in (demands["erase"].tokens, demands["erase"].wanted, demands["preserve"].tokens))
+    erase = preserve = change = 0.0
+    for name, now in values(unet).items():
+        left = 1.3 * (by[name].numpy() @ u.T) @ c + 0.2 * (base[name] @ p.T) @ p + 0.3 * base[name]
+        right = 1.3 * c.T @ c + 0.2 * p.T @ p + 0.3 * np.eye(16)
+        np.testing.assert_allclose(now.numpy(), left @ np.linalg.inv(right), rtol=1e-9, atol=1e-12)
+        erase += np.square(now.numpy() @ c.T - by[name].numpy() @ u.T).sum()
+        preserve += np.square((now.numpy() - base[name]) @ p.T).sum()
+        change += np.square(now.numpy() - base[name]).sum()
+    assert terms == pytest.approx({"erase": erase, "preserve": preserve, "change": change}, rel=1e-9)
+    assert loss == pytest.approx(1.3 * erase + 0.2 * preserve + 0.3 * change, rel=1e-9)
+
+
+def test_too_few_tokens_without_a_ridge_are_refused(tiny: Diffusion, demands: dict[str, Demand]) -> None:
+    with pytest.raises(RequestError, match=r"settings\.ridge 0.* more than one solution"):
+        minimise(tiny.unet, {"erase": demands["erase"]}, 0.0, None)
 
 
 def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Concept) -> None:
     data = prompt_data(family, square)
-    tokens, wanted = concept_tokens(family, data, "anchor", name=True)
+    given = concept_tokens(family, data, "name-to-end")
     retain = data.retain.clone()
     retain[:, 16:] = 1e6  # of SD XL alone
+    changed = replace(data, retain=retain)
     other = family.with_components(unet=copy.deepcopy(family.unet))
-    first = edit(family, data, None, ClosedFormSettings(), tokens, wanted)
-    assert edit(other, replace(data, retain=retain), None, ClosedFormSettings(), tokens, wanted) == first
+    first = edit(family, data, None, ClosedFormSettings(), *given, retained_tokens(family, data))
+    assert edit(other, changed, None, ClosedFormSettings(), *given, retained_tokens(family, changed)) == first
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("erase_scale", -1.0), ("preserve_scale", float("inf")), ("ridge", 0.0), ("ridge", float("nan"))],
+    [("erase_scale", -1.0), ("preserve_scale", float("inf")), ("ridge", -1.0), ("ridge", float("nan"))],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}\n  Input should be"):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from erase_concept import masks
 from erase_concept.errors import RequestError
 from erase_concept.masks import Mask, top_k
+from erase_concept.pipelines.families.original_names import UNET
+from erase_concept.pipelines.model import Diffusion
 
 
 def by_sorting(scores: dict[str, Tensor], k: int) -> Tensor:
@@ -175,3 +177,17 @@ def test_bits_behind_the_last_weight_are_damage(tmp_path: Path) -> None:
     Mask({"w": torch.tensor([0b10100001], dtype=torch.uint8)}, {"w": (3,)}).save(file)
     with pytest.raises(RequestError, match="w has bits behind its last weight"):
         Mask.load(file)
+
+
+def test_noxattn_leaves_out_cross_attention_the_time_embedding_and_the_last_layers(family: Diffusion) -> None:
+    """As the authors' code of ESD names them: attn2, time_embed, and all that starts with "out."."""
+    every = dict(family.unet.named_parameters())
+    original = UNET.names(every)
+    theirs = {name: original[name].removeprefix("model.diffusion_model.") for name in every}
+    wanted = {
+        name
+        for name, other in theirs.items()
+        if "attn2" not in other and "time_embed" not in other and not other.startswith("out.")
+    }
+    assert set(masks.in_scope(family.unet, "noxattn")) == wanted
+    assert 0 < len(wanted) < len(masks.in_scope(family.unet, "non-cross-attention")) < len(every)

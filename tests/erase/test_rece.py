@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from erase_concept import masks
 from erase_concept.closed_form import concept_tokens, matrices
@@ -24,21 +25,30 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
     return make_data(tiny, square, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
 
 
-def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) -> None:
+@pytest.mark.parametrize("round_tokens", ["all", "name-to-end"])
+def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain, round_tokens: str) -> None:
     model = tiny.with_components(unet=tiny.unet.double())
-    config = RECESettings(epochs=2, regular_scale=0.05, ridge=0.2, erase_scale=1.5, preserve_scale=0.3)
+    rounds = {"round_preserve_scale": 0.7, "round_ridge": 0.4, "round_tokens": round_tokens}
+    config = RECESettings(epochs=2, regular_scale=0.05, ridge=0.2, erase_scale=1.5, preserve_scale=0.3, **rounds)
     base = {name: weight.numpy().copy() for name, weight in matrices(model.unet).items()}
-    c, u = (t.double().numpy() for t in concept_tokens(model, data, "anchor", name=True))
     kept = data.retain.flatten(0, 1).double().numpy()
+    # "a square" and "a circle" have their last letter at 7, "one square" and "one circle" at 9.
+    spans = {"all": (0, 0), "name-to-end": (7, 9)}
+
+    def paired(prompts: Tensor, first: tuple[int, int]) -> np.ndarray:
+        return torch.cat([prompts[0, first[0] :], prompts[1, first[1] :]]).double().numpy()
+
     now = {name: value.copy() for name, value in base.items()}
-    tokens = c
     for turn in range(3):
+        places = spans[round_tokens if turn else "name-to-end"]
+        preserve, ridge = (0.7, 0.4) if turn else (0.3, 0.2)
+        tokens, u = paired(data.forget, places), paired(data.remap[0], places)
         if turn:
             inverse = np.linalg.inv(0.05 * np.eye(16) + sum(w.T @ w for w in now.values()))
-            tokens = (inverse @ sum(now[name].T @ base[name] for name in base) @ c.T).T
-        right = 1.5 * tokens.T @ tokens + 0.3 * kept.T @ kept + 0.2 * np.eye(16)
+            tokens = (inverse @ sum(now[name].T @ base[name] for name in base) @ tokens.T).T
+        right = 1.5 * tokens.T @ tokens + preserve * kept.T @ kept + ridge * np.eye(16)
         for name, w in now.items():
-            left = 1.5 * (w @ u.T) @ tokens + 0.3 * (w @ kept.T) @ kept + 0.2 * w
+            left = 1.5 * (w @ u.T) @ tokens + preserve * (w @ kept.T) @ kept + ridge * w
             now[name] = left @ np.linalg.inv(right)
     records = list(rece(model, data, None, config, seed=0))
     assert [(record.step, record.steps) for record in records] == [(1, 3), (2, 3), (3, 3)]
@@ -49,7 +59,7 @@ def test_equals_a_transcription_in_numpy(tiny: Diffusion, data: ForgetRetain) ->
 def test_regained_tokens_are_the_minimiser_and_bring_the_concept_back(tiny: Diffusion, data: ForgetRetain) -> None:
     model = tiny.with_components(unet=copy.deepcopy(tiny.unet).double())
     base = {name: weight.detach().clone() for name, weight in matrices(model.unet).items()}
-    concept, _ = concept_tokens(model, data, "anchor", name=True)
+    concept, _ = concept_tokens(model, data, "name-to-end")
     list(uce(model, data, None, UCESettings(), seed=0))
     now = matrices(model.unet)
 
@@ -68,7 +78,7 @@ def test_regained_tokens_are_the_minimiser_and_bring_the_concept_back(tiny: Diff
 
 
 def test_without_an_edit_nothing_has_to_be_regained(tiny: Diffusion, data: ForgetRetain) -> None:
-    concept, _ = concept_tokens(tiny, data, "anchor", name=True)
+    concept, _ = concept_tokens(tiny, data, "name-to-end")
     base = {name: weight.detach().double() for name, weight in matrices(tiny.unet).items()}
     torch.testing.assert_close(regained(tiny, base, concept, 1e-12), concept.double(), rtol=1e-4, atol=1e-4)
 

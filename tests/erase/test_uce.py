@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +20,28 @@ from erase_concept.recipe import DataRecipe, recipe_for
 from erase_concept.run import iter_erase
 
 
-@pytest.mark.parametrize("becomes", ["anchor", "empty"])
-def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, becomes: str) -> None:
-    data = make_data(family, square, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
+@pytest.mark.parametrize("anchor", ["circle", ""])
+@pytest.mark.parametrize("tokens", ["name-to-end", "last"])
+def test_equals_the_formula_on_embedded_prompts(family: Diffusion, square: Concept, anchor: str, tokens: str) -> None:
+    concept = replace(square, anchor=anchor)
+    data = make_data(family, concept, DataRecipe(steps=1, guidance=1.0), seed=1, parts=())
     base = {name: weight.double().numpy().copy() for name, weight in matrices(family.unet).items()}
-    config = UCESettings(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, becomes=becomes)
+    config = UCESettings(erase_scale=2.0, preserve_scale=0.3, ridge=0.7, tokens=tokens)
     (record,) = uce(family, data, None, config, seed=0)
     assert (record.step, record.steps) == (1, 1)
     assert record.loss == pytest.approx(
         2 * record.terms["erase"] + 0.3 * record.terms["preserve"] + 0.7 * record.terms["change"]
     )
-    # One token for each letter: "a square" ends at 1 + 7 and "a circle" too, "one square" at 1 + 9.
-    empty = family.encode_uncond()[0, :16].double().numpy()
+    # One token for each letter: "a square" ends at 1 + 7 and "a circle" too, "one square" at 1 + 9, "" at 1 + 0.
     pairs = []
-    for prompt, anchor, last in (("a square", "a circle", 7), ("one square", "one circle", 9)):
-        c = family.encode_prompts([prompt])[0, last:16].double().numpy()
-        pairs += list(
-            zip(
-                c,
-                empty[: 16 - last]
-                if becomes == "empty"
-                else family.encode_prompts([anchor])[0, last:16].double().numpy(),
-                strict=True,
-            )
-        )
-    kept = family.encode_prompts(["a circle", "one circle", "a line", "one line", ""])[:, :16].flatten(0, 1)
+    for prompt, becomes, last in (("a square", "a circle", 7), ("one square", "one circle", 9)):
+        end = last + 1 if tokens == "last" else 16
+        c = family.encode_prompts([prompt])[0, last:end].double().numpy()
+        start = last if anchor else 0
+        u = family.encode_prompts([becomes if anchor else ""])[0, start : start + end - last].double().numpy()
+        pairs += list(zip(c, u, strict=True))
+    kept = family.encode_prompts(["a circle", "one circle", "a line", "one line", ""])[:, :16]
+    kept = kept[range(5), [7, 9, 5, 7, 0]] if tokens == "last" else kept.flatten(0, 1)
     right = sum(2.0 * np.outer(c, c) for c, _ in pairs) + 0.7 * np.eye(len(pairs[0][0]))
     right = right + 0.3 * sum(np.outer(c, c) for c in kept.double().numpy())
     for name, weight in matrices(family.unet).items():
