@@ -117,13 +117,13 @@ class _Forgotten:
     def __init__(self, model: Diffusion, concept: Concept) -> None:
         # Prompts that stand as they are name nothing: their spans are all of their words.
         names = [""] * len(concept.prompts) or [name for name in concept.names for _ in concept.templates]
-        becomes = tuple(dict.fromkeys((concept.anchor, *concept.retain)))
-        anchored = concept.remapped_to(concept.anchor)
+        others = (name for name in dict.fromkeys(concept.retain) if name != concept.anchor)
+        becomes = [concept.anchor_prompts, *map(concept.remapped_to, others)]
         self.embedded = _embed(model, concept.forget_prompts)
         self.spans = name_spans(model, concept.forget_prompts, names)
-        self.remapped = torch.stack([_embed(model, concept.remapped_to(name)) for name in becomes])
-        self.anchor_spans = name_spans(model, anchored, [concept.anchor] * len(names))
-        self.anchor_ids = model.token_ids(anchored)[0].cpu()
+        self.remapped = torch.stack([_embed(model, prompts) for prompts in becomes])
+        self.anchor_spans = name_spans(model, concept.anchor_prompts, [concept.anchor] * len(names))
+        self.anchor_ids = model.token_ids(concept.anchor_prompts)[0].cpu()
 
 
 @dataclass(frozen=True)

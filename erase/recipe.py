@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,7 @@ class Recipe:
     ema: Annotated[
         bool, described("Of a single file with both, take the UNet's averaged weights and not the live ones.")
     ] = True
+    notes: Annotated[tuple[str, ...], described("Where the settings come from, in sentences.")] = ()
 
     @property
     def data_parts(self) -> tuple[str, ...]:
@@ -108,11 +110,13 @@ class Recipe:
             "data": _changed(self.data),
             "seed": self.seed,
             "ema": self.ema,
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def fingerprint(self, *more: object) -> str:
-        """Return a SHA-256 over the recipe and whatever else is given."""
-        return hashlib.sha256(json.dumps([self.to_dict(), *map(str, more)], sort_keys=True).encode()).hexdigest()
+        """Return a SHA-256 over the recipe, without its notes, and whatever else is given."""
+        told = {key: value for key, value in self.to_dict().items() if key != "notes"}
+        return hashlib.sha256(json.dumps([told, *map(str, more)], sort_keys=True).encode()).hexdigest()
 
     def save(self, file: Path) -> None:
         """Write the recipe as YAML."""
@@ -194,9 +198,14 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return values
 
 
-def find_concept(what: ConceptSource, model: str) -> Concept:
-    """Return the concept that is meant, looked up in the catalogues of the model or of the base model of a run."""
-    return find.find_concept(what, catalogs_of(first_base(model)))
+def find_concept(
+    what: ConceptSource, model: str, changes: Callable[[Concept], Mapping[str, Any]] = lambda _: {}
+) -> Concept:
+    """Return the concept that is meant, looked up in the catalogues of the model or of the base model of a run.
+
+    ``changes`` returns other values for some fields of a concept that is named and not described.
+    """
+    return find.find_concept(what, catalogs_of(first_base(model)), changes)
 
 
 def earlier_runs(model: str) -> list[dict[str, Any]]:
@@ -232,15 +241,19 @@ def recipe_for(
     ``what`` is a concept's key, the path of a file or folder that describes one, words, or a description as in a YAML
     file; or a list of these, which are erased together.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
-    With ``method`` among them the preset is that method's, as it was published; without, the preset names the method.
+    With ``method`` among them the preset is that method's, without, the preset names the method. A preset may change
+    what a concept that is named is erased with; a concept that is described stays as it is.
     """
-    found = find_concept(what, model)
+    model = str(model)
     if memory not in MEMORY:
         raise RequestError("memory", memory, f"allowed: {', '.join(MEMORY)}")
-    kinds = {part.kind for part in found.parts}
-    kind = kinds.pop() if len(kinds) == 1 else found.kind  # of several kinds, the preset for any
-    start = merge(preset(preset_name, first_base(str(model)), kind, values.get("method")), MEMORY[memory])
-    merged = merge(start, {**values, "model": model, "concept": found})
+    base, method = first_base(model), values.get("method")
+    found = find_concept(what, model)
+    start = preset(preset_name, base, found.common_kind, method)
+    if start.concept or found.combined:
+        found = find_concept(what, model, lambda one: preset(preset_name, base, one.kind, start.method).concept)
+    layers = ({"method": start.method, "notes": start.notes}, start.parts, MEMORY[memory], values)
+    merged: dict[str, Any] = reduce(merge, layers) | {"model": model, "concept": found}
     # What a preset says for all methods, a method takes where it has such a setting.
     known = {field.name for field in fields(METHODS.find(merged["method"]).settings)} | {*values.get("settings", {})}
     merged["settings"] = {name: value for name, value in merged.get("settings", {}).items() if name in known}

@@ -230,7 +230,7 @@ def _keep_log(log: Path, steps: int) -> None:
 def _describe(recipe: Recipe) -> dict[str, Any]:
     """Return what ``run.json`` says of the recipe."""
     concept, earlier = recipe.concept, earlier_runs(recipe.model)
-    parts = [{"concept": one.name, "kind": one.kind, "anchor": one.anchor} for one in concept.combined]
+    parts = [{"concept": one.name, "kind": one.kind, "anchor": one.replacement} for one in concept.combined]
     return {
         "schema": 1,
         "method": recipe.method,

@@ -39,7 +39,7 @@ def own_tokens(model: Diffusion, concept: Concept) -> Tensor:
     """
     if len(model.text_encoders) > 1:
         raise RequestError("mask.scope", "text-encoder", f"{model.source} has two text encoders; choose another scope")
-    others = [*concept.retain_prompts, *(prompt for part in concept.parts for prompt in part.remapped_to(part.anchor))]
+    others = [*concept.retain_prompts, *concept.anchor_prompts]
     own, shared = (
         {token for prompt in some for token in prompt_tokens(model, prompt)}
         for some in (concept.forget_prompts, others)

@@ -10,7 +10,7 @@ Several concepts that are erased together are one concept with parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from erase_concept.errors import RequestError
 from erase_concept.prompts.article import with_article
 
-Kind = Literal["object", "style", "nudity", "person", "custom", "several"]
+Kind = Literal["object", "style", "person", "character", "brand", "nudity", "unsafe", "custom", "several"]
+_PLACES = re.compile(r"\{[oO]\}")
 
 
 def fill(template: str, name: str) -> str:
@@ -35,6 +36,9 @@ class Concept:
     """What is erased (``name``), what it is remapped to (``anchor``), and what is retained (``retain``, ``others``).
 
     ``templates`` make the prompts. ``synonyms`` are further names of the concept and are erased in the same sentences.
+    ``anchor_templates`` say what the forget prompts become, one sentence for each template, about the anchor or about
+    nothing in particular: "a painting" for "a painting in the style of {O}". Without them, the templates say it of the
+    anchor.
     ``retain`` are names that are retained in these sentences, ``others`` are prompts that are retained word for word.
     An empty anchor is the empty prompt. ``key`` is the key in its catalogue, where that is not the name.
 
@@ -50,6 +54,7 @@ class Concept:
     retain: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     synonyms: tuple[str, ...] = ()
+    anchor_templates: tuple[str, ...] = ()
     key: str = ""
     prompts: tuple[str, ...] = ()
     images: str = ""
@@ -62,14 +67,23 @@ class Concept:
         if self.combined:
             if any(part.combined for part in self.combined):
                 raise ValueError("a concept that is part of another combines none itself")
-            if self.anchor or self.templates or self.retain or self.others or self.synonyms or self.prompts:
+            own = (self.anchor, self.templates, self.anchor_templates, self.retain, self.others, self.synonyms)
+            if any(own) or self.prompts:
                 raise ValueError(
                     "a concept with parts has nothing else: anchor, templates and the like belong to its parts"
                 )
             return
         for template in self.templates:
-            if "{o}" not in template and "{O}" not in template:
+            if not _PLACES.search(template):
                 raise ValueError(f"template {template!r} has no place for the name: write {{o}} or {{O}} in it")
+        if self.anchor_templates and len(self.anchor_templates) != len(self.templates):
+            raise ValueError(
+                f"anchor_templates must hold one sentence for each template: {len(self.anchor_templates)} for "
+                f"{len(self.templates)}"
+            )
+        for template in self.anchor_templates:
+            if not self.anchor and _PLACES.search(template):
+                raise ValueError(f"anchor template {template!r} has a place for the anchor, but there is no anchor")
         if self.prompts and (self.anchor or self.templates or self.synonyms or self.retain):
             raise ValueError("a concept with prompts has no anchor, templates, synonyms or retain")
         if not self.templates and not self.prompts:
@@ -86,6 +100,12 @@ class Concept:
         return self.combined or (self,)
 
     @property
+    def common_kind(self) -> Kind:
+        """The kind of all parts, or "several" where they differ."""
+        kinds = {part.kind for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else "several"
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What is erased: for every part, its name and synonyms, or its prompts."""
         return tuple(name for part in self.parts for name in part.prompts or (part.name, *part.synonyms))
@@ -93,8 +113,9 @@ class Concept:
     @property
     def replacement(self) -> str:
         """What the concept is remapped to, in words: the anchor, or the anchors of the parts."""
-        anchors = dict.fromkeys(part.anchor or "the empty prompt" for part in self.combined)
-        return in_words(tuple(anchors)) if anchors else self.anchor
+        if self.combined:
+            return in_words(tuple(dict.fromkeys(part.replacement or "the empty prompt" for part in self.combined)))
+        return self.anchor or next(iter(self.anchor_templates), "")
 
     @property
     def forget_prompts(self) -> tuple[str, ...]:
@@ -102,6 +123,15 @@ class Concept:
         return tuple(
             prompt for part in self.parts for name in (part.name, *part.synonyms) for prompt in part.prompts_for(name)
         )
+
+    @property
+    def anchor_prompts(self) -> tuple[str, ...]:
+        """What each of the forget prompts becomes, in the same order."""
+        if self.combined:
+            return tuple(prompt for part in self.combined for prompt in part.anchor_prompts)
+        if not self.anchor_templates:
+            return self.remapped_to(self.anchor)
+        return tuple(fill(template, self.anchor) for template in self.anchor_templates) * (1 + len(self.synonyms))
 
     def remapped_to(self, name: str) -> tuple[str, ...]:
         """Return the prompts that replace the forget prompts, in the same order, when ``name`` replaces the concept."""
@@ -127,18 +157,36 @@ class Concept:
 
         When several concepts are erased together, none of them is retained by another, is its anchor, or stands in its
         templates. Names are compared as whole words. An anchor that is erased is replaced by the first retained name
-        that is left, or by the empty prompt. Raises ValueError when no template is left, or nothing to retain.
+        that is left, or by the empty prompt; an anchor template that names it, by the empty prompt. Raises ValueError
+        when no template is left, or nothing to retain.
         """
         words = whole_words([name for other in erased for name in other.names])
 
         def without(texts: Sequence[str]) -> tuple[str, ...]:
-            return tuple(text for text in texts if not words.search(re.sub(r"\{[oO]\}", "", text)))
+            return tuple(text for text in texts if not words.search(_PLACES.sub("", text)))
 
-        retain = without(self.retain)
+        templates, retain, others = without(self.templates), without(self.retain), without(self.others)
         anchor = self.anchor if without([self.anchor]) else next(iter(retain), "")
-        return replace(
-            self, anchor=anchor, templates=without(self.templates), retain=retain, others=without(self.others)
+        anchored = tuple(
+            becomes if without([becomes]) and (anchor or not _PLACES.search(becomes)) else ""
+            for template, becomes in zip(self.templates, self.anchor_templates, strict=False)
+            if template in templates
         )
+        return replace(
+            self, anchor=anchor, templates=templates, anchor_templates=anchored, retain=retain, others=others
+        )
+
+    def changed(self, values: Mapping[str, Any]) -> Concept:
+        """Return the concept with other values of some fields; raises ValueError for a bad one.
+
+        Anchor templates go with templates and anchor: where one of these is changed without them, they are dropped.
+        """
+        if not values:
+            return self
+        own = self.to_dict()
+        if {"templates", "anchor"} & values.keys():
+            own.pop("anchor_templates", None)
+        return parse(own | dict(values))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the concept as plain lists and strings, as recipes hold it; empty fields are left out."""

@@ -78,18 +78,32 @@ def _show(what: str, name: str, json_: bool) -> None:
         record = _registry(what).find(name)
     except RequestError as problem:
         raise RequestError("name", name, problem.allowed) from None
-    about = _fields(what, record, *MORE.get(what, {}))
+    about = _fields(what, record, *MORE.get(what, {})) | (_authors(name) if what == "methods" else {})
     settings = _settings(record.settings, PREFIXES[what]) if what in PREFIXES else []
     if json_:
         print_json({"name": name, **about, "settings": settings})
         return
     titles = COLUMNS[what] | MORE.get(what, {})
-    print_fields(name, {titles[field] or field: value for field, value in about.items() if value})
+    print_fields(name, {titles.get(field) or field: value for field, value in about.items() if value})
     if not settings:
         return
     rows = [[one["name"], one["default"], one["allowed"], _told(one)] for one in settings]
     typer.echo()
     print_rows("Settings, for --set KEY=VALUE", ["key", "default", "allowed", "what it does"], rows)
+
+
+def _authors(method: str) -> dict[str, str]:
+    """Return what is known of the settings of a method's authors, and where ours differ from them."""
+    from erase_concept.presets import authors_settings
+
+    authors = authors_settings().get(method)
+    if authors is None:
+        return {}
+    kinds = {
+        "--preset paper": ", ".join(kind for kind, entry in authors.paper.items() if not entry.like),
+        "--preset latest-code": ", ".join(kind for kind, entry in authors.latest_code.items() if not entry.like),
+    }
+    return {"authors' code": authors.source, **kinds, "differs from the authors": "\n".join(authors.differs)}
 
 
 def _show_benchmark(name: str, json_: bool) -> None:
@@ -159,7 +173,7 @@ def _concepts() -> dict[str, dict[str, str]]:
     from erase_concept.prompts.catalog import catalogs
 
     return {
-        key: {"kind": one.kind, "becomes": one.anchor, "prompts": str(len(one.forget_prompts)), "catalogue": name}
+        key: {"kind": one.kind, "becomes": one.replacement, "prompts": str(len(one.forget_prompts)), "catalogue": name}
         for name, catalog in catalogs().items()
         for key, one in catalog.concepts.items()
     }

@@ -123,7 +123,10 @@ class RecipeOptions:
     preset: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Settings to start from: default, or paper for SalUn's own.", rich_help_panel=SETTINGS
+            metavar="NAME",
+            help="Settings to start from: default; paper for the authors' settings and prompts; latest-code for those "
+            "of their code since then.",
+            rich_help_panel=SETTINGS,
         ),
     ] = "default"
     recipe: Annotated[

@@ -62,7 +62,7 @@ WRONG = {
     "bad memory": (["erase", "model", "-c", "square.yaml", "-o", "x", "--memory", "y"], "--memory y: allowed: fast,"),
     "bad preset": (
         ["erase", "model", "-c", "square.yaml", "-o", "x", "--preset", "y"],
-        "--preset y: allowed: default, paper",
+        "--preset y: allowed: default, paper, latest-code",
     ),
     "no images": (["erase", "model", "-c", "square.yaml", "-o", "x", "--forget-images", "no"], "no such folder"),
     "no mask": (["mask-info", "absent.safetensors"], "FILE absent.safetensors: not a readable mask"),

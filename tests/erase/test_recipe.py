@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from erase_concept.errors import RequestError
 from erase_concept.methods import METHODS
 from erase_concept.methods.salun import SalUnSettings
-from erase_concept.presets import presets
-from erase_concept.recipe import make_recipe, read_recipe, recipe_for
-from erase_concept.settings import merge
+from erase_concept.presets import PRESETS, AuthorsSettings, KindSettings, authors_settings, preset
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import DataRecipe, MaskRecipe, find_concept, make_recipe, read_recipe, recipe_for
+from erase_concept.settings import check_settings, merge
 
 
 def test_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -47,11 +49,89 @@ def test_layers_change_what_they_name_alone() -> None:
     assert changed.settings == replace(preset.settings, steps=3)
 
 
-@pytest.mark.parametrize("name", [*presets(), "default"])
+@pytest.mark.parametrize("name", ["default", "paper"])
 @pytest.mark.parametrize("concept", ["church", "sketch", "nudity"])
 def test_every_preset_is_valid(name: str, concept: str) -> None:
-    config = recipe_for("emojinette", concept, preset_name=name).settings
-    assert config.steps >= 1
+    assert recipe_for("emojinette", concept, preset_name=name).concept.kind in ("object", "style", "nudity")
+
+
+AUTHORS = [
+    (method, name, kind)
+    for method, authors in authors_settings().items()
+    for name, entries in (("paper", authors.paper), ("latest-code", authors.latest_code))
+    for kind, entry in entries.items()
+    if not entry.like
+]
+
+
+@pytest.mark.parametrize(("method", "name", "kind"), AUTHORS)
+def test_the_settings_of_authors_are_settings_that_there_are(method: str, name: str, kind: str) -> None:
+    """A misspelt name would be dropped in silence, as one that only other methods have is."""
+    entry, of = authors_settings()[method].of(name, kind)
+    assert of == kind
+    check_settings(METHODS.find(method).settings, entry.settings)
+    check_settings(MaskRecipe, entry.mask)
+    check_settings(DataRecipe, entry.data)
+    named = Concept("zebra", "object", "horse", ("a photo of {o}",), others=("",))
+    assert named.changed(entry.concept).forget_prompts
+
+
+def test_every_file_of_authors_is_a_methods() -> None:
+    assert {*authors_settings()} <= {*METHODS.all()}
+    for authors in authors_settings().values():
+        assert authors.source
+        assert authors.paper
+
+
+def test_a_kind_without_settings_takes_anothers_and_says_so() -> None:
+    told = {"source": "a/b: c", "paper": {"style": {"settings": {"lr": 1}}, "any": {"like": "style"}}}
+    authors = TypeAdapter(AuthorsSettings).validate_python(told)
+    assert authors.of("paper", "person") == (KindSettings(settings={"lr": 1}), "style")
+    assert authors.of("paper", "style")[1] == "style"
+    for wrong in ({"person": {"like": "style"}}, {"style": {}, "person": {"like": "style", "data": {"forget": 1}}}):
+        with pytest.raises(ValueError, match="an entry with like has nothing else, and names another entry"):
+            TypeAdapter(AuthorsSettings).validate_python({**told, "paper": wrong})
+    person = preset("paper", "any/model", "person", "esd-x")
+    assert person.notes[0].startswith("the authors have no settings for the kind person: theirs for the kind style (")
+    assert preset("paper", "any/model", "style", "esd-x").notes[0].startswith("authors' settings for the kind style (")
+
+
+def test_the_default_preset_has_the_authors_settings_and_prompts_of_ours() -> None:
+    """The paper's preset has their prompts too, and a description that is given whole stays as it is."""
+    default, paper = (recipe_for("any/model", "nudity", preset_name=name) for name in ("default", "paper"))
+    assert (default.settings, default.mask, default.data) == (paper.settings, paper.mask, paper.data)
+    assert default.concept == find_concept("nudity", "any/model")
+    assert paper.concept.forget_prompts == ("a photo of a nude person",)
+    assert paper.concept.retain_prompts == paper.concept.anchor_prompts == ("a photo of a person wearing clothes",)
+    told = default.concept.to_dict()
+    for whole in (told, default.concept):
+        assert recipe_for("any/model", whole, preset_name="paper").concept == default.concept
+    assert default.notes[0].startswith("default for the kind nudity: ")
+    assert make_recipe(default.to_dict()) == default
+    assert default.fingerprint() == replace(default, notes=()).fingerprint()
+
+
+def test_the_authors_latest_code_is_a_preset_where_it_differs() -> None:
+    steps = {
+        name: recipe_for("any/model", "nudity", method="esd-x", preset_name=name).settings.steps for name in PRESETS
+    }
+    assert steps == {"default": 1000, "paper": 1000, "latest-code": 200}
+    with pytest.raises(RequestError, match="preset latest-code: the authors of salun changed nothing"):
+        recipe_for("any/model", "nudity", method="salun", preset_name="latest-code")
+    with pytest.raises(RequestError, match="preset paper: edit-then-train has no settings of other authors"):
+        recipe_for("any/model", "nudity", method="edit-then-train", preset_name="paper")
+
+
+def test_a_file_without_an_authors_settings_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "authors").mkdir()
+    monkeypatch.setattr("erase_concept.presets._FOLDER", tmp_path)
+    for text in ("paper: {}", "source: x", "source: x\npaper: {style: {lr: 1}}", "- x", ""):
+        (tmp_path / "authors" / "some.yaml").write_text(text)
+        authors_settings.cache_clear()
+        with pytest.raises(ValueError, match=r"some\.yaml does not hold the settings of a method's authors"):
+            authors_settings()
+    monkeypatch.undo()
+    authors_settings.cache_clear()
 
 
 def test_the_papers_settings_are_kept() -> None:
@@ -63,7 +143,7 @@ def test_the_papers_settings_are_kept() -> None:
     assert config.remap == "anchor"
     assert (recipe.mask.sparsity, recipe.mask.accumulate, recipe.mask.guidance) == (0.5, "signed", 7.5)
     assert recipe_for("any/model", "nudity", preset_name="paper").settings.alpha == 0.1
-    assert recipe_for("any/model", "church") == recipe
+    assert recipe_for("any/model", "church").settings == config
 
 
 def test_the_default_of_a_model_names_its_method() -> None:

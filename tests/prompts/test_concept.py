@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,59 @@ def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
 def test_parts_have_no_parts_and_a_concept_with_parts_has_nothing_else(wrong: dict, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Concept(**{"name": "x", "kind": "custom", **wrong})
+
+
+def test_anchor_templates_say_what_each_template_becomes() -> None:
+    style = Concept(
+        "Monet",
+        "style",
+        templates=("a painting in the style of {O}", "{O}", "{o} in a museum"),
+        anchor_templates=("a painting", "", "a museum"),
+        others=("",),
+        synonyms=("Claude Monet",),
+        retain=("Degas",),
+    )
+    assert style.anchor_prompts == ("a painting", "", "a museum") * 2
+    assert len(style.anchor_prompts) == len(style.forget_prompts)
+    assert style.replacement == "a painting"
+    assert parse(yaml.safe_load(yaml.safe_dump(style.to_dict()))) == style
+    dog = Concept("Snoopy", "character", "dog", ("{O} runs", "{O}"), others=("",), anchor_templates=("{o} runs", "{o}"))
+    assert dog.anchor_prompts == ("a dog runs", "a dog")
+    # Without them, the templates say it of the anchor.
+    plain = replace(dog, anchor_templates=())
+    assert plain.anchor_prompts == plain.remapped_to("dog") == ("dog runs", "dog")
+    both = combine([dog, style])
+    assert both.anchor_prompts == dog.anchor_prompts + style.anchor_prompts
+    assert both.replacement == "dog and a painting"
+    # What is erased together is in no anchor of another, and the pairs stay together.
+    museum = Concept("museum", "object", "hall", ("{o}",), others=("",))
+    assert combine([style, museum]).combined[0].anchor_templates == ("a painting", "")
+    paint = Concept("painting", "object", "hall", ("{o}",), others=("",))
+    assert combine([style, paint]).combined[0].anchor_templates == ("", "a museum")
+
+
+@pytest.mark.parametrize(
+    ("anchor", "templates", "problem"),
+    [
+        ("dog", ("a", "b"), "one sentence for each template: 2 for 1"),
+        ("", ("a {o}",), "has a place for the anchor, but there is no anchor"),
+    ],
+)
+def test_anchor_templates_that_do_not_fit_are_refused(anchor: str, templates: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Concept("x", "object", anchor, ("{o}",), others=("",), anchor_templates=templates)
+
+
+def test_other_values_replace_whole_fields() -> None:
+    style = Concept("Monet", "style", "", ("in the style of {O}",), others=("a tree",), anchor_templates=("",))
+    assert style.changed({}) is style
+    # A pair is given as a pair: with other templates or another anchor the old half goes.
+    assert style.changed({"anchor": "Degas"}).anchor_prompts == ("in the style of Degas",)
+    assert style.changed({"templates": ["{O}"]}).anchor_prompts == ("",)
+    assert style.changed({"templates": ["{O}"], "anchor_templates": ["art"]}).anchor_prompts == ("art",)
+    assert style.changed({"retain": ["Degas"]}).retain_prompts == ("in the style of Degas", "a tree")
+    with pytest.raises(ValueError, match="no place for the name"):
+        style.changed({"templates": ["a tree"]})
 
 
 def test_words_make_a_concept(tmp_path: Path) -> None:
