@@ -120,7 +120,9 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> Prese
         raise RequestError("preset", name, f"{chosen} has no settings of other authors; allowed: default")
     if name == "latest-code" and authors is not None and not authors.latest_code:
         raise RequestError("preset", name, f"the authors of {chosen} changed nothing since the paper; allowed: paper")
-    notes = (f"default for the kind {kind}: {own['reason']}",) if method is None and "reason" in own else ()
+    notes: tuple[str, ...] = (
+        (f"default for the kind {kind}: {own['reason']}",) if method is None and "reason" in own else ()
+    )
     if authors is None:
         return Preset(chosen, merge(values["methods"]["any"], laid_over), {}, notes)
     entry, of = authors.of(name, kind)
