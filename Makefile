@@ -20,14 +20,14 @@ SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_e
 # transformers call things, from loading to exporting, and the commands.
 LOWEST := .venv-lowest
 LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py tests/pipelines/test_from_single_file.py \
-	tests/pipelines/test_single_file.py tests/pipelines/test_emojinette.py tests/erase/test_export.py \
-	tests/erase/test_recipe.py tests/cli
+	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
+	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
 .PHONY: demo test test-lowest lint wheel-test docs bench comparison train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[eval,nudenet,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
+	$(BIN)/pip install --quiet -e '.[eval,tokenizer,nudenet,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
@@ -49,7 +49,7 @@ $(LOWEST)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch' > $(LOWEST)/lowest.txt
 	$(BIN)/pip list --format freeze | grep -E '^(torch|torchvision)==' >> $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/lowest.txt -e . 'pytest>=8.2' 'pytest-xdist>=3.6'
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/lowest.txt -e '.[tokenizer]' 'pytest>=8.2' 'pytest-xdist>=3.6'
 	touch $@
 
 test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the commands with the oldest libraries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: no test asks the network
@@ -39,7 +40,7 @@ def text_config(tokenizer: CLIPTokenizer, act: str = "quick_gelu") -> CLIPTextCo
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=tokenizer.model_max_length,
         hidden_act=act,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -102,6 +103,12 @@ def tiny(tokenizer: CLIPTokenizer) -> Diffusion:
 def family(tokenizer: CLIPTokenizer, request: pytest.FixtureRequest) -> Diffusion:
     """The same of every family."""
     return diffusion(tokenizer, request.param)
+
+
+@pytest.fixture
+def new_model() -> Callable[..., Diffusion]:
+    """Return the function that makes a model with a tokenizer, of a family."""
+    return diffusion
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
-from erase_concept.pipelines.formats.tokenizer import copy_vocabulary
+from erase_concept.pipelines.formats.tokenizer import write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
     check_same,
@@ -169,7 +169,7 @@ def _save_components(model: Diffusion, folder: Path) -> None:
         elif part is not None:
             part.save_pretrained(folder / name)
     for name, tokenizer in model.tokenizers.items():
-        copy_vocabulary(tokenizer, name, folder / name)
+        write_vocabulary(tokenizer, folder / name)
     pipeline.save_config(folder)
 
 

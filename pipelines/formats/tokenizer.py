@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import gzip
+import json
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -13,39 +16,83 @@ from erase_concept.errors import RequestError
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")  # one of them makes a tokenizer
-_CLIP = {"model_max_length": 77, "pad_token": "<|endoftext|>"}
+_PAD = "<|endoftext|>"
+_CLIP = {"model_max_length": 77, "pad_token": _PAD}
+_MERGES = 49152 - 256 - 2  # CLIP's vocabulary takes so many of the file's lines, and leaves out the others
 
 
 def load_tokenizer(file: Path, name: str, pad_token: str | None) -> CLIPTokenizer:
     """Return CLIP's tokenizer for a checkpoint in one file.
 
     It comes from the folder ``name`` in the folder that bears the file's name, from the folder ``tokenizer`` beside the
-    file, or from the hub. One that is not the model's own gets ``pad_token``, if given: OpenCLIP's tokenizer has the
-    same words and pads with another one. Raises RequestError when there is no tokenizer.
+    file, from the package open_clip_torch, or from the hub. One that is not the model's own gets ``pad_token``, if
+    given: OpenCLIP's tokenizer has the same words and pads with another one. Raises RequestError when there is no
+    tokenizer.
     """
     own, shared = file.with_suffix("") / name, file.parent / "tokenizer"
     folder = next(
         (folder for folder in (own, shared) if any((folder / words).is_file() for words in TOKENIZER_FILES)), None
     )
+    pads = {"pad_token": pad_token} if pad_token is not None and folder != own else {}
     try:
-        if folder is None:
-            # By file: the library's own loader asks the hub for many more, and waits for each of them in vain.
-            hf_hub_download(TOKENIZER, "merges.txt")
-            folder = Path(hf_hub_download(TOKENIZER, "vocab.json")).parent
-        options = {} if (folder / "tokenizer_config.json").is_file() else _CLIP
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        return clip_tokenizer(**pads) if folder is None else _read(folder, **pads)
     except (OSError, ValueError):
-        how = "put its vocab.json and merges.txt into a folder 'tokenizer' beside the file"
+        how = 'pip install "erase-concept[tokenizer]", or put its vocab.json and merges.txt into a folder '
+        how += "'tokenizer' beside the file"
         raise RequestError("model", file, f"needs the tokenizer {TOKENIZER}, which is not here: {how}") from None
-    if pad_token is not None and folder != own:
-        tokenizer.pad_token = pad_token
-    return tokenizer
 
 
-def copy_vocabulary(tokenizer: Any, name: str, folder: Path) -> None:
-    """Copy vocab.json and merges.txt into the tokenizer's folder: transformers 5 writes tokenizer.json alone."""
-    source = Path(str(getattr(tokenizer, "name_or_path", "")))
-    for words in getattr(tokenizer, "vocab_files_names", {}).values():
-        for file in (source / words, source / name / words):
-            if file.is_file() and not (folder / words).exists():
-                shutil.copyfile(file, folder / words)
+def clip_tokenizer(pad_token: str = _PAD) -> CLIPTokenizer:
+    """Return CLIP's tokenizer from the package open_clip_torch or, without the package, from the hub.
+
+    It pads to 77 tokens. Stable Diffusion 1.x pads with the end token, OpenCLIP's models with "!", token 0. A "!" in a
+    prompt is then token 0 too, as in the folders that diffusers loads. Raises OSError when it is in neither.
+    """
+    package = find_spec("open_clip")
+    words = Path(*package.submodule_search_locations or ()) if package else Path()
+    if (merges := words / "bpe_simple_vocab_16e6.txt.gz").is_file():
+        with TemporaryDirectory() as folder:
+            _write_vocabulary(*_vocabulary(merges), Path(folder))
+            tokenizer = _read(Path(folder), pad_token=pad_token)
+        tokenizer.name_or_path = TOKENIZER  # the folder is gone
+        return tokenizer
+    # By file: the library's own loader asks the hub for many more, and waits for each of them in vain.
+    hf_hub_download(TOKENIZER, "merges.txt")
+    return _read(Path(hf_hub_download(TOKENIZER, "vocab.json")).parent, pad_token=pad_token)
+
+
+def write_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Write vocab.json and merges.txt into a saved tokenizer's folder: transformers 5 writes tokenizer.json alone."""
+    if (folder / "vocab.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    # Each merge is a pair, or in older files both parts with a space between them.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    _write_vocabulary(tokenizer.get_vocab(), merges, folder)
+
+
+def _read(folder: Path, **options: str) -> CLIPTokenizer:
+    # As an argument: a padding token that is set later is a word among others until the tokenizer is saved and loaded.
+    defaults = {} if (folder / "tokenizer_config.json").is_file() else _CLIP
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **{**defaults, **options})
+
+
+def _vocabulary(file: Path) -> tuple[dict[str, int], list[str]]:
+    """Return CLIP's tokens with their numbers, and its merges, from the file of merges that CLIP was published with.
+
+    The tokens are the 256 bytes, the same at the end of a word, what each merge makes, and the start and the end token
+    (openai/CLIP, simple_tokenizer.py). Bytes that are no visible character are written as the characters from 256 on.
+    """
+    merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = len(set(range(256)) - set(visible))
+    characters = [chr(byte) for byte in (*visible, *range(256, 256 + hidden))]
+    words = [*characters, *(f"{one}</w>" for one in characters), *(merge.replace(" ", "") for merge in merges)]
+    tokens = [*words, "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _write_vocabulary(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(ordered, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")

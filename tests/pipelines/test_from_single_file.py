@@ -194,11 +194,17 @@ def test_truncated_and_empty_files_are_refused(tiny: Diffusion, tmp_path: Path) 
                 load(whole)
 
 
-def test_without_a_tokenizer_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
+def test_without_a_tokenizer_it_says_what_to_do(
+    tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erase_concept.pipelines.formats.tokenizer.find_spec", lambda name: None)  # not installed
     save_original(tiny, tmp_path / "model.safetensors", torch.float32, {})
     save_pipeline(tiny, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "tokenizer")
-    with pytest.raises(RequestError, match=r"put its vocab\.json and merges.txt into a folder 'tokenizer' beside"):
+    what = (
+        r"pip install \"erase-concept\[tokenizer\]\", or put its vocab\.json and merges.txt into a folder 'tokenizer'"
+    )
+    with pytest.raises(RequestError, match=what):
         load(tmp_path / "model.safetensors")
     save_pipeline(tiny, tmp_path / "other")
     shutil.copytree(tmp_path / "other" / "tokenizer", tmp_path / "tokenizer")
