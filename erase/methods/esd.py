@@ -19,7 +19,7 @@ from erase_concept.pipelines.sample import Sampling, make_scheduler, sample_late
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
-_CODE = "the authors' code"
+_CODE = "the authors' first code"
 
 
 @settings
@@ -45,6 +45,19 @@ class ESDSettings(PartwayTraining):
     steps: Annotated[int, described(source=_CODE)] = 1000
     lr: Annotated[float, described(source=_CODE)] = 1e-5
     optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adam"
+    sampled_by: Annotated[
+        Literal["current", "base"],
+        described(
+            "The model that samples the noisy latents: as it is by now, or the base model.",
+            source=f"{_CODE}; their later code samples with the base model",
+        ),
+    ] = "current"
+    scheduler: Annotated[
+        Literal["DDIMScheduler", "PNDMScheduler"],
+        described(
+            "The scheduler of that sampling.", source=f"{_CODE}; their later code takes the model's own, SD 1.x's PNDM"
+        ),
+    ] = "DDIMScheduler"
 
 
 def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
@@ -67,9 +80,9 @@ def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
     summary="Guides the concept's prediction away from the concept, in all but cross-attention.",
     title="ESD-u",
     paper="arXiv 2303.07345",
-    trains="all but cross-attention",
+    trains="all but cross-attention, the time embedding and the last layers",
     latents=(),
-    scope="non-cross-attention",
+    scope="noxattn",
     memory=_memory,
 )
 @method(
@@ -95,9 +108,11 @@ def esd(
     """Guide the concept's prediction away from it: esd-x in cross-attention, esd-u in all else, esd-full everywhere.
 
     Minimises  E |e(x_t, c) - (e*(x_t, 0) - eta (e*(x_t, c) - e*(x_t, 0)))|^2  with the frozen base model e* and the
-    empty prompt 0. The current model samples x_t from the concept's prompt c. The formula holds for velocities too,
-    since the target's weights sum to one. esd-u trains everything but cross-attention, as in the paper; the authors'
-    code leaves out the last layers and the time embedding as well.
+    empty prompt 0. The current model samples x_t from the concept's prompt c, in the authors' later code the base
+    model. That code writes the target as e*(x_t, c) - 2 (e*(x_t, c) - e*(x_t, 0)), which is the one above for eta = 1.
+    The formula holds for velocities too, since the target's weights sum to one. esd-u trains everything but
+    cross-attention, and as the authors' first code not the time embedding and the last layers: the scope noxattn. Of
+    several concepts a step takes one at random, as theirs does with several names.
     """
     # A second UNet in memory: x_t is not known before the current model makes it, so no target can be precomputed.
     base = model.with_components(unet=copy.deepcopy(model.unet))
@@ -105,7 +120,8 @@ def esd(
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         concept = data.forget[draw_evenly(data.forget_parts, settings.batch_size, generator)].to(model.device)
-        noisy, timesteps = partway(model, data, concept, settings, generator)
+        sampler = model if settings.sampled_by == "current" else base
+        noisy, timesteps = partway(sampler, data, concept, settings, generator, scheduler=settings.scheduler)
         with torch.no_grad():
             target = base.cfg(noisy, timesteps, concept, uncond, -settings.eta)
         forget = mse_loss(model.predict(noisy, timesteps, concept), target)
@@ -115,11 +131,19 @@ def esd(
 
 
 def partway(
-    model: Diffusion, data: ForgetRetain, embeddings: Tensor, settings: PartwayTraining, generator: torch.Generator
+    model: Diffusion,
+    data: ForgetRetain,
+    embeddings: Tensor,
+    settings: PartwayTraining,
+    generator: torch.Generator,
+    *,
+    scheduler: str = "DDIMScheduler",
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample with guidance (DDIM, arXiv 2010.02502) up to a random step, the same for all rows of the batch.
 
-    Returns the noisy latents [n, 4, h, w], of the size of the data's, and their time steps [n].
+    Returns the noisy latents [n, 4, h, w], of the size of the data's or of a height and width in pixels, and their time
+    steps [n].
     """
     stop = int(torch.randint(0, settings.sampling_steps, (1,), generator=generator))
     seeds = torch.randint(0, 2**62, (len(embeddings),), generator=generator).tolist()
@@ -130,9 +154,9 @@ def partway(
         data.uncond.to(model.device),
         seeds,
         [settings.start_guidance] * len(seeds),
-        Sampling(steps=settings.sampling_steps, scheduler="DDIMScheduler"),
-        size=(height, width),
+        Sampling(steps=settings.sampling_steps, scheduler=scheduler),
+        size=size or (height, width),
         stop=stop,
     )
-    timestep = make_scheduler(model, "DDIMScheduler", settings.sampling_steps).timesteps[stop]
+    timestep = make_scheduler(model, scheduler, settings.sampling_steps).timesteps[stop]
     return noisy, timestep.to(model.device).expand(len(noisy))

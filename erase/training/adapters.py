@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,35 @@ from erase_concept.pipelines.families.family import TRANSFORMER, Layers
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 
 
-class Adapters(nn.Module):
-    """A UNet whose transformers' linear and convolutional layers have a change of rank one each, the only parameters.
+def in_transformers(layers: Layers = UNET_LAYERS) -> Callable[[str], bool]:
+    """Return what tells whether a weight is of a transformer: the layers that SPM's code adapts (arXiv 2312.16145)."""
+    return lambda name: layers.group(name) in TRANSFORMER
 
-    Those are the layers that SPM's code adapts (arXiv 2312.16145). One that a mask freezes as a whole has no change; in
-    another the change is masked while it learns too, so that what is fused is what was trained. The UNet's own weights
-    stay as they are until ``fuse``. Raises RequestError when the mask leaves no layer.
+
+class Adapters(nn.Module):
+    """A UNet some of whose linear and convolutional layers have a change of rank one each, the only parameters.
+
+    ``adapted`` tells of a weight's name whether its layer is one of them. One that a mask freezes as a whole has no
+    change; in another the change is masked while it learns too, so that what is fused is what was trained. The UNet's
+    own weights stay as they are until ``fuse``. Raises RequestError when the mask leaves no layer.
     """
 
     unet: Any
 
-    def __init__(self, unet: Any, mask: Mask | None, generator: torch.Generator, layers: Layers = UNET_LAYERS) -> None:
-        """Begin with changes of zero: down is drawn as torch draws a linear layer's weights, up is zero."""
+    def __init__(
+        self,
+        unet: Any,
+        mask: Mask | None,
+        generator: torch.Generator,
+        adapted: Callable[[str], bool] = in_transformers(),  # noqa: B008  # a function of names, without state
+        *,
+        down: Literal["uniform", "normal"] = "uniform",
+    ) -> None:
+        """Begin with changes of zero, for up is zero.
+
+        Down is uniform within 1 / sqrt(its size), as torch draws a linear layer's weights, or standard normal, as
+        diffusers' own LoRA layers of rank one begin.
+        """
         super().__init__()
         self.layers: dict[str, nn.Linear | nn.Conv2d] = {}
         self.masks: dict[str, Tensor] = {}
@@ -37,14 +54,17 @@ class Adapters(nn.Module):
         object.__setattr__(self, "unet", unet.requires_grad_(False))  # not a part: its weights are not the adapters'
         for name, layer in unet.named_modules():
             weight = f"{name}.weight"
-            if layers.group(weight) not in TRANSFORMER or not isinstance(layer, nn.Linear | nn.Conv2d):
+            if not isinstance(layer, nn.Linear | nn.Conv2d) or not adapted(weight):
                 continue
             if mask is not None and not mask.bits[weight].any():
                 continue
             key = name.replace(".", "/")  # a parameter's name holds no dots
             size = layer.weight[0].numel()
-            down = (2 * torch.rand(size, generator=generator) - 1) / size**0.5
-            self.down[key] = nn.Parameter(down.to(layer.weight.device))
+            if down == "normal":
+                drawn = torch.randn(size, generator=generator)
+            else:
+                drawn = (2 * torch.rand(size, generator=generator) - 1) / size**0.5
+            self.down[key] = nn.Parameter(drawn.to(layer.weight.device))
             self.up[key] = nn.Parameter(torch.zeros(len(layer.weight), device=layer.weight.device))
             self.layers[key] = layer
             if mask is not None:
@@ -102,8 +122,16 @@ class Adapters(nn.Module):
             self.is_on = True
 
     @torch.no_grad()
-    def fuse(self) -> None:
-        """Add the changes to the UNet's weights; those that a mask freezes keep every bit, a negative zero's too."""
+    def weights(self) -> dict[str, Tensor]:
+        """Return the layers' weights with their changes, by the names that they have in the UNet."""
+        return {f"{key.replace('/', '.')}.weight": one.weight + self.change(key) for key, one in self.layers.items()}
+
+    @torch.no_grad()
+    def fuse(self, strength: float = 1.0) -> None:
+        """Add the changes, so many times, to the UNet's weights.
+
+        Those that a mask freezes keep every bit, a negative zero's too.
+        """
         for key, layer in self.layers.items():
-            changed = layer.weight + self.change(key)
+            changed = layer.weight + strength * self.change(key)
             layer.weight.copy_(torch.where(self.masks[key], changed, layer.weight) if key in self.masks else changed)

@@ -46,6 +46,7 @@ class Training:
     weight_decay: Annotated[float, described("Weight decay; AdamW's is decoupled.", ge=0, source=_SALUN)] = 0.0
     warmup: Annotated[int, described("Steps over which the learning rate rises from zero.", ge=0)] = 0
     decay: Annotated[bool, described("Let the learning rate fall to zero along a cosine.")] = False
+    cycles: Annotated[int, described("Times that it falls, each from the top, where it falls.", ge=1)] = 1
     accumulation: Annotated[int, described("Batches whose gradients are averaged in one step.", ge=1)] = 1
     max_grad_norm: Annotated[float | None, described("Clip the gradient to this norm.", gt=0)] = None
     precision: Annotated[Literal["no", "bf16"], described("Precision of the arithmetic; weights stay fp32.")] = "no"
@@ -63,7 +64,8 @@ class Training:
         """Return the learning rate of a step, counted from 0."""
         rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay and step >= self.warmup:
-            rate *= 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+            length = self.steps - self.warmup
+            rate *= 0.5 * (1 + math.cos(math.pi * (self.cycles * (step - self.warmup) % length) / length))
         return rate
 
 

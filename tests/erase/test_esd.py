@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
@@ -24,9 +25,10 @@ def prompts_alone(model: Diffusion, concept: Concept) -> ForgetRetain:
     return make_data(model, concept, DataRecipe(steps=2, guidance=2.0), seed=1, parts=())
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.5])
-def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: float) -> None:
-    config = ESDSettings(steps=2, batch_size=3, lr=1e-2, eta=eta, start_guidance=2.0, sampling_steps=5)
+@pytest.mark.parametrize(("eta", "sampled_by"), [(0.0, "current"), (1.5, "current"), (1.5, "base")])
+def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: float, sampled_by: str) -> None:
+    sampling = {"start_guidance": 2.0, "sampling_steps": 5, "sampled_by": sampled_by}
+    config = ESDSettings(steps=2, batch_size=3, lr=1e-2, eta=eta, **sampling)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet, base = copy.deepcopy(tiny.unet), copy.deepcopy(tiny.unet)
     data = prompts_alone(tiny, square)
@@ -44,8 +46,9 @@ def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: floa
         x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         with torch.no_grad():
             for t in range(800, 800 - 200 * stops[-1], -200):
-                without = unet(x, t, empty).sample
-                e = without + 2 * (unet(x, t, concept).sample - without)
+                sampler = unet if sampled_by == "current" else base
+                without = sampler(x, t, empty).sample
+                e = without + 2 * (sampler(x, t, concept).sample - without)
                 clean = (x - (1 - kept[t]).sqrt() * e) / kept[t].sqrt()
                 x = kept[t - 200].sqrt() * clean + (1 - kept[t - 200]).sqrt() * e
             t = 800 - 200 * stops[-1]
@@ -61,6 +64,31 @@ def test_two_steps_equal_the_formula(tiny: Diffusion, square: Concept, eta: floa
                 for (name, p), g in zip(unet.named_parameters(), gradients, strict=True):
                     p -= 0.01 * g / (g.abs() + 1e-8) * mask.dense(name)  # Adam's first step
     assert max(stops) > 0  # some of it was sampled
+
+
+@torch.no_grad()
+def test_the_later_codes_latents_are_those_of_diffusers_own_pndm(tiny: Diffusion, square: Concept) -> None:
+    data, config = prompts_alone(tiny, square), ESDSettings(sampling_steps=8, start_guidance=2.0)
+    stops = set()
+    for seed in range(4):
+        x, times = partway(
+            tiny, data, data.forget, config, torch.Generator().manual_seed(seed), scheduler="PNDMScheduler"
+        )
+        generator = torch.Generator().manual_seed(seed)
+        stop = int(torch.randint(0, 8, (1,), generator=generator))
+        seeds = torch.randint(0, 2**62, (2,), generator=generator).tolist()
+        wanted = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(one)) for one in seeds])
+        solver = PNDMScheduler.from_config(tiny.scheduler.config)
+        solver.set_timesteps(8)
+        empty = tiny.encode_prompts([""]).expand(2, -1, -1)
+        for t in solver.timesteps[:stop]:
+            without = tiny.unet(wanted, t, empty).sample
+            e = without + 2 * (tiny.unet(wanted, t, data.forget).sample - without)
+            wanted = solver.step(e, t, wanted).prev_sample
+        torch.testing.assert_close(x, wanted)
+        assert times.tolist() == [int(solver.timesteps[stop])] * 2
+        stops.add(stop)
+    assert len(stops) > 1
 
 
 def test_before_the_first_of_the_sampling_steps_there_is_noise_alone(tiny: Diffusion, square: Concept) -> None:
@@ -84,7 +112,7 @@ def test_frozen_weights_stay_and_a_killed_run_goes_on(tiny: Diffusion, square: C
 
 def test_three_names_three_scopes() -> None:
     found = {name: entry.scope for name, entry in METHODS.all().items() if name.startswith("esd-")}
-    assert found == {"esd-x": "cross-attention", "esd-u": "non-cross-attention", "esd-full": "full"}
+    assert found == {"esd-x": "cross-attention", "esd-u": "noxattn", "esd-full": "full"}
 
 
 @pytest.mark.parametrize(
