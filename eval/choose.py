@@ -129,7 +129,7 @@ def named_prompts(request: EvalRequest, benchmark: Benchmark, settings: EvalSett
         if benchmark.catalog:
             return None
         raise RequestError("prompts", "(not given)", f"{benchmark.title} needs them: a CSV file with a column 'prompt'")
-    found = prompts if isinstance(prompts, PromptSet) else find_prompts(prompts)
+    found = (prompts if isinstance(prompts, PromptSet) else find_prompts(prompts)).without_minors()
     numbered = zip(found.rows, found.case_numbers, strict=True)
     found = replace(found, rows=tuple(replace(row, case_number=number) for row, number in numbered))
     return _selected(found, benchmark, settings)

@@ -17,6 +17,7 @@ from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.metric import JudgedImages, MetricInput, MetricResult
 from erase_concept.eval.report.report import Pair, Report
 from erase_concept.eval.thresholds import apply_thresholds
+from erase_concept.prompts.minors import DROPPED
 from erase_concept.settings import check_settings
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def _provenance(plan: EvalPlan, images: EvalImages, found: Measured) -> dict[str
             "selection": plan.prompts.selected.selection or "all",
             "prompts": len(plan.prompts.selected.rows),
             **({"left out, for the erasing used them": left} if left else {}),
+            **({DROPPED: len(dropped)} if (dropped := plan.prompts.selected.dropped) else {}),
         },
         "settings": chosen,
         "judges": judges,

@@ -38,6 +38,7 @@ from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import progress
 from erase_concept.prompts.find_prompts import find_prompts
+from erase_concept.prompts.minors import DROPPED
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 from erase_concept.settings import check_settings, described, settings
 
@@ -228,12 +229,15 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
 
     Images are named by their place in the set; ``manifest.jsonl`` gets a line for each, with its row and SHA-256.
     Run again with the same model, prompts and settings, it samples only what is missing or has changed since. Raises
-    RequestError when the folder holds images of another model, prompt set or setting.
+    RequestError when the folder holds images of another model, prompt set or setting, and for a sexual prompt that
+    mentions minors.
 
     Where Accelerate has started several processes, they share the batches, and each yields the images that it makes.
     When all have finished, the folder is as one process would have made it.
     """
     out = Path(out)
+    if any(row.sexual_with_minors for row in prompts.rows):
+        raise RequestError("prompts", prompts.name, DROPPED)
     make_scheduler(model, sampling.scheduler, sampling.steps)
     _start(model, prompts, out, sampling)
     state = processes()

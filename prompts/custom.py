@@ -14,7 +14,7 @@ from erase_concept.errors import RequestError
 from erase_concept.prompts.catalog import Catalog, catalogs
 from erase_concept.prompts.concept import Concept, fill, whole_words
 from erase_concept.prompts.kinds import kinds
-from erase_concept.prompts.promptset import read_prompts
+from erase_concept.prompts.promptset import read_rows
 
 
 def from_words(words: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
@@ -56,7 +56,7 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
     the file has no prompt or is not readable.
     """
     if file.suffix.lower() == ".csv":
-        found = [row.prompt for row in read_prompts(file, setting="concept").rows]
+        found = [row.prompt for row in read_rows(file, setting="concept")]
     else:
         try:
             found = file.read_text(encoding="utf-8-sig").splitlines()

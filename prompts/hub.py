@@ -55,7 +55,8 @@ def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) 
             raise RequestError("prompts", f"{name}, row {place + 1}", str(problem)) from None
     if not rows:
         raise RequestError("prompts", name, "the prompt set is empty")
-    return PromptSet(repository, tuple(rows), "" if limit is None else f"the first {len(rows):,} prompts")
+    found = PromptSet(repository, tuple(rows), "" if limit is None else f"the first {len(rows):,} prompts")
+    return found.without_minors()
 
 
 def _download(name: str, repository: str, patterns: list[str]) -> Path:

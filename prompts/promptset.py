@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.prompts.minors import DROPPED, sexual_with_minors
 
 # Accepted names of each column. I2P's file begins them with "sd_"; research repositories begin seed and guidance scale
 # with "evaluation_". Files of Imagenette prompts call the object a class, files of styles call the style an artist.
@@ -51,14 +52,23 @@ class PromptRow:
         """The categories as separate names."""
         return tuple(name for part in self.category.split(",") if (name := part.strip()))
 
+    @property
+    def sexual_with_minors(self) -> bool:
+        """Whether it mentions minors and is sexual, by its words or its labels: then it is never sampled."""
+        return sexual_with_minors(self.prompt, (self.category, self.object, self.style))
+
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A named sequence of rows. ``selection`` says how they were chosen when they are a part of a larger set."""
+    """A named sequence of rows. ``selection`` says how they were chosen when they are a part of a larger set.
+
+    ``dropped`` are the case numbers of the sexual prompts that mention minors: no set that is read has them.
+    """
 
     name: str
     rows: tuple[PromptRow, ...]
     selection: str = ""
+    dropped: tuple[int, ...] = ()
 
     @property
     def case_numbers(self) -> tuple[int, ...]:
@@ -79,6 +89,24 @@ class PromptSet:
             for number, row in zip(self.case_numbers, self.rows, strict=True):
                 values = (getattr(row, name) for name in used)
                 writer.writerow([number, *("" if value is None else value for value in values)])
+
+    def without_minors(self) -> PromptSet:
+        """Return the set without its sexual prompts that mention minors; the others keep their case numbers.
+
+        Raises RequestError when no prompt is left.
+        """
+        numbers = self.case_numbers
+        dropped = [index for index, row in enumerate(self.rows) if row.sexual_with_minors]
+        if not dropped:
+            return self
+        if len(dropped) == len(self.rows):
+            raise RequestError("prompts", self.name, f"has no other: {DROPPED}")
+        kept = tuple(
+            replace(row, case_number=number)
+            for row, number in zip(self.rows, numbers, strict=True)
+            if not row.sexual_with_minors
+        )
+        return replace(self, rows=kept, dropped=(*self.dropped, *(numbers[index] for index in dropped)))
 
     def in_category(self, name: str) -> PromptSet:
         """Return the rows that have this category; raises RequestError when there are none."""
@@ -118,7 +146,7 @@ class PromptSet:
         """Return the rows at some positions, with the case numbers that they have in the whole set."""
         numbers = self.case_numbers
         rows = tuple(replace(self.rows[index], case_number=numbers[index]) for index in indices)
-        return PromptSet(self.name, rows, f"{self.selection}, {how}" if self.selection else how)
+        return replace(self, rows=rows, selection=f"{self.selection}, {how}" if self.selection else how)
 
 
 def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
@@ -159,11 +187,15 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
 
 
 def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:
-    """Read a CSV file, or its first ``limit`` rows, as ``read_rows`` does; having no row is an error too."""
+    """Read a CSV file, or its first ``limit`` rows, as ``read_rows`` does; having no row is an error too.
+
+    Sexual prompts that mention minors are dropped.
+    """
     rows = tuple(islice(read_rows(file, setting=setting), limit))
     if not rows:
         raise RequestError(setting, file, "the prompt set is empty")
-    return PromptSet(file.stem, rows, "" if limit is None else f"the first {len(rows):,} prompts")
+    found = PromptSet(file.stem, rows, "" if limit is None else f"the first {len(rows):,} prompts")
+    return found.without_minors()
 
 
 def column_positions(header: Sequence[str], source: object, setting: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_report
+from erase_concept.cli.terminal import print_dropped, print_report
 
 if TYPE_CHECKING:
     from erase_concept.eval.request import EvalRequest
@@ -179,12 +179,14 @@ def evaluate(
     """Measure whether the concept is gone and what else was lost, beside the base model, and write the report."""
     from erase_concept.eval.evaluate import run_evaluation
     from erase_concept.eval.report.verdict import main_scores
+    from erase_concept.prompts.minors import DROPPED
 
     report = run_evaluation(options.request(model, out))
     if report is None:
         return
     shown = report if json_ else replace(report, scores=tuple(main_scores(report)))
     print_report(shown, out, json_)
+    print_dropped(report.provenance["prompts"].get(DROPPED, 0))
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
             print(f"erase-concept: {who}: {note}", file=sys.stderr)

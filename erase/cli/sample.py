@@ -18,7 +18,7 @@ from erase_concept.cli.options import (
     assigned,
     examples,
 )
-from erase_concept.cli.terminal import print_json
+from erase_concept.cli.terminal import print_dropped, print_json
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.progress import progress
 
@@ -80,11 +80,12 @@ def sample(
         raise RequestError(f"guard.{min(given)}", given[min(given)], "goes with --guard")
     guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model), given)
     found = find_prompts(prompts)
+    print_dropped(len(found.dropped))
     loaded = load(model, ema=ema is not False)
     sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
     made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
-        print_json({"out": str(out), "images": len(found.rows), "made": count})
+        print_json({"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)})
     else:
         typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")

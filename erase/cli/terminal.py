@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,14 @@ def print_report(report: Report, out: Path, json_: bool) -> None:
     ]
     print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
     typer.echo(f"Report: {out / 'report.html'}")
+
+
+def print_dropped(count: int) -> None:
+    """Say on standard error how many prompts were dropped, if any."""
+    if count:
+        from erase_concept.prompts.minors import DROPPED
+
+        print(f"erase-concept: {count:,} prompts dropped: {DROPPED}", file=sys.stderr)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
