@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -83,12 +83,12 @@ def _predict_phase(
         moving = {} if scope == TEXT_ENCODER else {name: sizes[name] for name in in_scope(model.unet, scope)}
         encoder, table = _text_encoder(make) if scope == TEXT_ENCODER else (0, 0)
         for name, p in model.unet.named_parameters():
-            p.requires_grad_(name in moving and not phase.adapters)
+            p.requires_grad_(name in moving and phase.adapted is None)
         passes = _Passes(phase.frozen, phase.trained, size, settings.recompute, settings.precision)
         window = 0 if phase.gradients else TOGETHER
-        measured = _measure(model, passes, window, adapters=phase.adapters)
+        measured = _measure(model, passes, window, adapted=phase.adapted)
     weights, largest = sum(sizes.values()), max(sizes.values())
-    free = 0 if phase.adapters else sum(moving.values())  # adapters are few beside the weights
+    free = 0 if phase.adapted else sum(moving.values())  # adapters are few beside the weights
     kept = measured.gradients if at_once and not phase.gradients else free
     return Prediction(
         {
@@ -208,7 +208,9 @@ class _Measured(NamedTuple):
     operations: int
 
 
-def _measure(model: Diffusion, passes: _Passes, window: int, *, adapters: bool = False) -> _Measured:
+def _measure(
+    model: Diffusion, passes: _Passes, window: int, *, adapted: Callable[[str], bool] | None = None
+) -> _Measured:
     """Carry the passes out, beside the weights. Gradients wait until so many bytes have come together."""
     side = (passes.size or model.size) // model.factor
     tokens = _TOKENS + model.family.extra_tokens
@@ -221,7 +223,7 @@ def _measure(model: Diffusion, passes: _Passes, window: int, *, adapters: bool =
 
     if passes.recompute:
         model.unet.enable_gradient_checkpointing()
-    changed = Adapters(model.unet, None, torch.Generator()) if adapters else None
+    changed = Adapters(model.unet, None, torch.Generator(), adapted) if adapted else None
     waiting: list[Tensor] = []
 
     def wait(parameter: Tensor) -> None:
@@ -244,7 +246,7 @@ def _measure(model: Diffusion, passes: _Passes, window: int, *, adapters: bool =
                 with torch.no_grad():
                     predicted(passes.frozen)
             if passes.trained:
-                loss = predicted(passes.trained, embedded=not (trained or adapters)).square().mean()
+                loss = predicted(passes.trained, embedded=not (trained or adapted)).square().mean()
         if passes.trained:
             loss.backward()
     return _Measured(living.most, living.peak - living.most, counter.get_total_flops())

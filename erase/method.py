@@ -26,15 +26,16 @@ class Phase:
 
     ``frozen`` and ``trained`` are the rows of the passes through the UNet without and with gradient. ``copies`` counts
     copies of all of the UNet's weights. ``gradients`` counts whole gradients, or other copies of the weights that may
-    change; 0 says that every gradient is used and dropped during the backward pass. ``adapters`` says that rank-one
-    adapters are trained in the place of the weights, ``optimizer`` whether the optimizer's state is there already.
+    change; 0 says that every gradient is used and dropped during the backward pass. ``adapted`` tells of a weight's
+    name whether it has a rank-one adapter, where these are trained in the place of the weights. ``optimizer`` tells
+    whether the optimizer's state is there already.
     """
 
     frozen: int = 0
     trained: int = 0
     copies: float = 0.0
     gradients: float = 0.0
-    adapters: bool = False
+    adapted: Callable[[str], bool] | None = None
     optimizer: bool = True
 
 

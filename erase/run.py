@@ -224,7 +224,8 @@ def _train(
 ) -> Iterator[Record | TargetProgress]:
     """Run the method, and write each record to the log."""
     checkpoint = out / "checkpoints" / "last.safetensors"
-    _keep_log(out / "log.jsonl", steps_done(checkpoint))
+    # MACE has a checkpoint for each of several concepts.
+    _keep_log(out / "log.jsonl", sum(steps_done(file) for file in checkpoint.parent.glob("*.safetensors")))
     method = METHODS.find(recipe.method)
     seed = method_seed(recipe.seed)
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:

@@ -37,7 +37,15 @@ def test_two_steps_equal_the_formulas(
     settings = EditThenTrainSettings(steps=2, batch_size=3, lr=1e-2, **terms)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     base, edited = copy.deepcopy(tiny.unet), tiny.with_components(unet=copy.deepcopy(tiny.unet))
-    list(mace(edited, data, mask, MACESettings(erase_scale=erase_scale, preserve_scale=0.1, ridge=1000.0), seed=0))
+    list(
+        mace(
+            edited,
+            data,
+            mask,
+            MACESettings(erase_scale=erase_scale, preserve_scale=0.1, ridge=1000.0, tokens="behind-name", lora=False),
+            seed=0,
+        )
+    )
     unet = edited.unet.requires_grad_(True)
     records = [event for event in edit_then_train(tiny, data, mask, settings, seed=7) if isinstance(event, Record)]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in unet.parameters()]
@@ -99,7 +107,15 @@ def test_tells_how_far_the_targets_are_and_computes_only_what_is_left(
 def test_begins_at_the_closed_form_with_targets_of_the_base_model(tiny: Diffusion, data: ForgetRetain) -> None:
     mask = masks.random(tiny.unet, 0.5, seed=4)
     base, edited, still = (tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3))
-    list(mace(edited, data, mask, MACESettings(erase_scale=100.0, preserve_scale=0.1, ridge=1000.0), seed=0))
+    list(
+        mace(
+            edited,
+            data,
+            mask,
+            MACESettings(erase_scale=100.0, preserve_scale=0.1, ridge=1000.0, tokens="behind-name", lora=False),
+            seed=0,
+        )
+    )
     assert any((p != q).any() for p, q in zip(base.unet.parameters(), edited.unet.parameters(), strict=True))
     settings = EditThenTrainSettings(steps=1, batch_size=3, lr=0.0, guidance=0.0, erase_scale=100.0)
     *_, record = edit_then_train(still, data, mask, settings, seed=7)
