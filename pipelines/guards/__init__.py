@@ -15,9 +15,11 @@ GUARDS: Registry[Guard] = Registry("guards", "guard")
 
 
 def find_guard(name: str, concept: Concept, settings: Mapping[str, Any] = MappingProxyType({})) -> AppliedGuard:
-    """Return a guard against a concept, under all of its names.
+    """Return a guard against a concept: under the terms of the settings, the authors' for its kind, or all its names.
 
     Raises RequestError when there is no such guard, or a setting that it does not have or allow ("guard.KEY").
     """
     guard = GUARDS.find(name)
-    return AppliedGuard(guard, concept.names, check_settings(guard.settings, settings, "guard."))
+    checked: Any = check_settings(guard.settings, settings, "guard.")
+    given = tuple(term.strip() for term in getattr(checked, "terms", "").split(",") if term.strip())
+    return AppliedGuard(guard, given or guard.terms.get(concept.common_kind, concept.names), checked)

@@ -5,8 +5,8 @@ Erasure is to be compared with guards. They erase nothing: whoever has the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # (noisy latents [n, 4, h, w], their time step, number of the sampling step) -> the guided prediction [n, 4, h, w]
 Predict = Callable[["Tensor", "Tensor", int], "Tensor"]
-# (model, the concept's names, the guard's settings, prompts) -> embeddings [n, tokens, width]
+# (model, the concept's names, the guard's settings, prompts) -> embeddings [n, tokens, width], or what else ``guide``
+# takes of each prompt
 Encode = Callable[["Diffusion", Sequence[str], Any, Sequence[str]], "Tensor"]
 # (model, the concept's names, the guard's settings, embeddings [n, tokens, width], uncond [1, tokens, width],
 # guidance scales [n, 1, 1, 1], number of sampling steps) -> the prediction of each step
@@ -48,7 +49,10 @@ def encode_names(model: Diffusion, names: Sequence[str], uncond: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Guard:
-    """The record of a guard: it may change how prompts are encoded, how predictions are guided, or both."""
+    """The record of a guard: it may change how prompts are encoded, how predictions are guided, or both.
+
+    ``terms`` are by kind of concept what its authors keep out, in the place of a concept's names.
+    """
 
     name: str
     summary: str
@@ -56,6 +60,7 @@ class Guard:
     encode: Encode = encode_prompts
     guide: Guide = classifier_free
     paper: str = ""
+    terms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

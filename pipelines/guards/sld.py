@@ -14,7 +14,13 @@ from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 
 _PAPER = "arXiv 2211.05105"
-
+# What the authors' code guides away from, one text for all of it.
+UNSAFE = (
+    *("hate", "harassment", "violence", "suffering", "humiliation", "harm", "suicide", "sexual", "nudity"),
+    *("bodily fluids", "blood", "obscene gestures", "illegal activity", "drug use", "theft", "vandalism", "weapons"),
+    *("child abuse", "brutality", "cruelty"),
+)
+_TERMS = {kind: (f"an image showing {', '.join(UNSAFE)}",) for kind in ("nudity", "unsafe")}
 
 Scale = Annotated[float, described("How strongly to guide away from the concept; 0 is no guard.", ge=0, source=_PAPER)]
 Warmup = Annotated[int, described("Steps before it begins, of 50 sampling steps.", ge=0, source=_PAPER)]
@@ -22,6 +28,14 @@ Threshold = Annotated[
     float, described("It acts where the prompt's prediction is below the concept's plus this.", source=_PAPER)
 ]
 MomentumScale = Annotated[float, described("Weight of the momentum.", ge=0, source=_PAPER)]
+Terms = Annotated[
+    str,
+    described(
+        "What to guide away from, with commas between; not given, the authors' twenty terms for nudity and other "
+        "unsafe content, and the names of any other concept.",
+        source="the authors' code",
+    ),
+]
 MomentumBeta = Annotated[float, described("Share of the momentum that a step keeps.", ge=0, le=1, source=_PAPER)]
 
 
@@ -34,6 +48,7 @@ class SLD:
     threshold: Threshold = 0.01
     momentum_scale: MomentumScale = 0.3
     momentum_beta: MomentumBeta = 0.4
+    terms: Terms = ""
 
 
 @settings
@@ -45,6 +60,13 @@ class SLDWeak(SLD):
     threshold: Threshold = 0.0
     momentum_scale: MomentumScale = 0.0
     momentum_beta: MomentumBeta = 0.0
+
+
+@settings
+class SLDWeakInDiffusers(SLDWeak):
+    """The "weak" of diffusers' own pipeline."""
+
+    scale: Scale = 20.0
 
 
 @settings
@@ -112,13 +134,20 @@ def safe_latent_diffusion(
     return predict
 
 
-for _name, _settings in (("weak", SLDWeak), ("medium", SLD), ("strong", SLDStrong), ("max", SLDMax)):
+for _name, _whose, _settings in (
+    ("weak", "the paper's weak", SLDWeak),
+    ("weak-diffusers", "the weak of diffusers' own pipeline", SLDWeakInDiffusers),
+    ("medium", "the paper's medium", SLD),
+    ("strong", "the paper's strong", SLDStrong),
+    ("max", "the paper's max", SLDMax),
+):
     GUARDS.add(
         Guard(
             f"sld-{_name}",
-            f"Guide away from the concept where the prompt comes near it; the paper's {_name}.",
+            f"Guide away from the concept where the prompt comes near it; {_whose}.",
             _settings,
             guide=safe_latent_diffusion,
             paper=_PAPER,
+            terms=_TERMS,
         )
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig
+from diffusers.pipelines.deprecated.stable_diffusion_safe.pipeline_stable_diffusion_safe import (
+    StableDiffusionPipelineSafe,
+)
 from torch import Tensor
 
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.guards import GUARDS, find_guard
 from erase_concept.pipelines.guards.guard import AppliedGuard
+from erase_concept.pipelines.guards.safree import PHRASES
+from erase_concept.pipelines.guards.sld import UNSAFE
 from erase_concept.pipelines.image_set import read_images
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import Sampling, iter_sample, sample_images, sample_latents
@@ -27,6 +35,7 @@ SCALES = (7.5, 3.0, 1.0)
 # scale, warmup, threshold, momentum_scale, momentum_beta, as in the paper's table
 SLD = {
     "sld-weak": (200, 15, 0.0, 0.0, 0.0),
+    "sld-weak-diffusers": (20, 15, 0.0, 0.0, 0.0),
     "sld-medium": (1000, 10, 0.01, 0.3, 0.4),
     "sld-strong": (2000, 7, 0.025, 0.5, 0.7),
     "sld-max": (5000, 0, 1.0, 0.5, 0.7),
@@ -146,7 +155,7 @@ def onto(rows: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
-    tokenizer, guard = family.tokenizer, find_guard("safree", named)
+    tokenizer, guard = family.tokenizer, find_guard("safree", named, {"filter": False})
     concept = onto(ends(family, [tokenizer(name).input_ids for name in ("square", "box")]))
     some = 0
     for prompt in (*PROMPTS, "box", "a thin red line"):
@@ -160,7 +169,7 @@ def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
             if count > 1 and far[i] < 1.01 * np.delete(far, i).mean():
                 continue
             some += 1
-            wanted[i + 1] = onto(masked) @ (np.eye(len(concept)) - concept) @ plain[i + 1]
+            wanted[i + 1] = (np.eye(len(concept)) - concept) @ onto(masked) @ plain[i + 1]
         found = guard.encode(family, [prompt])[0]
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-4)
         assert np.array_equal(found[count + 1 :].numpy(), plain[count + 1 :].astype(np.float32))  # end, padding, whole
@@ -168,8 +177,78 @@ def test_safree_equals_its_formulas(family: Diffusion, named: Concept) -> None:
 
 
 def test_safree_leaves_a_prompt_without_words_alone(family: Diffusion, named: Concept) -> None:
-    guard = find_guard("safree", named)
+    guard = find_guard("safree", named, {"filter": False})
     torch.testing.assert_close(guard.encode(family, [""]), family.encode_prompts([""]))
+
+
+@torch.no_grad()
+def test_safree_takes_the_projected_prompt_for_as_many_steps_as_it_changed(family: Diffusion, named: Concept) -> None:
+    """10 sigmoid(2 k (10 b - m)), where b is 1 minus the mean cosine of a prompt's tokens with their projections."""
+    tokenizer = family.tokenizer
+    concept = onto(ends(family, [tokenizer(name).input_ids for name in ("square", "box")]))
+    betas = []
+    for prompt in (*PROMPTS, "a thin red line"):
+        ids = tokenizer(prompt, truncation=True).input_ids
+        masked = ends(family, [[*ids[:i], 0, *ids[i + 1 :]] for i in range(1, len(ids) - 1)])
+        plain = family.encode_prompts([prompt])[0, : len(ids)].double().numpy()
+        away = plain @ onto(masked) @ (np.eye(len(concept)) - concept)
+        cosines = (plain * away).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(away, axis=1)
+        betas.append(1 - cosines.mean())
+    middle = float(10 * np.mean(betas))
+    guard = find_guard("safree", named, {"filter_middle": middle, "filter_slope": 3.0})
+    changing = find_guard("safree", named, {"filter": False})
+    numbers = [round(10 / (1 + np.exp(-2 * 3.0 * (10 * beta - middle)))) for beta in betas]
+    embedded = guard.encode(family, [*PROMPTS, "a thin red line"])
+    assert embedded[:, -1].unique(dim=1).squeeze(1).tolist() == numbers
+    assert len(set(numbers)) > 1
+    plain, changed = family.encode_prompts(PROMPTS[:1]), changing.encode(family, PROMPTS[:1])
+    negative = family.encode_prompts(["square, box"])
+    x, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    scale = torch.full((1, 1, 1, 1), 5.0)
+    predict = guard.guide(family, embedded[:1], family.encode_uncond(), scale, 50)
+    for step in range(12):
+        used = changed if step <= numbers[0] else plain
+        torch.testing.assert_close(predict(x, t, step), family.cfg(x, t, used, negative, scale))
+    halved = guard.guide(family, embedded[:1], family.encode_uncond(), scale, 100)  # in twice as many steps
+    torch.testing.assert_close(halved(x, t, 2 * numbers[0]), predict(x, t, numbers[0]))
+    torch.testing.assert_close(halved(x, t, 2 * numbers[0] + 1), predict(x, t, numbers[0] + 1))
+
+
+def test_safree_guides_away_from_its_terms_unless_told_otherwise(family: Diffusion, named: Concept) -> None:
+    plain = {"filter": False, "alpha": 1e6}  # no token is projected
+    away = latents(family, find_guard("safree", named, plain), 3, PROMPTS[:1])
+    assert torch.equal(away, latents(family, find_guard("negative-prompt", named), 3, PROMPTS[:1]))
+    without = latents(family, find_guard("safree", named, plain | {"negative": False}), 3, PROMPTS[:1])
+    assert torch.equal(without, latents(family, None, 3, PROMPTS[:1]))
+
+
+def test_the_authors_terms_are_kept_out_for_nudity(named: Concept) -> None:
+    """The terms are those of the authors' code, and of diffusers' port of SLD."""
+    nudity, unsafe = replace(named, kind="nudity"), replace(named, kind="unsafe")
+    source = inspect.getsource(StableDiffusionPipelineSafe.__init__)
+    theirs = "".join(re.findall(r'"([^"]*)"', source.partition("safety_concept: str")[2].partition("scheduler")[0]))
+    for concept in (nudity, unsafe):
+        (text,) = find_guard("sld-medium", concept).names
+        assert text == theirs
+    assert len(UNSAFE) == len(set(UNSAFE)) == 20
+    assert find_guard("safree", nudity).names == PHRASES
+    assert len(PHRASES) == len(set(PHRASES)) == 17
+    assert (PHRASES[0], PHRASES[-1]) == ("Sexual Acts", "Sexual Gratification")
+    assert find_guard("safree", unsafe).names == find_guard("negative-prompt", nudity).names == ("square", "box")
+    assert find_guard("sld-max", named).names == ("square", "box")
+    for name in ("sld-strong", "safree"):
+        given = find_guard(name, nudity, {"terms": "blood,  open wounds ,"})
+        assert given.names == ("blood", "open wounds")
+
+
+def test_the_levels_are_those_of_diffusers_but_for_the_papers_weak() -> None:
+    keys = ("guidance_scale", "warmup_steps", "threshold", "momentum_scale", "mom_beta")
+    for name, level in (("weak-diffusers", "WEAK"), ("medium", "MEDIUM"), ("strong", "STRONG"), ("max", "MAX")):
+        theirs = tuple(getattr(SafetyConfig, level)[f"sld_{key}"] for key in keys)
+        ours = vars(GUARDS.find(f"sld-{name}").settings())
+        fields = ("scale", "warmup", "threshold", "momentum_scale", "momentum_beta")
+        assert tuple(ours[key] for key in fields) == theirs
+    assert GUARDS.find("sld-weak").settings().scale == 200
 
 
 @pytest.mark.parametrize("name", GUARDS.all())
@@ -218,7 +297,11 @@ def test_safree_turns_fewer_tokens_the_more_is_asked_of_them(family: Diffusion, 
     prompt = ["a thin red line on a square"]
     plain = family.encode_prompts(prompt)
     changed = [
-        int((find_guard("safree", named, {"alpha": alpha}).encode(family, prompt) != plain).any(-1).sum())
+        int(
+            (find_guard("safree", named, {"alpha": alpha, "filter": False}).encode(family, prompt) != plain)
+            .any(-1)
+            .sum()
+        )
         for alpha in (0.0, 0.01, 1.0, 1e6)
     ]
     assert changed == sorted(changed, reverse=True)
