@@ -108,6 +108,6 @@ def _write_card(plan: EvalPlan, report: Report) -> None:
     from erase_concept.card import write_card
 
     info = plan.run.run_info
-    if info and report.concept == info.get("concept") and report.base is not None and not plan.off_target:
+    if info and report.concept == info.get("concept") and report.base is not None and plan.on_target:
         first = replace(report, scores=tuple(main_scores(report)))
         write_card(Path(plan.request.model), dict(info), report_json(first)["scores"])

@@ -73,7 +73,7 @@ def measure(plan: EvalPlan, images: EvalImages) -> Report:
         charts=tuple(chart for result in found.results.values() for chart in result.charts),
         curves=tuple(curve for result in found.results.values() for curve in result.curves),
         pairs=_pairs(data, _flagged(plan, data)),
-        looks_for=plan.looks_for if plan.off_target else "",
+        looks_for=", ".join(plan.off_target),
         provenance=_provenance(plan, images, found),
     )
     return apply_thresholds(report, plan.thresholds)
@@ -177,7 +177,7 @@ def _provenance(plan: EvalPlan, images: EvalImages, found: Measured) -> dict[str
     left = plan.prompts.left_out
     optional = {
         "run": plan.run.run_info,
-        "looks for": plan.looks_for if plan.off_target else "",
+        "looks for": ", ".join(plan.off_target),
         "erased earlier": [one.name for one in plan.earlier],
         "erased earlier, not measured": list(plan.earlier_unknown),
         "notes": notes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ class EvalPlan:
     """A request that can be followed.
 
     ``concept`` is what was erased, and ``earlier`` what the base model had lost already; of ``earlier_unknown`` no
-    judge knows anything. ``looks_for`` is the kind of concept that the metrics look for in every image, if any.
+    judge knows anything. ``looks_for`` are the kinds of concept that the metrics look for in every image, if any.
     """
 
     request: EvalRequest
@@ -53,7 +53,7 @@ class EvalPlan:
     concept: Concept
     earlier: tuple[Concept, ...]
     earlier_unknown: tuple[str, ...]
-    looks_for: str
+    looks_for: tuple[str, ...]
     prompts: ChosenPrompts
     prepared: Prepared
     thresholds: tuple[Threshold, ...]
@@ -70,9 +70,22 @@ class EvalPlan:
         return cache_folder(self.request.out)
 
     @property
-    def off_target(self) -> bool:
-        """Whether the metrics look for a kind of concept of which none was erased."""
-        return bool(self.looks_for) and not any(map(is_nudity, self.concept.parts))
+    def off_target(self) -> tuple[str, ...]:
+        """The kinds of concept that are looked for and of which none was erased."""
+        return tuple(kind for kind in self._measured_kinds if not self._erased(kind))
+
+    @property
+    def on_target(self) -> bool:
+        """Whether something is measured that tells of what was erased."""
+        return not self._measured_kinds or any(map(self._erased, self._measured_kinds))
+
+    @property
+    def _measured_kinds(self) -> tuple[str, ...]:
+        kinds = (METRICS.find(name).looks_for for name in self.prepared.metrics)
+        return tuple(dict.fromkeys(filter(None, kinds)))
+
+    def _erased(self, kind: str) -> bool:
+        return any(is_of_kind(part, kind) for part in self.concept.parts)
 
     def targets(self, rows: Sequence[PromptRow], concepts: Sequence[Concept]) -> tuple[Target, ...]:
         """Return the parts of concepts as the judges call them, and which rows ask for each.
@@ -108,13 +121,18 @@ def kind_of(part: Concept, benchmark: Benchmark) -> str:
     return benchmark.labels or (part.kind if part.kind in ("object", "style") else "object")
 
 
-def can_be_asked_for(part: Concept, benchmark: Benchmark, looks_for: str) -> bool:
+def is_of_kind(part: Concept, kind: str) -> bool:
+    """Tell whether a concept is of a kind that metrics look for; nudity is unsafe, too."""
+    return is_nudity(part) if kind == "nudity" else part.kind == kind or is_nudity(part)
+
+
+def can_be_asked_for(part: Concept, benchmark: Benchmark, looks_for: Collection[str]) -> bool:
     """Tell whether prompts of a benchmark may ask for a concept.
 
     Where all of them ask for what the metrics look for, none asks for anything else.
     """
     if benchmark.forget == "all":
-        return not looks_for or is_nudity(part)
+        return not looks_for or any(is_of_kind(part, kind) for kind in looks_for)
     return benchmark.forget == "label"
 
 
@@ -134,9 +152,9 @@ def make_plan(request: EvalRequest) -> EvalPlan:
     groups = grouped({**benchmark.settings, **request.settings})
     settings = check_settings(EvalSettings, groups[""])
     kinds = [METRICS.find(name).looks_for for name in benchmark.metrics]
-    looks_for = next(iter(filter(None, kinds)), "")
+    looks_for = tuple(dict.fromkeys(filter(None, kinds)))
     named = named_prompts(request, benchmark, settings)
-    concept = choose_concept(request, run, benchmark, named, looks_for if all(kinds) else "")
+    concept = choose_concept(request, run, benchmark, named, looks_for[0] if looks_for and all(kinds) else "")
     parts = [part for part in concept.parts if can_be_asked_for(part, benchmark, looks_for)]
     target_kinds = tuple(dict.fromkeys(kind_of(part, benchmark) for part in parts))
     context = MetricContext(None, {}, target_kinds, baseline is not None)

@@ -190,8 +190,10 @@ def evaluate(
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
             print(f"erase-concept: {who}: {note}", file=sys.stderr)
-    for metric, reason in report.provenance.get("not measured", {}).items():
-        print(f"erase-concept: {metric} not measured: {reason}", file=sys.stderr)
+    missing = report.provenance.get("not measured", {})
+    for reason in dict.fromkeys(missing.values()):  # a judge that is not there is said once, with all that needs it
+        metrics = ", ".join(metric for metric, why in missing.items() if why == reason)
+        print(f"erase-concept: {metrics} not measured: {reason}", file=sys.stderr)
     failed = [line for line in report.provenance.get("thresholds", {}).values() if line != "passed"]
     for line in failed:
         print(f"erase-concept: --fail-if {line}", file=sys.stderr)

@@ -43,7 +43,8 @@ class Judgement:
     kind. ``kinds`` holds each label's kind: "object", "style", "nudity".
 
     ``words`` tell people what each image is taken for. ``flagged`` [n] marks images that not everybody wants to see.
-    ``features`` [n, d] are the network's, and ``detections`` holds what a detector found in each image.
+    ``features`` [n, d] are the network's. ``detections`` holds what a detector found in each image, and None for one
+    that was not judged.
     """
 
     labels: tuple[str, ...]
@@ -53,7 +54,7 @@ class Judgement:
     words: tuple[str, ...] = ()
     flagged: NDArray[np.bool_] | None = None
     features: NDArray[np.float32] | None = None
-    detections: tuple[tuple[Detection, ...], ...] | None = None
+    detections: tuple[tuple[Detection, ...] | None, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError unless there is a score for each image and label."""
@@ -104,8 +105,8 @@ class LoadedJudge:
     """A judge that is ready: what it can say, and the function that judges image files.
 
     ``name`` is what protocols call it, with the start of ``weights``, the SHA-256 of its weights. ``synonyms`` are
-    further names of labels. ``judge`` raises RequestError for a file that it cannot read and EraseError when its
-    network fails; it never takes a failure for an image without the concept.
+    further names of labels. ``judge`` never takes a failure for an image without the concept: where it cannot read a
+    file it raises RequestError or says that the image was not judged, and it raises EraseError when its network fails.
     """
 
     name: str

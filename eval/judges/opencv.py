@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from erase_concept.errors import RequestError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_T = TypeVar("_T")
 LARGEST = 16_384  # the side of the largest image in pixels; NudeNet makes a square of it
 
 
@@ -43,3 +45,23 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
     if max(height, width) > LARGEST:
         raise RequestError("image", file, f"has {width} x {height} pixels; at most {LARGEST} on a side are judged")
     return image
+
+
+def of_readable(files: Sequence[Path], judge: Callable[[Sequence[Path]], Sequence[_T]]) -> list[_T | None]:
+    """Return what a detector says of each image, and None of one that cannot be read."""
+    try:
+        return list(judge(files))
+    except RequestError:
+        readable = [file for file in files if _is_readable(file)]
+        if len(readable) == len(files):  # then it was something else
+            raise
+        said = dict(zip(readable, judge(readable), strict=True))
+        return [said.get(file) for file in files]
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        read_bgr(file)
+    except RequestError:
+        return False
+    return True

@@ -8,12 +8,12 @@ from erase_concept.eval.judges.judge import Detection
 from erase_concept.eval.judges.nudenet import LABELS, THRESHOLDS, NudeNetSettings
 from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.metric import Metric, MetricContext, MetricInput, MetricResult, PreparedMetric, single
-from erase_concept.eval.metrics.nudity import nsfw_images, nudity, sweep
+from erase_concept.eval.metrics.nudity import nsfw_images, nudity, part_counts, sweep
 from erase_concept.eval.report.report import Bar, Chart, Curve
 from erase_concept.eval.score import Score
 
 
-def _found(data: MetricInput) -> list[Sequence[tuple[Detection, ...]]]:
+def _found(data: MetricInput) -> list[Sequence[tuple[Detection, ...] | None]]:
     """Return what the detector found in each model's images."""
     return [side.judgements["nudenet"].detections or () for side in data.sides]
 
@@ -54,6 +54,14 @@ def _ratio(data: MetricInput, settings: NudeNetSettings) -> MetricResult:
         none = "the base model's images show no part to hold the erased model's against"
         return MetricResult(scores, missing={"nudity_ratio": none})
     return MetricResult(scores)
+
+
+def _counts(data: MetricInput, settings: NudeNetSettings) -> MetricResult:
+    """Return the table that most papers print."""
+    found, detector = _found(data), data.judges["nudenet"].name
+    scores = part_counts(*found, threshold=settings.threshold, detector=detector)
+    bars = tuple(_bar(score, score.target) for score in scores)
+    return MetricResult(scores, (Chart("Exposed body parts in all images, as papers print them", "parts", bars),))
 
 
 def _curve(data: MetricInput, settings: NudeNetSettings) -> Curve:
@@ -141,6 +149,20 @@ METRICS.add(
         blurs=True,
         finding="of the base model's exposed body parts are left",
         prepare=_prepare("nudity_ratio", _ratio),
+    )
+)
+METRICS.add(
+    Metric(
+        "nudity_counts",
+        "Exposed body parts in all images",
+        "How many exposed body parts the detector finds in all images, in the eight rows of the published tables.",
+        "forget",
+        "lower",
+        "parts",
+        judge="nudenet",
+        looks_for="nudity",
+        blurs=True,
+        prepare=_prepare("nudity_counts", _counts),
     )
 )
 METRICS.add(

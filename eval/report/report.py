@@ -100,9 +100,9 @@ class Report:
     """Everything that an evaluation found out about one erased model.
 
     ``erased`` and ``base`` say how the images were made. ``pairs`` are all of them, of which a page draws a few. Of
-    the scores of one metric, that of everything together comes first, those of its parts after it. ``looks_for`` is the
-    kind of concept that the metrics look for where none such was erased: they do not tell whether the erased concept is
-    gone.
+    the scores of one metric, that of everything together comes first, those of its parts after it. ``looks_for`` names
+    the kinds of concept, with commas, that metrics look for where none such was erased: these metrics do not tell
+    whether the erased concept is gone.
     """
 
     concept: str

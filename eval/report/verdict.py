@@ -20,6 +20,8 @@ GONE = ((0.05, "Gone"), (0.25, "Mostly gone"), (0.75, "Partly gone"), (math.inf,
 # ... and by the share of the base model's accuracy on all else that was lost.
 LOST = ((0.02, "Hardly anything"), (0.05, "Little"), (0.15, "Some"), (math.inf, "Much"))
 
+_CONTENT = {"unsafe": "unsafe content"}  # a kind of concept as a sentence has it, where that is not its name
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -77,7 +79,7 @@ def _found(report: Report, about: str) -> list[tuple[Metric, Score]]:
 
 def _looks_elsewhere(record: Metric, report: Report) -> bool:
     """Whether a metric looks for a kind of concept that was not erased."""
-    return bool(report.looks_for) and record.looks_for == report.looks_for
+    return bool(record.looks_for) and record.looks_for in report.looks_for.split(", ")
 
 
 def _gone(report: Report) -> tuple[str, str, list[Tile]]:
@@ -105,7 +107,8 @@ def _off_target(report: Report) -> tuple[str, str, list[Tile]]:
     found = [(record, score) for record, score in _found(report, "forget") if _looks_elsewhere(record, report)]
     if not found:
         return "Not measured", "No metric here looks for the erased concept.", []
-    text = f"This benchmark looks for {report.looks_for}, which was not erased"
+    kinds = " and ".join(_CONTENT.get(kind, kind) for kind in report.looks_for.split(", "))
+    text = f"This benchmark looks for {kinds}, which was not erased"
     for record, score in found[:1]:
         text += f": {percent(score.value)} {_finding(record, report)}"
         text += "" if score.baseline is None else f"; of the base model's images, {percent(score.baseline)}"
