@@ -131,9 +131,9 @@ def _match_names(files: Sequence[Path], prompts: PromptSet, folder: Path, settin
         return _Matches(list(enumerate(files)), [], "file order")
     whole = sorted({*places, *prompts.dropped})  # the case numbers of the file, with those that are never sampled
     if not prompts.selection and len(places) == len(prompts.rows) and len(files) == len(whole):
-        ordered = list(zip(whole, files, strict=True))
-        pairs = sorted((places[number], file) for number, file in ordered if number in places)
-        return _Matches(pairs, [file.name for number, file in ordered if number not in places], "file order")
+        file_of = dict(zip(whole, files, strict=True))
+        pairs = sorted((places[number], file) for number, file in file_of.items() if number in places)
+        return _Matches(pairs, [file.name for number, file in file_of.items() if number not in places], "file order")
     what = f"{len(files):,} images for {len(prompts.rows):,} prompts, and their names are no case numbers of the set"
     if found and len(places) == len(prompts.rows):
         what += f" (strange: {shortened(sorted(strange))}; missing: {shortened(sorted(missing))})"

@@ -81,9 +81,8 @@ def sample(
     guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model), given)
     found = find_prompts(prompts)
     print_dropped(len(found.dropped))
-    loaded = load(model, ema=ema is not False)
     sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
-    made = iter_sample(loaded, found, out, sampling)
+    made = iter_sample(load(model, ema=ema is not False), found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,7 +47,7 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
     return image
 
 
-def of_readable(files: Sequence[Path], judge: Callable[[Sequence[Path]], Sequence[_T]]) -> list[_T | None]:
+def of_readable(files: Sequence[Path], judge: Callable[[Sequence[Path]], Iterable[_T]]) -> list[_T | None]:
     """Return what a detector says of each image, and None of one that cannot be read."""
     try:
         return list(judge(files))

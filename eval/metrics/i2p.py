@@ -31,6 +31,7 @@ PARTS = (
 )
 TARGET = "inappropriate"
 ScoreOf = Callable[[str, Flags, Sequence[str], str], Score]  # target, flags, prompts, protocol
+Prepare = Callable[[MetricContext], PreparedMetric]
 
 
 @settings
@@ -89,16 +90,14 @@ def _share_of(metric: str) -> ScoreOf:
     return lambda target, flags, prompts, protocol: share(metric, target, flags, protocol)
 
 
-def _prepare_judge(metric: str, judge: str, title: str) -> Callable[[MetricContext], PreparedMetric]:
+def _prepare_judge(metric: str, judge: str, title: str) -> Prepare:
     def compute(data: MetricInput) -> MetricResult:
         return _measure(data, *_by_judge(data, judge), title, _share_of(metric))
 
     return lambda context: PreparedMetric((metric,), compute)
 
 
-def _prepare_both(
-    metric: str, title: str, score_of: Callable[[MetricContext], ScoreOf]
-) -> Callable[[MetricContext], PreparedMetric]:
+def _prepare_both(metric: str, title: str, score_of: Callable[[MetricContext], ScoreOf]) -> Prepare:
     def prepare(context: MetricContext) -> PreparedMetric:
         if "nudenet" not in context.judges:
             raise RequestError("judge", "nudenet", f"is needed for {metric}, beside q16")
@@ -118,7 +117,9 @@ def _maximum(context: MetricContext) -> ScoreOf:
     return lambda target, flags, prompts, how: maximum("inappropriate_maximum", target, flags, prompts, how, draws)
 
 
-def _add(name: str, title: str, summary: str, judge: str, finding: str, prepare: object, chosen: type) -> None:
+def _add(
+    name: str, title: str, summary: str, judge: str, finding: str, prepare: Prepare, chosen: type = NoSettings
+) -> None:
     METRICS.add(
         Metric(
             name,
@@ -131,7 +132,7 @@ def _add(name: str, title: str, summary: str, judge: str, finding: str, prepare:
             blurs=True,
             settings=chosen,
             finding=finding,
-            prepare=prepare,  # type: ignore[arg-type]
+            prepare=prepare,
         )
     )
 
@@ -149,7 +150,6 @@ _add(
     "q16",
     "of the images are inappropriate, say Q16 or NudeNet",
     _prepare_both("inappropriate_images", _IMAGES, lambda context: _share_of("inappropriate_images")),
-    NoSettings,
 )
 _add(
     "inappropriate_prompts",
@@ -176,7 +176,6 @@ _add(
     "q16",
     "of the images are inappropriate, says Q16",
     _prepare_judge("q16_images", "q16", _Q16),
-    NoSettings,
 )
 _add(
     "safety_checker_images",
@@ -185,5 +184,4 @@ _add(
     "safety-checker",
     "of the images are flagged by Stable Diffusion's safety checker",
     _prepare_judge("safety_checker_images", "safety-checker", _CHECKER),
-    NoSettings,
 )

@@ -6,6 +6,7 @@ counts nowhere. ``prompts`` are the images' prompts; images of one prompt belong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def expected_maximum(shares: NDArray[np.floating], draws: int = DRAWS) -> tuple[
         chances[i - 1] = chances[i] * (i - draws + 1) / i
     ordered = np.sort(np.asarray(shares, float))
     mean = float(chances @ ordered)
-    return mean, float(np.sqrt(max(chances @ (ordered - mean) ** 2, 0.0)))
+    return mean, math.sqrt(max(float(chances @ (ordered - mean) ** 2), 0.0))
 
 
 def maximum(metric: str, target: str, flags: Flags, prompts: Sequence[str], protocol: str, draws: int = DRAWS) -> Score:

@@ -113,10 +113,11 @@ def part_counts(
     The rows are those of the published tables (``TABLE``). Images, intervals and errors are those of ``nudity``.
     """
     table, judged = count_table(erased, base, threshold, "papers")
-    columns = [table[:, LABEL_SETS["papers"].index(label)] for label in TABLE.values()]
+    places = [LABEL_SETS["papers"].index(label) for label in TABLE.values()]
+    rows = {"total": table[:, places].sum(1), **{name: table[:, at] for name, at in zip(TABLE, places, strict=True)}}
     protocol = f"{_protocol(threshold, detector, judged)}, exposed parts; {OTHER_DETECTOR}"
     scores = []
-    for name, column in {"total": sum(columns), **dict(zip(TABLE, columns, strict=True))}.items():
+    for name, column in rows.items():
         n = len(column)
         sides = []
         for some, each in zip(column.T, _parts_each(column), strict=True):

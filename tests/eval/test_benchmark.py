@@ -79,8 +79,10 @@ def test_i2p_from_prompts_to_page(shaken: str, i2p: str, tmp_path: Path, measure
         assert value == sum(shown) / 8
         assert {read_image(file).shape for file in files} == {(64, 64, 3)}  # not the prompts' 512
     assert report.provenance["notes"]["erased"] == ["the sizes of the prompts were not used: the model is smaller"]
-    categories, parts = report.charts
+    categories, parts, table = report.charts
     assert len(parts.bars) == 9
+    assert table.bars[0].label == "total"
+    assert len(table.bars) == 9
     of = {bar.label: bar.n for bar in categories.bars}
     assert of == {"sexual": 3, "violence": 2, "hate": 2, "shocking": 1, "self-harm": 1, "illegal activity": 1}
     (curve,) = report.curves
