@@ -45,6 +45,7 @@ class ForgetRetain:
     ``forget_parts`` int64 [prompts] numbers the concept of a forget prompt, where several are erased together.
     ``forget_ids``, ``anchor_ids`` and ``retain_ids`` int64 [prompts, tokens] are the tokens of the forget prompts, of
     what they become, and of the retained prompts, for the (first) text encoder.
+    ``flip`` bool [] says that each row of a batch is mirrored or not, at random.
     """
 
     forget_latents: Tensor
@@ -63,6 +64,7 @@ class ForgetRetain:
     forget_ids: Tensor
     anchor_ids: Tensor
     retain_ids: Tensor
+    flip: Tensor = torch.tensor(False)
 
     def draw_forget(
         self, size: int, generator: torch.Generator, of: Literal["both", "forget", "anchor"] = "both"
@@ -96,12 +98,22 @@ class ForgetRetain:
             names = torch.randint(0, len(self.remap), which.shape, generator=generator)
         latents = torch.cat([self.forget_latents, self.anchor_latents])[rows]
         remapped = self.uncond.expand(len(rows), -1, -1) if remap == "empty" else self.remap[names, which]
-        return _noised(model, latents, self.forget[which], remapped, generator)
+        return _noised(model, self._mirrored(latents, generator), self.forget[which], remapped, generator)
 
-    def retain_batch(self, model: Diffusion, rows: Tensor, generator: torch.Generator) -> Batch:
-        """Noise the retain rows of these numbers."""
+    def retain_batch(
+        self, model: Diffusion, rows: Tensor, generator: torch.Generator, *, timesteps: Tensor | None = None
+    ) -> Batch:
+        """Noise the retain rows of these numbers, at random time steps unless some are given."""
         embeddings = self.retain[self.retain_which[rows]]
-        return _noised(model, self.retain_latents[rows], embeddings, embeddings, generator)
+        latents = self._mirrored(self.retain_latents[rows], generator)
+        return _noised(model, latents, embeddings, embeddings, generator, timesteps)
+
+    def _mirrored(self, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Mirror half of the rows from left to right, where ``flip`` says so. Mirrored latents show mirrored images."""
+        if not self.flip:
+            return latents
+        mirrored = torch.rand(len(latents), generator=generator) < 0.5
+        return torch.where(mirrored.view(-1, 1, 1, 1), latents.flip(-1), latents)
 
     def save(self, file: Path, fingerprint: str) -> None:
         """Write everything as safetensors, with a fingerprint of what it was made from."""
@@ -148,12 +160,18 @@ def draw_evenly(parts: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _noised(
-    model: Diffusion, latents: Tensor, embeddings: Tensor, remapped: Tensor, generator: torch.Generator
+    model: Diffusion,
+    latents: Tensor,
+    embeddings: Tensor,
+    remapped: Tensor,
+    generator: torch.Generator,
+    timesteps: Tensor | None = None,
 ) -> Batch:
     """Draw noise and time steps on the CPU, so that they do not depend on the device, and move all to the model."""
     noise = torch.randn(latents.shape, generator=generator)
     last = model.scheduler.config.num_train_timesteps
-    timesteps = torch.randint(0, last, (len(latents),), generator=generator)
+    if timesteps is None:
+        timesteps = torch.randint(0, last, (len(latents),), generator=generator)
     latents, noise, timesteps = (t.to(model.device) for t in (latents, noise, timesteps))
     noisy = model.add_noise(latents, noise, timesteps)
     return Batch(latents, noise, noisy, timesteps, embeddings.to(model.device), remapped.to(model.device))

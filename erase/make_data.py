@@ -19,8 +19,9 @@ from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
+from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.pipelines.sample import Sampling, sample_latents
+from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import DataRecipe, Recipe
 from erase_concept.seed import stage_generator, stage_seed
@@ -55,7 +56,17 @@ def data_key(recipe: Recipe, base_hash: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_images(recipe: Recipe) -> None:
+def check_data(recipe: Recipe) -> None:
+    """Raise RequestError for data that cannot be made, or from which the recipe's method cannot learn."""
+    METHODS.find(recipe.method).check(recipe)
+    if recipe.data.scheduler not in (None, *SCHEDULERS):
+        raise RequestError("data.scheduler", recipe.data.scheduler, f"allowed: {', '.join(SCHEDULERS)}")
+    if recipe.data.eta and recipe.data.scheduler != "DDIMScheduler":
+        raise RequestError("data.eta", recipe.data.eta, "is a setting of DDIM: data.scheduler must be DDIMScheduler")
+    _check_images(recipe)
+
+
+def _check_images(recipe: Recipe) -> None:
     """Raise RequestError when a folder of images that the recipe names is not there, not in order, or not needed."""
     data, parts = recipe.data, recipe.data_parts
     for part, folder in (("forget", data.forget_images), ("retain", data.retain_images)):
@@ -103,6 +114,7 @@ def make_data(
         forget_ids=model.token_ids(concept.forget_prompts)[0].cpu(),
         anchor_ids=torch.cat([prompts.anchor_ids for prompts in forgotten]),
         retain_ids=model.token_ids(concept.retain_prompts)[0].cpu(),
+        flip=torch.tensor(settings.flip),
     )
 
 
@@ -229,12 +241,13 @@ class _Maker:
         """Sample latents, which are the data as they are: decoding and encoding them would only blur them."""
         which = draw(len(embeddings), count, stage_generator(seed, part, "prompts"))
         seeds = [stage_seed(seed, part, row) for row in range(count)]
-        model, size, sampling = self.model, self.size, Sampling(steps=self.settings.steps)
+        model, size, settings = self.model, self.size, self.settings
+        sampling = Sampling(steps=settings.steps, scheduler=settings.scheduler, eta=settings.eta)
         side = size // model.factor
         found = [torch.empty(0, model.unet.config.in_channels, side, side)]
         for i in range(0, count, _BATCH):
             batch, rows = seeds[i : i + _BATCH], embeddings[which[i : i + _BATCH]].to(model.device)
-            scales = [self.settings.guidance] * len(batch)
+            scales = [settings.guidance] * len(batch)
             uncond = self.uncond.to(model.device)
             made = sample_latents(model, rows, uncond, batch, scales, sampling, size=(size, size))
             found.append(made.cpu())

@@ -8,7 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from erase_concept.registry import Registry
 from erase_concept.seed import stage_seed
-from erase_concept.training.loop import Record, TargetProgress
+from erase_concept.training.loop import Record, TargetProgress, Training
+
+Events = Iterator[Record | TargetProgress]
 
 
 class Run(Protocol):
@@ -16,7 +18,7 @@ class Run(Protocol):
 
     def __call__(
         self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None
-    ) -> Iterator[Record | TargetProgress]:
+    ) -> Events:
         """Run the method."""
 
 
@@ -43,6 +45,10 @@ def _salun_memory(settings: Any) -> tuple[Phase, ...]:
     return (Phase(frozen=settings.batch_size, trained=2 * settings.batch_size),)
 
 
+def _accept(recipe: Any) -> None:
+    """Accept every recipe."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A method's record.
@@ -53,6 +59,7 @@ class Method:
     embedded prompts beside them.
     ``tuned_setting`` is the setting that makes it erase more or less: the one that a comparison tunes.
     ``text_encoder`` tells whether it can train the token embeddings of the concept's own words instead of the UNet.
+    ``check`` raises RequestError for a recipe that the method cannot follow, before anything is sampled.
     ``memory`` returns for its settings the moments at which it holds most. By default a step makes one pass on the
     forget rows without gradient, and one on forget and retain rows with it. A closed form has none.
     """
@@ -70,15 +77,35 @@ class Method:
     tuned_setting: str = "lr"
     text_encoder: bool = False
     memory: Callable[[Any], tuple[Phase, ...]] = _salun_memory
+    check: Callable[[Any], None] = _accept
 
     @property
     def needs(self) -> str:
         """What it learns from: "images" (made by the model, or given), or "prompts" alone."""
         return "images" if self.latents else "prompts"
 
+    @property
+    def needs_anchor_rows(self) -> bool:
+        """Whether it learns from pictures of the anchor and has no pictures of the concept in their place."""
+        return "anchor" in self.latents and "forget" not in self.latents
+
+    def epoch_rows(self, data: Any) -> int:
+        """Return the rows of an epoch: those of the forget loss, or for a method without one those that are retained.
+
+        ``data`` is a ``ForgetRetain``. A mask's forget rows do not count where the method learns from none.
+        """
+        parts = [part for part in self.latents if part != "retain"] or ["retain"]
+        return sum(len(getattr(data, f"{part}_latents")) for part in parts)
+
+    def start(self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None) -> Events:
+        """Run it with the seed of a run; epochs become steps of the rows that there are."""
+        if isinstance(settings, Training):
+            settings = settings.resolved(self.epoch_rows(data))
+        return self.run(model, data, mask, settings, seed=method_seed(seed), checkpoint=checkpoint)
+
 
 METHODS: Registry[Method] = Registry("methods", "method")
-_F = TypeVar("_F", bound=Callable[..., Iterator[Record | TargetProgress]])
+_F = TypeVar("_F", bound=Callable[..., Events])
 
 
 def method(name: str, settings: Any, **about: Any) -> Callable[[_F], _F]:

@@ -14,6 +14,7 @@ import yaml
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.method import Method
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import catalogs_of
 from erase_concept.presets import preset
@@ -68,6 +69,11 @@ class DataRecipe:
     anchor: Annotated[int, described("Rows that show the anchor, for the forget loss.", ge=0, source=SALUN)] = 0
     steps: Annotated[int, described("Sampling steps of a row.", ge=1)] = 25
     guidance: Annotated[float, described("Guidance scale of the sampling.", ge=0)] = 7.5
+    scheduler: Annotated[str | None, described("A scheduler of diffusers; by default DPM-Solver++ 2M.")] = None
+    eta: Annotated[float, described("Noise that DDIM adds in a step, from none to its full variance.", ge=0, le=1)] = (
+        0.0
+    )
+    flip: Annotated[bool, described("Mirror each row of a batch, or leave it, at random.")] = False
     size: Annotated[int | None, described("Pixels a side, by default the model's; fewer take less memory.", ge=1)] = (
         None
     )
@@ -149,15 +155,22 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             raise RequestError(name, "(not given)", "needed in a recipe")
     model, concept = str(values["model"]), values["concept"]
     method = METHODS.find(values.get("method", "salun"))
+    if {"steps", "epochs"} <= {name for name, value in _mapping(values, "settings").items() if value is not None}:
+        raise RequestError("settings.epochs", values["settings"]["epochs"], "stands in the place of steps: give one")
     parts: dict[str, Any] = {
         "settings": check_settings(method.settings, _mapping(values, "settings"), "settings."),
         "mask": check_settings(
             MaskRecipe, {"kind": method.mask, "scope": method.scope} | _mapping(values, "mask"), "mask."
         ),
-        "data": check_settings(DataRecipe, _mapping(values, "data"), "data."),
+        "data": check_settings(DataRecipe, _anchor_rows(method) | _mapping(values, "data"), "data."),
         "concept": concept if isinstance(concept, Concept) else find_concept(concept, model),
     }
     return check_settings(Recipe, {**values, "model": model, "method": method.name, **parts})
+
+
+def _anchor_rows(method: Method) -> dict[str, int]:
+    """Return how many anchor rows a method has by default, where it learns from them instead of forget rows."""
+    return {"anchor": DataRecipe().forget} if method.needs_anchor_rows else {}
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

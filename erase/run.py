@@ -26,10 +26,9 @@ from erase_concept.data import ForgetRetain
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.exports import export
 from erase_concept.files import atomic_write
-from erase_concept.make_data import cached_data, check_images
+from erase_concept.make_data import cached_data, check_data
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
 from erase_concept.masks.mask import Mask, Part
-from erase_concept.method import method_seed
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.lora import Fit
@@ -182,7 +181,7 @@ def check(recipe: Recipe) -> Mask | None:
     if (count := processes().num_processes) > 1:
         raise RequestError("processes", count, "a run folder is written by one process alone")
     check_minors(recipe)
-    check_images(recipe)
+    check_data(recipe)
     return check_mask(recipe)
 
 
@@ -227,9 +226,8 @@ def _train(
     # MACE has a checkpoint for each of several concepts.
     _keep_log(out / "log.jsonl", sum(steps_done(file) for file in checkpoint.parent.glob("*.safetensors")))
     method = METHODS.find(recipe.method)
-    seed = method_seed(recipe.seed)
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for record in method.run(model, data, mask, recipe.settings, seed=seed, checkpoint=checkpoint):
+        for record in method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint):
             if isinstance(record, Record):
                 log.write(json.dumps(asdict(record)) + "\n")
                 log.flush()

@@ -130,8 +130,14 @@ def read_value(text: str) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``over`` on ``base``, mapping by mapping; a concept is replaced as a whole."""
+    """Lay ``over`` on ``base``, mapping by mapping; a concept is replaced as a whole.
+
+    Steps and epochs are two ways to say one thing: those of ``over`` replace either of ``base``.
+    """
     merged = dict(base)
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if over.get(name) is not None:
+            merged.pop(other, None)
     for key, value in over.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "concept"
         merged[key] = merge(merged[key], value) if nested else value

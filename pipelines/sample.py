@@ -61,6 +61,9 @@ class Sampling:
     steps: Annotated[int, described("Sampling steps.", ge=1)] = 25
     guidance: Annotated[float, described("Guidance scale of prompts that name none.", ge=0)] = 7.5
     scheduler: Annotated[str | None, described("A scheduler of diffusers; by default DPM-Solver++ 2M.")] = None
+    eta: Annotated[float, described("Noise that DDIM adds in a step, from none to its full variance.", ge=0, le=1)] = (
+        0.0
+    )
     batch_size: Annotated[int, described("Images that are sampled together.", ge=1)] = 16
     guard: Annotated[InstanceOf[AppliedGuard] | None, described("What keeps a concept out of the images.")] = None
 
@@ -116,8 +119,8 @@ def sample_latents(
     latents = torch.stack(noise).to(embeddings) * scheduler.init_noise_sigma
     scale = torch.tensor(guidance, dtype=embeddings.dtype, device=embeddings.device).view(-1, 1, 1, 1)
     taken = inspect.signature(scheduler.step).parameters
-    # As in diffusers' own pipelines: no noise where a scheduler leaves the choice, otherwise from the image's seed.
-    options = {key: value for key, value in (("generator", generators), ("eta", 0.0)) if key in taken}
+    # As in diffusers' own pipelines, noise comes from the image's seed.
+    options = {key: value for key, value in (("generator", generators), ("eta", sampling.eta)) if key in taken}
     steps, guard = len(scheduler.timesteps), sampling.guard
     if guard is None:
         predict = classifier_free(model, (), None, embeddings, uncond, scale, steps)

@@ -18,7 +18,7 @@ from torch import Tensor
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
-from erase_concept.make_data import make_data_for
+from erase_concept.make_data import check_data, make_data_for
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
@@ -91,6 +91,7 @@ def compute_mask(recipe: Recipe, model: Diffusion | None = None) -> Mask:
 
     Raises RequestError when the recipe has no mask or it cannot be made.
     """
+    check_data(recipe)
     given = check_mask(recipe)
     if not needs_mask(recipe):
         raise RequestError("mask.kind", recipe.mask.kind, "nothing to compute; allowed: salient, random, least-salient")
@@ -120,7 +121,7 @@ def cached_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash:
 def mask_key(recipe: Recipe, base_hash: str) -> str:
     """Return the SHA-256 over all that the recipe's mask depends on."""
     kind, data = recipe.mask.kind, asdict(recipe.data)
-    rows = {name: data[name] for name in ("forget", "steps", "guidance", "size", "forget_images")}
+    rows = {name: data[name] for name in data if name not in ("anchor", "retain", "retain_images")}
     file = "" if kind in MASK_KINDS else hashlib.sha256(Path(kind).read_bytes()).hexdigest()
     parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.mask), file, rows, recipe.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

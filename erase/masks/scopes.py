@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
 
 # Of the UNet. "noxattn" is what the authors' code of ESD, EraseDiff and Selective Amnesia calls so: all but
 # cross-attention, the time embedding and the last layers.
-SCOPES = ("full", "cross-attention", "self-attention", "non-cross-attention", "noxattn")
+SCOPES = (
+    "full",
+    "cross-attention",
+    "keys-and-values",
+    "self-attention",
+    "attention",
+    "non-cross-attention",
+    "noxattn",
+)
 TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
 
 
@@ -27,14 +36,16 @@ def in_scope(model: nn.Module, scope: str, layers: Layers = UNET_LAYERS) -> dict
     if scope not in SCOPES:
         raise RequestError("mask.scope", scope, f"allowed: {', '.join(SCOPES)}")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if scope == "full":
-        return shapes
-    if scope == "noxattn":
-        left_out = {name for name in shapes if layers.is_time_or_output(name)}
-        shapes = {name: shape for name, shape in shapes.items() if name not in left_out}
-        scope = "non-cross-attention"
-    group = scope.removeprefix("non-")
-    return {name: shape for name, shape in shapes.items() if (layers.group(name) == group) == (scope == group)}
+    inside: dict[str, Callable[[str], bool]] = {
+        "full": lambda name: True,
+        "cross-attention": lambda name: layers.group(name) == "cross-attention",
+        "keys-and-values": layers.is_key_or_value,
+        "self-attention": lambda name: layers.group(name) == "self-attention",
+        "attention": lambda name: layers.group(name) in ("cross-attention", "self-attention"),
+        "non-cross-attention": lambda name: layers.group(name) != "cross-attention",
+        "noxattn": lambda name: layers.group(name) != "cross-attention" and not layers.is_time_or_output(name),
+    }
+    return {name: shape for name, shape in shapes.items() if inside[scope](name)}
 
 
 def token_rows(encoder: CLIPTextModel, tokens: Tensor) -> Mask:

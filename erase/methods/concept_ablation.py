@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
+from erase_concept.pipelines.families.family import Layers
+from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
+
+if TYPE_CHECKING:
+    from erase_concept.recipe import Recipe
 
 _CODE = "the authors' code"
 
@@ -26,12 +32,33 @@ class ConceptAblationSettings(Training):
     """Concept Ablation's settings, those of its styles and objects."""
 
     steps: Annotated[int, described(source=_CODE)] = 100
-    lr: Annotated[float, described(source="the authors' code: 2e-6 for each row of the batch")] = 1.6e-5
+    lr: Annotated[float, described(source="the authors' code: 2e-6 times 4 rows on 2 GPUs")] = 1.6e-5
     optimizer: Annotated[Literal["adam", "adamw"], described(source=_CODE)] = "adamw"
     weight_decay: Annotated[float, described(source=_CODE)] = 0.01
     alpha: Annotated[
-        float, described("Weight of the loss on pictures of the anchor; the paper's lambda.", ge=0, source=_CODE)
-    ] = 1.0
+        float,
+        described(
+            "Weight of the loss on pictures of the anchor, the paper's lambda; 0 for a style.", ge=0, source=_CODE
+        ),
+    ] = 0.0
+    detach_start_token: Annotated[
+        bool, described("Let no gradient through the start token's keys and values.", source=_CODE)
+    ] = True
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse a recipe without pictures of the anchor."""
+    if not recipe.data.anchor:
+        raise RequestError("data.anchor", 0, f"must be at least 1: {recipe.method} learns from pictures of the anchor")
+
+
+def _memory(settings: ConceptAblationSettings) -> tuple[Phase, ...]:
+    """Make the target without gradient, then one pass with it."""
+    return (Phase(frozen=settings.batch_size, trained=settings.batch_size * (2 if settings.alpha else 1)),)
+
+
+def _memory_noise(settings: ConceptAblationSettings) -> tuple[Phase, ...]:
+    return (Phase(trained=settings.batch_size * (2 if settings.alpha else 1)),)
 
 
 @method(
@@ -40,10 +67,12 @@ class ConceptAblationSettings(Training):
     summary="Gives the concept's prompts the anchor's own prediction, on pictures of the anchor.",
     title="Concept Ablation",
     paper="arXiv 2303.13516",
-    trains="cross-attention",
+    trains="the keys and values of cross-attention",
     latents=("anchor",),
-    scope="cross-attention",
+    scope="keys-and-values",
     text_encoder=True,
+    memory=_memory,
+    check=_check,
 )
 def concept_ablation(
     model: Diffusion,
@@ -58,10 +87,10 @@ def concept_ablation(
 
     Minimises  E |e(x_t, c) - sg e(x_t, c')|^2 + lambda E |e(x'_t, c') - noise|^2,  with the concept's prompt c, the
     same prompt for the anchor c', noisy latents x_t and x'_t of the anchor, and no gradient through sg. This is the
-    paper's model-based variant. The target is the current model's; where only cross-attention is trained, it stays
-    near the base model's. The authors' code trains the keys and values of cross-attention; this scope has its queries
-    and outputs too. With the scope "text-encoder" it is the paper's embedding variant: only the token embeddings of
-    the name's own tokens are trained, at a learning rate of their own.
+    paper's model-based variant. The target is the current model's; where only keys and values are trained, it stays
+    near the base model's. The start token is in every prompt, so no gradient goes through its keys and values. With
+    the scope "text-encoder" it is the paper's embedding variant: only the token embeddings of the name's own tokens
+    are trained, at a learning rate of their own.
     """
     yield from _ablate(model, data, mask, settings, seed, checkpoint, noise_based=False)
 
@@ -72,11 +101,12 @@ def concept_ablation(
     summary="Trains the concept's prompts on pictures of the anchor, as if they showed the concept.",
     title="Concept Ablation, noise-based",
     paper="arXiv 2303.13516",
-    trains="cross-attention",
+    trains="the keys and values of cross-attention",
     latents=("anchor",),
-    scope="cross-attention",
+    scope="keys-and-values",
     text_encoder=True,
-    memory=lambda settings: (Phase(trained=2 * settings.batch_size),),
+    memory=_memory_noise,
+    check=_check,
 )
 def concept_ablation_noise(
     model: Diffusion,
@@ -105,16 +135,12 @@ def _ablate(
     *,
     noise_based: bool,
 ) -> Iterator[Record | TargetProgress]:
-    count = len(data.anchor_latents)
-    if not count:
-        raise RequestError("data.anchor", count, "must be at least 1: the method learns from pictures of the anchor")
+    if not len(data.anchor_latents):
+        raise RequestError("data.anchor", 0, "must be at least 1: the method learns from pictures of the anchor")
 
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        drawn = []
-        for _ in range(2):
-            rows = data.draw_forget(settings.batch_size, generator, "anchor")
-            drawn.append((data.forget_ids[data.prompts_of_rows[rows]], data.forget_batch(model, rows, generator)))
-        (ids, first), (_, second) = drawn
+        rows = data.draw_forget(settings.batch_size, generator, "anchor")
+        ids, first = data.forget_ids[data.prompts_of_rows[rows]], data.forget_batch(model, rows, generator)
         embedded = mask is not None and mask.part == "text_encoder"
         concept = model.encode_ids([ids.to(model.device)]) if embedded else first.embeddings
         with torch.no_grad():
@@ -122,6 +148,10 @@ def _ablate(
                 target = model.target(first.latents, first.noise, first.timesteps)
             else:
                 target = model.predict(first.noisy, first.timesteps, first.remapped)
+        if not settings.alpha:
+            forget = mse_loss(model.predict(first.noisy, first.timesteps, concept), target)
+            return forget, {"forget": forget}
+        second = data.forget_batch(model, data.draw_forget(settings.batch_size, generator, "anchor"), generator)
         predicted = model.predict(
             torch.cat([first.noisy, second.noisy]),
             torch.cat([first.timesteps, second.timesteps]),
@@ -131,4 +161,23 @@ def _ablate(
         anchor = mse_loss(predicted[len(target) :], model.target(second.latents, second.noise, second.timesteps))
         return forget + settings.alpha * anchor, {"forget": forget, "anchor": anchor}
 
-    yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
+    # Around the whole training, for activations that are computed anew in the backward pass.
+    detached = start_token_detached(model.unet, model.family.layers) if settings.detach_start_token else nullcontext()
+    with detached:
+        yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
+
+
+@contextmanager
+def start_token_detached(unet: nn.Module, layers: Layers = UNET_LAYERS) -> Iterator[None]:
+    """Let no gradient through the keys and values of the first token, in every cross-attention of a UNet."""
+
+    def detach(layer: nn.Module, given: object, out: Tensor) -> Tensor:
+        return torch.cat([out[:, :1].detach(), out[:, 1:]], 1)
+
+    found = [layer for name, layer in unet.named_modules() if layers.is_key_or_value(f"{name}.weight")]
+    hooks = [layer.register_forward_hook(detach) for layer in found]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

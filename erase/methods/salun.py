@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.data import ForgetRetain, Remap, draw
+from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Loss, Record, TargetProgress, Tensors, Training, train
+
+if TYPE_CHECKING:
+    from erase_concept.recipe import Recipe
 
 _PAPER = "arXiv 2310.12508"
 
@@ -36,6 +40,14 @@ class SalUnSettings(Training):
     ] = "anchor"
 
 
+def check_remap(recipe: Recipe) -> None:
+    """Refuse to remap a concept to random names when it has none."""
+    for concept in recipe.concept.parts:
+        if recipe.settings.remap == "random" and not any((concept.anchor, *concept.retain)):
+            least = f"needs names to choose from, and {concept.name} has no anchor and retains none"
+            raise RequestError("settings.remap", "random", f"{least}; name some, or choose empty")
+
+
 @method(
     "salun",
     SalUnSettings,
@@ -45,6 +57,7 @@ class SalUnSettings(Training):
     trains="the salient half of the UNet",
     latents=("forget", "anchor", "retain"),
     mask="salient",
+    check=check_remap,
 )
 def salun(
     model: Diffusion,

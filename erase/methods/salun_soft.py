@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
-from erase_concept.methods.salun import SalUnSettings, salun_loss
+from erase_concept.methods.salun import SalUnSettings, check_remap, salun_loss
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, train
@@ -35,6 +35,7 @@ class SalUnSoftSettings(SalUnSettings):
     title="SalUn-soft",
     paper="arXiv 2310.12508",
     latents=("forget", "anchor", "retain"),
+    check=check_remap,
     memory=lambda settings: (Phase(frozen=settings.batch_size, trained=2 * settings.batch_size, copies=1),),
 )
 def salun_soft(

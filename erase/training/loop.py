@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
@@ -40,6 +41,10 @@ class Training:
     """Settings that every trained method has."""
 
     steps: Annotated[int, described("Training steps.", ge=1, source="ours, near SalUn's five epochs")] = 500
+    epochs: Annotated[
+        int | None,
+        described("Passes over the rows of the concept (or of the anchor), in the place of steps.", ge=1),
+    ] = None
     batch_size: Annotated[int, described("Forget rows in a step, and as many retain rows.", ge=1, source=_SALUN)] = 8
     lr: Annotated[float, described("Learning rate.", ge=0, source=_SALUN)] = 1e-5
     optimizer: Annotated[Literal["adam", "adamw"], described("The optimizer.", source=_SALUN)] = "adam"
@@ -55,6 +60,16 @@ class Training:
         bool, described("Compute activations anew in the backward pass: less memory, a third more time, the same bits.")
     ] = False
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 100
+
+    def epoch_steps(self, rows: int) -> int:
+        """Return the steps of one pass over so many rows; the last batch of a pass may be smaller."""
+        return math.ceil(rows / self.batch_size)
+
+    def resolved(self, rows: int) -> Self:
+        """Return the settings with steps in the place of epochs, for so many rows in an epoch."""
+        if self.epochs is None:
+            return self
+        return replace(self, steps=self.epochs * self.epoch_steps(rows), epochs=None)
 
     def adam(self) -> Adam:
         """Return the optimizer's settings."""

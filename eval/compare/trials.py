@@ -213,7 +213,6 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
 
 def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) -> TrialResult:
     """Erase from a loaded model, and return what it took and how much changed, or why it failed."""
-    from erase_concept.method import method_seed
     from erase_concept.methods import METHODS
     from erase_concept.training.loop import Record
 
@@ -227,7 +226,7 @@ def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) 
     losses = []
     began = time.perf_counter()
     try:
-        for record in method.run(model, data, mask, config, seed=method_seed(recipe.seed)):
+        for record in method.start(model, data, mask, config, seed=recipe.seed):
             if isinstance(record, Record):
                 losses.append(record.loss)
     except EraseError as problem:
