@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +64,7 @@ class ForgetRetain:
     forget_ids: Tensor
     anchor_ids: Tensor
     retain_ids: Tensor
-    flip: Tensor = torch.tensor(False)
+    flip: Tensor = field(default_factory=lambda: torch.tensor(False))
 
     def draw_forget(
         self, size: int, generator: torch.Generator, of: Literal["both", "forget", "anchor"] = "both"

@@ -16,9 +16,7 @@ Events = Iterator[Record | TargetProgress]
 class Run(Protocol):
     """A method's function: it changes the model's weights in place and yields a record for each step."""
 
-    def __call__(
-        self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None
-    ) -> Events:
+    def __call__(self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None) -> Events:
         """Run the method."""
 
 

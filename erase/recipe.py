@@ -105,15 +105,19 @@ class Recipe:
         return tuple(part for part in ("forget", "anchor", "retain") if part in needed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in YAML: settings that differ from their defaults, and kind and scope."""
+        """Return plain values, as they stand in YAML: settings that differ from their defaults.
+
+        Those whose default is the method's are always there: kind and scope of the mask, and anchor rows.
+        """
         mask = {"kind": self.mask.kind, "scope": self.mask.scope} | _changed(self.mask)
+        anchor = {"anchor": self.data.anchor} if METHODS.find(self.method).needs_anchor_rows else {}
         return {
             "model": self.model,
             "concept": self.concept.to_dict(),
             "method": self.method,
             "settings": _changed(self.settings),
             "mask": mask,
-            "data": _changed(self.data),
+            "data": _changed(self.data) | anchor,
             "seed": self.seed,
             "ema": self.ema,
             **({"notes": list(self.notes)} if self.notes else {}),

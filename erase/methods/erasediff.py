@@ -80,7 +80,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _memory(settings: EraseDiffSettings) -> tuple[Phase, ...]:
-    """Hold the weights of before, and for a projection the gradients of constraint, inner step, retain loss and step."""
+    """Hold the weights of before; for a projection also gradients of constraint, inner step, retain loss and step."""
     size = settings.batch_size
     if settings.constraint == "weight":
         return (Phase(frozen=size * (settings.target == "anchor"), trained=2 * size, copies=1),)

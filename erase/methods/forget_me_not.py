@@ -59,8 +59,8 @@ def forget_me_not(
 ) -> Iterator[Record | TargetProgress]:
     """Draw the attention of pictures of the concept away from the words that name it.
 
-    Minimises  (E sum |A_i|^2)^(1/2)  over all cross-attentions, their heads and the concept's tokens i, where A_i is the
-    map of how much each place of x_t attends to the token, and x_t shows the concept: attention resteering. With
+    Minimises  (E sum |A_i|^2)^(1/2)  over all cross-attentions, their heads and the concept's tokens i. A_i is the map
+    of how much each place of x_t attends to the token, and x_t shows the concept: attention resteering. With
     ``norm`` "squared" there is no root. The end token counts as one of the concept's, for it knows of all the words
     before it; where prompts are padded with end tokens, the first one does. The authors first learn embeddings of the
     concept (textual inversion): here its own words name it.

@@ -21,9 +21,9 @@ from erase_concept.training.loop import Record, TargetProgress, Tensors, Trainin
 class L1SparseSettings(Training):
     """l1-sparse's settings beside those of the training. Its authors ran no diffusion model: all of them are ours.
 
-    Adam moves a weight by up to ``lr`` in a step, and the penalty draws most weights towards zero in every step, so a
-    run moves them by up to  lr * steps,  0.00025 by default. That is a twentieth of the mean size of a weight in a layer
-    with 10,000 inputs, 0.005 as torch initialises it, and less of one with fewer inputs.
+    Adam moves a weight by about ``lr`` in a step, and the penalty draws most weights towards zero in every step. So a
+    run moves them by about  lr * steps,  0.00025 by default. That is a twentieth of the mean size of a weight in a
+    layer with 10,000 inputs, 0.005 as torch initialises it, and less where there are fewer inputs.
     """
 
     lr: Annotated[float, described(source="ours")] = 5e-7

@@ -33,7 +33,7 @@ def random_label(
 ) -> Iterator[Record | TargetProgress]:
     """Minimise SalUn's loss over all weights; with a mask this is SalUn.
 
-    As in the authors' code for Stable Diffusion the label becomes the anchor. With ``remap`` "random" it becomes a random
-    retained name for each row, as in classification.
+    As in the authors' code for Stable Diffusion the label becomes the anchor. With ``remap`` "random" it becomes a
+    random retained name for each row, as in classification.
     """
     yield from train(model, salun_loss(data, settings), mask, settings, seed=seed, checkpoint=checkpoint)

@@ -21,7 +21,6 @@ from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
-
 if TYPE_CHECKING:
     from erase_concept.recipe import Recipe
 
@@ -133,9 +132,8 @@ def fisher(
 ) -> dict[str, Tensor]:
     """Return the diagonal Fisher information of the model's weights over retain rows, by parameter.
 
-    Of a row it is the square of  sum_t g_t,  the gradients of its losses at all T time steps. ``fisher_steps`` B of them
-    are drawn without repetition. The square of their sum, scaled up, would be too large: it holds B times the square of
-    each, but only one of T. So it is
+    Of a row it is the square of  sum_t g_t,  the gradients of its losses at all T time steps. ``fisher_steps`` B of
+    them are drawn without repetition. The square of their sum, scaled up, would be too large by their noise. So it is
 
         T (T - 1) / (B (B - 1)) (sum g)^2 - T (T - B) / (B (B - 1)) sum g^2,
 

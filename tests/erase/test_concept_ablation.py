@@ -14,7 +14,12 @@ from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
 from erase_concept.make_data import make_data
-from erase_concept.methods.concept_ablation import ConceptAblationSettings, concept_ablation, concept_ablation_noise
+from erase_concept.methods.concept_ablation import (
+    ConceptAblationSettings,
+    concept_ablation,
+    concept_ablation_noise,
+    start_token_detached,
+)
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import DataRecipe
@@ -54,11 +59,36 @@ def drawn(data: ForgetRetain, step: int) -> list[tuple[Tensor, ...]]:
     return batches
 
 
+class DetachedStart:
+    """Cross-attention as its definition says, with the start token's keys and values taken as constants."""
+
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        learns = torch.ones(encoder_hidden_states.shape[1])
+        learns[0] = 0.0
+        q, k, v = attn.to_q(x), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        k, v = (learns[:, None] * y + (1 - learns[:, None]) * y.detach() for y in (k, v))
+        q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in (q, k, v))
+        weights = (torch.einsum("nphd,nthd->nhpt", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        return attn.to_out[0](torch.einsum("nhpt,nthd->nphd", weights, v).flatten(-2))
+
+
+def detach_start(unet: Any) -> None:
+    for name, layer in unet.named_modules():
+        if name.endswith(".attn2"):
+            layer.set_processor(DetachedStart())
+
+
 @BOTH
-def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablate: Callable[..., Any]) -> None:
-    config = ConceptAblationSettings(steps=2, batch_size=3, lr=1e-2, alpha=0.25)
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_two_steps_equal_the_formulas(
+    tiny: Diffusion, data: ForgetRetain, ablate: Callable[..., Any], alpha: float, detach: bool
+) -> None:
+    config = ConceptAblationSettings(steps=2, batch_size=3, lr=1e-2, alpha=alpha, detach_start_token=detach)
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
+    if detach:
+        detach_start(unet)
     records = list(ablate(tiny, data, mask, config, seed=7))
 
     concept, anchor = tiny.encode_prompts(["a square", "one square"]), tiny.encode_prompts(["a circle", "one circle"])
@@ -67,16 +97,35 @@ def test_two_steps_equal_the_formulas(tiny: Diffusion, data: ForgetRetain, ablat
         wanted = noise if ablate is concept_ablation_noise else unet(x, t, anchor[which]).sample.detach()
         forget = (unet(x, t, concept[which]).sample - wanted).square().mean()
         regular = (unet(x2, t2, anchor[which2]).sample - noise2).square().mean()
-        loss = forget + 0.25 * regular
+        loss = forget + alpha * regular
         near = (1e-5, 1e-3)[step]
         assert records[step].loss == pytest.approx(loss.item(), rel=near)
-        assert records[step].terms == pytest.approx({"forget": forget.item(), "anchor": regular.item()}, rel=near)
+        terms = {"forget": forget.item()} | ({"anchor": regular.item()} if alpha else {})
+        assert records[step].terms == pytest.approx(terms, rel=near)
         if step == 0:
             gradients = torch.autograd.grad(loss, list(unet.parameters()))
             with torch.no_grad():
                 for (name, p), g in zip(unet.named_parameters(), gradients, strict=True):
                     # AdamW's first step, decay of 0.01 included.
                     p -= (0.01 * 0.01 * p + 0.01 * g / (g.abs() + 1e-8)) * mask.dense(name)
+
+
+def test_the_start_token_gives_keys_and_values_no_gradient(family: Diffusion) -> None:
+    """With the start token alone nothing of them learns; the other tokens' gradient is as without it."""
+    noisy, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    prompts = family.encode_prompts(["a square", "one circle"])
+    start = prompts[:, :1] if family.family.extra_tokens == 0 else prompts[:, [0, -1]]
+    matrices = masks.in_scope(family.unet, "keys-and-values")
+    assert len(matrices) == 8
+    weights = [p.requires_grad_(True) for name, p in family.unet.named_parameters() if name in matrices]
+    with start_token_detached(family.unet):
+        for embeddings, moves in ((start, False), (prompts, True)):
+            loss = family.predict(noisy, t, embeddings).square().mean()
+            if moves:
+                assert all(g.abs().max() > 0 for g in torch.autograd.grad(loss, weights))
+            else:
+                assert not any(g.any() for g in torch.autograd.grad(loss, weights))
+    assert not any(module._forward_hooks for module in family.unet.modules())
 
 
 @BOTH

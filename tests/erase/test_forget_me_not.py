@@ -24,8 +24,18 @@ def data(tiny: Diffusion, square: Concept) -> ForgetRetain:
     return make_data(tiny, square, DataRecipe(forget=4, steps=2, guidance=2.0), seed=1, parts=("forget",))
 
 
-def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = ForgetMeNotSettings(steps=2, batch_size=3, lr=1e-2, optimizer="adam", weight_decay=0.0)
+@pytest.mark.parametrize(("norm", "end_token"), [("squared", False), ("frobenius", True)])
+def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain, norm: str, end_token: bool) -> None:
+    config = ForgetMeNotSettings(
+        steps=2,
+        batch_size=3,
+        lr=1e-2,
+        optimizer="adam",
+        weight_decay=0.0,
+        max_grad_norm=None,
+        norm=norm,
+        end_token=end_token,
+    )
     mask = masks.random(tiny.unet, 0.5, seed=4)
     unet = copy.deepcopy(tiny.unet).requires_grad_(True)
     records = list(forget_me_not(tiny, data, mask, config, seed=7))
@@ -39,7 +49,7 @@ def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain) -> Non
             key = f"{name}.{part}"
             unet.get_submodule(key).register_forward_hook(lambda m, i, out, key=key: outputs.__setitem__(key, out))
     # One token for each letter: the start's, "a" or "one", and "square".
-    spans = [slice(2, 8), slice(4, 10)]
+    named = [[*range(2, 8), *([8] * end_token)], [*range(4, 10), *([10] * end_token)]]
     for step in range(2):
         generator = stage_generator(7, "step", step, 0, 0)
         rows = draw(4, 3, generator)
@@ -54,7 +64,8 @@ def test_two_steps_equal_the_formula(tiny: Diffusion, data: ForgetRetain) -> Non
             q, k = (outputs[f"{name}.{part}"].unflatten(-1, (heads, -1)) for part in ("to_q", "to_k"))
             scores = torch.einsum("nphd,nthd->nhpt", q, k) / q.shape[-1] ** 0.5
             maps = scores.exp() / scores.exp().sum(-1, keepdim=True)
-            total = total + sum(maps[row, ..., spans[prompt]].square().sum() for row, prompt in enumerate(which)) / 3
+            total = total + sum(maps[row, ..., named[prompt]].square().sum() for row, prompt in enumerate(which)) / 3
+        total = total.sqrt() if norm == "frobenius" else total
         near = (1e-5, 1e-3)[step]
         assert records[step].loss == pytest.approx(total.item(), rel=near)
         if step == 0:

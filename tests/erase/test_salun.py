@@ -13,7 +13,7 @@ from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import EraseError
 from erase_concept.make_data import make_data
-from erase_concept.methods.random_label import RandomLabelSettings, random_label
+from erase_concept.methods.random_label import random_label
 from erase_concept.methods.salun import SalUnSettings, salun
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
@@ -167,9 +167,9 @@ def test_clipping_far_above_the_norm_changes_no_bit(tiny: Diffusion, data: Forge
 
 
 def test_random_label_is_salun_with_random_names(tiny: Diffusion, data: ForgetRetain) -> None:
-    config = RandomLabelSettings(steps=2, batch_size=2, lr=1e-3)
+    config = SalUnSettings(steps=2, batch_size=2, lr=1e-3, remap="random")
     other = tiny.with_components(unet=copy.deepcopy(tiny.unet))
-    list(salun(tiny, data, None, replace(SalUnSettings(steps=2, batch_size=2, lr=1e-3), remap="random"), seed=7))
+    list(salun(tiny, data, None, config, seed=7))
     list(random_label(other, data, None, config, seed=7))
     state = other.unet.state_dict()
     assert all(torch.equal(state[name], value) for name, value in tiny.unet.state_dict().items())
