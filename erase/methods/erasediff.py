@@ -83,7 +83,8 @@ def _memory(settings: EraseDiffSettings) -> tuple[Phase, ...]:
     """Hold the weights of before; for a projection also gradients of constraint, inner step, retain loss and step."""
     size = settings.batch_size
     if settings.constraint == "weight":
-        return (Phase(frozen=size * (settings.target == "anchor"), trained=2 * size, copies=1),)
+        both = Phase(frozen=size * (settings.target == "anchor"), trained=2 * size, copies=1)
+        return (both, Phase(trained=size, copies=1, gradients=1))  # one loss's gradients wait for the other's
     descent = int(settings.inner_steps > 1)  # the first inner step's is the constraint's
     return (Phase(trained=size, gradients=3 + descent), Phase(gradients=4 + descent))
 

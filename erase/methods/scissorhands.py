@@ -78,7 +78,8 @@ def _memory(settings: ScissorhandsSettings) -> tuple[Phase, ...]:
     score = Phase(trained=rows * (2 if settings.guidance else 1), copies=1, optimizer=False)
     ranked = Phase(copies=2, optimizer=False)
     if not settings.projection:
-        return (score, ranked, Phase(frozen=frozen, trained=2 * rows))
+        # One loss's gradients wait for the other's.
+        return (score, ranked, Phase(frozen=frozen, trained=2 * rows), Phase(trained=rows, gradients=1))
     repair = (Phase(frozen=frozen, trained=2 * rows, copies=1), Phase(trained=rows, copies=1, gradients=1))
     return (ranked, *repair, Phase(copies=1, gradients=2))
 
@@ -126,8 +127,8 @@ def scissorhands(
     # Done again when a run resumes: the checkpoint's weights are put in place after it.
     if settings.recompute:
         unet.enable_gradient_checkpointing()
-    sensitivity = accumulate(unet, _score_losses(model, data, settings, seed), "absolute")
-    sensitivity = {name: sensitivity[name] * p.detach().abs() for name, p in unet.named_parameters()}
+    gradients = accumulate(unet, _score_losses(model, data, settings, seed), "absolute")
+    sensitivity = {name: gradients.pop(name) * p.detach().abs() for name, p in unet.named_parameters()}
     counting = chosen(sensitivity, settings.trimmed, mask)
     if settings.reset == "decoder-self-attention":
         counting = counting & decoder_self_attention(unet, model.family.layers)

@@ -130,7 +130,8 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> Prese
     parts = merge(values["methods"]["any"], _parts(vars(entry)))
     if name == "default":
         return Preset(chosen, merge(parts, laid_over), {}, notes)
-    return Preset(chosen, parts, entry.concept, notes)
+    # Prompts for one kind are not sentences about another.
+    return Preset(chosen, parts, entry.concept if of == kind else {}, notes)
 
 
 def _parts(entry: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _origin(authors: AuthorsSettings, entry: KindSettings, of: str, kind: str) -
         return f"authors' settings for the kind {kind} ({source})"
     if entry == KindSettings():
         return f"the authors have no settings for the kind {kind}: the method's defaults ({authors.source})"
-    return f"the authors have no settings for the kind {kind}: theirs for the kind {of} ({source})"
+    return f"the authors have no settings for the kind {kind}: theirs for the kind {of}, prompts of ours ({source})"
 
 
 @cache

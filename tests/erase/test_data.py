@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from erase_concept.data import ForgetRetain, draw, draw_evenly
@@ -16,6 +17,7 @@ from erase_concept.make_data import make_data
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import DataRecipe
+from erase_concept.seed import stage_seed
 
 SMALL = {"forget": 5, "retain": 3, "steps": 2, "guidance": 2.0}
 
@@ -202,3 +204,33 @@ def test_a_concepts_own_images_are_its_forget_rows(tiny: Diffusion, square: Conc
     (tmp_path / "none").mkdir()
     with pytest.raises(RequestError, match=r"concept .*: holds no image"):
         make_data(tiny, replace(seen, images=str(tmp_path / "none")), DataRecipe(**SMALL), seed=1)
+
+
+def test_rows_are_sampled_as_the_settings_say(tiny: Diffusion, square: Concept) -> None:
+    """DDIM without noise is diffusers' own; with noise it is another image."""
+    ddim = {"scheduler": "DDIMScheduler"}
+    made = [make_data(tiny, square, DataRecipe(**SMALL, **more), seed=1) for more in ({}, ddim, {**ddim, "eta": 1.0})]
+    plain, quiet, noisy = (data.forget_latents for data in made)
+    assert not torch.allclose(plain, quiet)
+    assert not torch.allclose(quiet, noisy)
+    seed, prompt = stage_seed(1, "forget", 0), made[1].forget[made[1].forget_which[:1]]
+    scheduler = DDIMScheduler.from_config(tiny.scheduler.config)
+    scheduler.set_timesteps(2)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            both = [tiny.unet(latents, t, embedding).sample for embedding in (made[1].uncond, prompt)]
+            latents = scheduler.step(both[0] + 2.0 * (both[1] - both[0]), t, latents).prev_sample
+    torch.testing.assert_close(quiet[:1], latents, rtol=1e-3, atol=1e-3)
+
+
+def test_flipped_rows_are_themselves_or_their_mirror_images(tiny: Diffusion, square: Concept) -> None:
+    data = make_data(tiny, square, DataRecipe(**SMALL, flip=True), seed=1)
+    generator, rows = torch.Generator().manual_seed(0), torch.arange(3).repeat(40)
+    found = data.forget_batch(tiny, rows, generator).latents, data.retain_batch(tiny, rows, generator).latents
+    for latents, own in zip(found, (data.forget_latents[rows], data.retain_latents[rows]), strict=True):
+        same, mirrored = ((latents == other).all(-1).all(-1).all(-1) for other in (own, own.flip(-1)))
+        assert (same ^ mirrored).all()
+        assert 40 < int(same.sum()) < 80
+    plain = replace(data, flip=torch.tensor(False)).forget_batch(tiny, rows, generator).latents
+    assert torch.equal(plain, data.forget_latents[rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,3 +54,14 @@ def test_frozen_weights_stay_and_a_killed_run_goes_on(data: ForgetRetain, check_
 def test_a_setting_out_of_range_is_named(value: float) -> None:
     with pytest.raises(ValueError, match=r"gamma\n  Input should be"):
         L1SparseSettings(gamma=value)
+
+
+def test_the_defaults_leave_the_weights_near_what_they_were(tiny: Diffusion, data: ForgetRetain) -> None:
+    """A weight moves by about lr in a step. In a layer of 10,000 inputs torch draws weights of 0.005 on the mean."""
+    config = L1SparseSettings()
+    layer = torch.nn.Linear(10_000, 50)
+    assert config.lr * config.steps <= 0.051 * layer.weight.abs().mean()
+    before = [p.detach().clone() for p in tiny.unet.parameters()]
+    list(l1_sparse(tiny, data, None, replace(config, steps=50, batch_size=2), seed=7))
+    for p, q in zip(before, tiny.unet.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1.2 * 50 * config.lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import importlib
 from pathlib import Path
 
@@ -191,3 +192,17 @@ def test_noxattn_leaves_out_cross_attention_the_time_embedding_and_the_last_laye
     }
     assert set(masks.in_scope(family.unet, "noxattn")) == wanted
     assert 0 < len(wanted) < len(masks.in_scope(family.unet, "non-cross-attention")) < len(every)
+
+
+def test_the_scopes_of_attention_are_diffusers_layers_of_these_names(family: Diffusion) -> None:
+    every = [name for name, _ in family.unet.named_parameters()]
+    wanted = {
+        "keys-and-values": [name for name in every if re.search(r"\.attn2\.to_[kv]\.weight$", name)],
+        "attention": [name for name in every if re.search(r"\.attn[12]\.", name)],
+        "cross-attention": [name for name in every if ".attn2." in name],
+        "self-attention": [name for name in every if ".attn1." in name],
+        "non-cross-attention": [name for name in every if ".attn2." not in name],
+        "full": every,
+    }
+    assert {scope: list(masks.in_scope(family.unet, scope)) for scope in wanted} == wanted
+    assert {*masks.SCOPES} == {*wanted, "noxattn"}

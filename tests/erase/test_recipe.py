@@ -14,6 +14,7 @@ from erase_concept.methods.salun import SalUnSettings
 from erase_concept.presets import PRESETS, AuthorsSettings, KindSettings, authors_settings, preset
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import DataRecipe, MaskRecipe, find_concept, make_recipe, read_recipe, recipe_for
+from erase_concept.run import check
 from erase_concept.settings import check_settings, merge
 
 
@@ -92,7 +93,8 @@ def test_a_kind_without_settings_takes_anothers_and_says_so() -> None:
         with pytest.raises(ValueError, match="an entry with like has nothing else, and names another entry"):
             TypeAdapter(AuthorsSettings).validate_python({**told, "paper": wrong})
     person = preset("paper", "any/model", "person", "esd-x")
-    assert person.notes[0].startswith("the authors have no settings for the kind person: theirs for the kind style (")
+    assert person.notes[0].startswith("the authors have no settings for the kind person: theirs for the kind style, ")
+    assert person.concept == {}, "prompts for a style are no sentences about a person"
     assert preset("paper", "any/model", "style", "esd-x").notes[0].startswith("authors' settings for the kind style (")
 
 
@@ -192,3 +194,53 @@ def test_unreadable_files_and_presets_are_named(tmp_path: Path) -> None:
         read_recipe(file)
     with pytest.raises(RequestError, match="preset best: allowed: default, paper"):
         recipe_for("emojinette", "church", preset_name="best")
+
+
+def test_steps_and_epochs_stand_for_each_other() -> None:
+    """The ones of the upper layer count, and both together are refused."""
+    assert recipe_for("any/model", "nudity", method="salun").settings.epochs == 1
+    steps = recipe_for("any/model", "nudity", method="salun", settings={"steps": 7}).settings
+    assert (steps.steps, steps.epochs) == (7, None)
+    epochs = recipe_for("emojinette", "church", method="salun", settings={"epochs": 2}).settings
+    assert epochs.epochs == 2
+    assert epochs.resolved(17) == replace(epochs, steps=2 * 3, epochs=None)  # the last batch of 8 is not full
+    assert steps.resolved(17) == steps
+    with pytest.raises(RequestError, match=r"settings\.epochs 2: stands in the place of steps: give one"):
+        recipe_for("any/model", "nudity", method="salun", settings={"epochs": 2, "steps": 3})
+
+
+def test_anchor_rows_are_made_where_a_method_learns_from_nothing_else(tmp_path: Path) -> None:
+    for method in METHODS.all().values():
+        wanted = 64 if method.name.startswith("concept-ablation") or method.name == "selective-amnesia" else 0
+        recipe = make_recipe({"model": "any/model", "concept": "nudity", "method": method.name})
+        assert recipe.data.anchor == wanted
+    none = {"model": "any/model", "concept": "nudity", "method": "selective-amnesia", "data": {"anchor": 0}}
+    recipe = make_recipe({**none, "settings": {"surrogate": "noise"}})
+    recipe.save(tmp_path / "r.yaml")
+    assert make_recipe(read_recipe(tmp_path / "r.yaml")) == recipe  # none is not the method's own
+    check(recipe)
+    with pytest.raises(RequestError, match=r"data\.anchor 0: selective-amnesia needs pictures of the anchor"):
+        check(make_recipe(none))
+
+
+@pytest.mark.parametrize("method", ["salun", "random-label", "salun-soft"])
+def test_random_names_need_names(method: str) -> None:
+    """Without any, all prompts would become the empty one."""
+    bare = Concept("zebra", "custom", "", ("a photo of {o}",), others=("",))
+    asked = {"model": "any/model", "method": method, "settings": {"remap": "random"}}
+    with pytest.raises(RequestError, match=r"settings\.remap random: needs names .* zebra has no anchor"):
+        check(make_recipe({**asked, "concept": bare}))
+    for named in (replace(bare, anchor="horse"), replace(bare, retain=("horse",))):
+        check(make_recipe({**asked, "concept": named}))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"scheduler": "Magic"}, r"data\.scheduler Magic: allowed: "),
+        ({"eta": 1.0}, r"data\.eta 1\.0: is a setting of DDIM: data\.scheduler must be DDIMScheduler"),
+    ],
+)
+def test_samplers_that_there_are_not_are_refused(data: dict, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem):
+        check(recipe_for("any/model", "nudity", data=data))
