@@ -100,8 +100,8 @@ class RecipeOptions:
         str | None,
         typer.Option(
             metavar="PART",
-            help="full, cross-attention, self-attention, non-cross-attention or noxattn; for Concept Ablation also "
-            "text-encoder. (default: the method's)",
+            help="full, cross-attention, keys-and-values (of cross-attention), self-attention, attention, "
+            "non-cross-attention or noxattn; for Concept Ablation also text-encoder. (default: the method's)",
             rich_help_panel=WEIGHTS,
         ),
     ] = None

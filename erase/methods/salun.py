@@ -43,7 +43,7 @@ class SalUnSettings(Training):
 def check_remap(recipe: Recipe) -> None:
     """Refuse to remap a concept to random names when it has none."""
     for concept in recipe.concept.parts:
-        if recipe.settings.remap == "random" and not any((concept.anchor, *concept.retain)):
+        if recipe.settings.remap == "random" and not any((*concept.anchor_prompts, *concept.retain)):
             least = f"needs names to choose from, and {concept.name} has no anchor and retains none"
             raise RequestError("settings.remap", "random", f"{least}; name some, or choose empty")
 
