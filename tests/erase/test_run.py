@@ -217,8 +217,8 @@ def test_nothing_outside_a_scope_changes(model: Path, square: Concept, tmp_path:
 
 
 def test_a_strange_scope_is_refused(model: Path, square: Concept, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"mask\.scope attention: allowed: full, cross-attention"):
-        run(recipe(model, square, mask={"scope": "attention"}), tmp_path / "run")
+    with pytest.raises(RequestError, match=r"mask\.scope convolutions: allowed: full, cross-attention"):
+        run(recipe(model, square, mask={"scope": "convolutions"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
