@@ -22,7 +22,8 @@ from erase_concept.errors import RequestError
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
-from erase_concept.prompts.concept import Concept
+from erase_concept.prompts.catalog import folder_names
+from erase_concept.prompts.concept import Concept, plain_name
 from erase_concept.recipe import DataRecipe, Recipe
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import name_spans
@@ -270,31 +271,41 @@ def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
 def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "") -> dict[Path, str]:
     """Return the images of a folder, in the order of their names, with the name of what each shows.
 
-    Images to forget lie in the folder itself and show the concept; of several concepts, in a folder named after each.
-    Images to retain lie in folders named after what is retained (``dog/1.png``), or in the folder itself where the
-    concept retains one name alone. Raises RequestError when there are none, of some concept to forget none, or a
-    folder's name is not retained.
+    Images lie in the folder itself where all of them show one thing: the concept, or the one name that it retains.
+    Otherwise they lie in folders named after what they show (``dog/1.png``), or after a class of a known data set
+    (``n03028079``), in the folder or in its ``train``. Of a data set the folders of other classes are passed over.
+    Raises RequestError when there are no images, of some concept to forget none, or a folder has another name.
     """
     setting = setting or f"data.{part}_images"
     if not folder.is_dir():
         raise RequestError(setting, folder, "no such folder")
+    erased = tuple(one.name for one in concept.parts)
     retained = tuple(dict.fromkeys(name for one in concept.parts for name in one.retain))
-    names = tuple(one.name for one in concept.parts) if part == "forget" else retained
+    names = erased if part == "forget" else retained
     if not names:
         raise RequestError(setting, folder, "cannot be used: the concept retains no name that an image could show")
-    if len(names) == 1:
-        found = dict.fromkeys(_images_in(folder), names[0])
-    else:
-        inside = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-        strange = [entry.name for entry in inside if entry.name not in names]
-        if strange or _images_in(folder):
-            what = f"a folder {strange[0]!r}" if strange else "images outside of such folders"
-            raise RequestError(setting, folder, f"has {what}; needed: a folder each for {', '.join(names)}")
-        found = {file: entry.name for entry in inside for file in _images_in(entry)}
-        if part == "forget" and (missing := sorted({*names} - {*found.values()})):
-            raise RequestError(setting, folder, f"has no image of {', '.join(missing)}, in a folder of that name")
+    outside = _images_in(folder)
+    if outside and len(names) == 1:
+        return dict.fromkeys(outside, names[0])
+    if "train" not in names and (folder / "train").is_dir():
+        folder = folder / "train"
+    known = {plain_name(name): name for name in retained}
+    known |= {plain_name(name): one.name for one in concept.parts for name in (one.name, *one.synonyms)}
+    classes = folder_names()
+    found, strange = {}, []
+    for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        label = plain_name(classes.get(entry.name, entry.name))
+        if known.get(label) in names:
+            found |= dict.fromkeys(_images_in(entry), known[label])
+        elif label not in known and label not in map(plain_name, classes.values()):
+            strange.append(entry.name)
+    if strange or (outside and len(names) > 1):
+        what = f"a folder {strange[0]!r}" if strange else "images outside of such folders"
+        raise RequestError(setting, folder, f"has {what}; needed: a folder each for {', '.join(names)}")
+    if found and part == "forget" and (missing := sorted({*names} - {*found.values()})):
+        raise RequestError(setting, folder, f"has no image of {', '.join(missing)}, in a folder of that name")
     if not found:
-        raise RequestError(setting, folder, f"holds no image ({', '.join(SUFFIXES)})")
+        raise RequestError(setting, folder, f"holds no image of {', '.join(names)} ({', '.join(SUFFIXES)})")
     return found
 
 

@@ -17,7 +17,7 @@ from erase_concept.files import atomic_write
 from erase_concept.method import Method
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import catalogs_of
-from erase_concept.presets import preset
+from erase_concept.presets import Preset, preset
 from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
@@ -244,31 +244,46 @@ def first_base(model: str) -> str:
     return runs[0]["base"] if runs else model
 
 
+def concept_for(
+    model: str, what: ConceptSource, preset_name: str = "default", method: str | None = None
+) -> tuple[Concept, Preset]:
+    """Return the concept that a run would erase, and the preset that it would start from.
+
+    A preset may change what a concept that is named is erased with; a concept that is described stays as it is.
+    """
+    base = first_base(model)
+    found = find_concept(what, model)
+    start = preset(preset_name, base, found.common_kind, method)
+    if start.concept or found.combined:
+        found = find_concept(what, model, lambda one: preset(preset_name, base, one.kind, start.method).concept)
+    return found, start
+
+
 def recipe_for(
     model: str,
     what: ConceptSource,
     *,
+    changes: Mapping[str, Any] | None = None,
     preset_name: str = "default",
     memory: str = "fast",
     **values: Any,
 ) -> Recipe:
     """Return the recipe for erasing concepts from a model: the preset, with the given values laid over it.
 
+    ``what`` is what ``find_concept`` takes, or a list of it, which is erased together. ``changes`` are other values of
+    one concept's fields, such as ``{"anchor": "house"}``.
     ``memory`` is fast, balanced or low: how much of it the run may take, for more time.
-    ``what`` is a concept's key, the path of a file or folder that describes one, words, or a description as in a YAML
-    file; or a list of these, which are erased together.
     ``values`` are a recipe's fields; nested mappings such as ``settings={"lr": 1e-5}`` change what they name alone.
-    With ``method`` among them the preset is that method's, without, the preset names the method. A preset may change
-    what a concept that is named is erased with; a concept that is described stays as it is.
+    With ``method`` among them the preset is that method's, without, the preset names the method.
     """
     model = str(model)
     if memory not in MEMORY:
         raise RequestError("memory", memory, f"allowed: {', '.join(MEMORY)}")
-    base, method = first_base(model), values.get("method")
-    found = find_concept(what, model)
-    start = preset(preset_name, base, found.common_kind, method)
-    if start.concept or found.combined:
-        found = find_concept(what, model, lambda one: preset(preset_name, base, one.kind, start.method).concept)
+    found, start = concept_for(model, what, preset_name, values.get("method"))
+    if changes and found.combined:
+        name, value = next(iter(changes.items()))
+        raise RequestError(name, value, "goes with one concept, not with several")
+    found = find.change(found, changes or {})
     layers = ({"method": start.method, "notes": start.notes}, start.parts, MEMORY[memory], values)
     merged: dict[str, Any] = reduce(merge, layers) | {"model": model, "concept": found}
     # What a preset says for all methods, a method takes where it has such a setting.

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-_ANY_MODEL = ("unsafe",)  # the catalogues of a model that is not built in
+from erase_concept.prompts.find import GENERAL
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -40,4 +40,4 @@ def builtin_models() -> dict[str, BuiltinModel]:
 def catalogs_of(model: str | Path) -> tuple[str, ...]:
     """Return the names of the catalogues in which a model's concepts are looked up."""
     builtin = builtin_models().get(str(model))
-    return builtin.catalogs if builtin else _ANY_MODEL
+    return builtin.catalogs if builtin else GENERAL

@@ -38,13 +38,15 @@ def with_article(name: str) -> str:
     when it is a plural.
     """
     words = name.split()
-    if not words or words[0].casefold() in _DETERMINERS or _is_proper(words) or _is_plural(_noun(words)):
+    if not words or words[0].casefold() in _DETERMINERS or is_proper_name(words) or _is_plural(_noun(words)):
         return name
     return f"{_article(name)} {name}"
 
 
-def _is_proper(words: list[str]) -> bool:
+def is_proper_name(words: list[str]) -> bool:
     """Return whether the words are a proper name, or begin with a proper name's genitive as in "Monet's garden"."""
+    if not words:
+        return False
     if any(word[0].isupper() and word.endswith(("'s", "’s")) for word in words[:-1]):  # noqa: RUF001 - people type it
         return True
     return words[0][0].isupper() and all(word[0].isupper() or word in _PARTICLES for word in words)

@@ -177,22 +177,38 @@ class Concept:
         )
 
     def changed(self, values: Mapping[str, Any]) -> Concept:
-        """Return the concept with other values of some fields; raises ValueError for a bad one.
-
-        Anchor templates go with templates and anchor: where one of these is changed without them, they are dropped.
-        """
-        if not values:
-            return self
-        own = self.to_dict()
-        if {"templates", "anchor"} & values.keys():
-            own.pop("anchor_templates", None)
-        return parse(own | dict(values))
+        """Return the concept with other values of some fields; raises ValueError for a bad one. See ``laid_over``."""
+        return parse(laid_over(self.to_dict(), values)) if values else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the concept as plain lists and strings, as recipes hold it; empty fields are left out."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["combined"] = [part.to_dict() for part in self.combined]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value}
+
+
+def laid_over(description: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a concept's description with other values of some fields.
+
+    Where the anchor or the templates change and the anchor templates are not given with them, these follow when they
+    speak of the anchor: about another anchor they stay, and for other templates they are those, with the article that
+    the anchor takes. Anchor templates that speak of nothing in particular are dropped.
+    """
+    laid = {**description, **values}
+    if "anchor_templates" in values or not {"anchor", "templates"} & values.keys():
+        return laid
+    old = description.get("anchor_templates", ())
+    speak = bool(old and laid.get("anchor")) and all(map(_PLACES.search, old))
+    if not speak:
+        laid.pop("anchor_templates", None)
+    elif "templates" in values:
+        laid["anchor_templates"] = [text.replace("{O}", "{o}") for text in values["templates"]]
+    return laid
+
+
+def plain_name(name: str) -> str:
+    """Return a name as it is compared: in small letters, with single spaces in the place of underscores and hyphens."""
+    return " ".join(re.sub(r"[_-]", " ", name).casefold().split())
 
 
 def whole_words(names: Sequence[str]) -> re.Pattern[str]:

@@ -1,52 +1,38 @@
-"""Custom concepts: made from words, from a file of prompts, or from a folder of images.
-
-Custom concepts are mapped to the empty prompt. Everyday prompts are retained, and so are the objects and styles of the
-model's own catalogues, as far as they are not the concept.
-"""
+"""Concepts that no catalogue has: made from a kind and a name, or from a file of prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts.catalog import Catalog, catalogs
-from erase_concept.prompts.concept import Concept, fill, whole_words
-from erase_concept.prompts.kinds import kinds
+from erase_concept.prompts.catalog import Catalog, catalog
+from erase_concept.prompts.concept import Concept, fill, parse, whole_words
+from erase_concept.prompts.kinds import complete, kinds, without_names
 from erase_concept.prompts.promptset import read_rows
 
 
-def from_words(words: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
-    """Return the concept of these words. ``images`` may be a folder of images that show it.
+def from_kind(kind: str, name: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
+    """Return the concept of this kind and name. ``images`` may be a folder of images that show it.
 
-    Names of any catalogue that stand within the words are retained: "rocket" for a blue rocket. ``own`` names the
-    model's catalogues, whose styles and objects are retained too; objects that share a word with the concept are not.
-    Raises RequestError when there is no word.
+    ``own`` names the model's catalogues. Names of these that stand within an object's name are retained: "parachute"
+    for a red parachute. A model that draws a catalogue's objects and styles retains these, and not what is retained of
+    other models. Raises RequestError for a name without a word, and for one that the kind's defaults do not fit.
     """
-    name = " ".join(words.split())
-    if not re.search(r"\w", name):
-        raise RequestError("concept", repr(words), "needs at least one word")
-    retain: list[str] = []
-    in_styles: list[str] = []
-    for catalog in catalogs().values():
-        retain += _retained_objects(catalog, name, drawn=catalog.name in own)
-        styles = [
-            style
-            for style in catalog.styles
-            if _is_within(style, name) or (catalog.name in own and style != name.casefold())
-        ]
-        in_styles += _style_prompts(catalog, styles)
-    defaults = kinds()["custom"]
-    return Concept(
-        name=name,
-        kind="custom",
-        anchor=defaults.anchor,
-        templates=defaults.templates,
-        retain=tuple(retain),
-        others=defaults.retained_prompts([name], *in_styles),
-        images=images,
-    )
+    words = " ".join(name.replace("_", " ").split())
+    if not re.search(r"\w", words):
+        raise RequestError("concept", f"{kind}:{name}", "needs at least one word behind the colon")
+    try:
+        found = parse(complete({"name": words, "kind": kind, "images": images}))
+    except ValueError as problem:
+        raise RequestError("concept", f"{kind}:{words}", str(problem)) from None
+    for known in map(catalog, own):
+        found = _within_world(found, known) if known.objects and known.styles else found
+    if found.kind == "object":
+        found = replace(found, retain=tuple(dict.fromkeys((*_names_within(words, own), *found.retain))))
+    return found
 
 
 def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
@@ -65,41 +51,47 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
     prompts = tuple(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
     if not prompts:
         raise RequestError("concept", file, "has no prompt")
-    known: list[str] = []
-    for catalog in catalogs().values():
-        if catalog.name in own:
-            known += [fill(catalog.sentences.erase.object[0], label) for label in catalog.labels]
-            known += _style_prompts(catalog, catalog.styles)
-    words = whole_words(prompts)
-    known = [prompt for prompt in known if not words.search(prompt)]
+    known = [
+        prompt
+        for one in map(catalog, own)
+        for prompt in (*_object_prompts(one, one.labels), *_style_prompts(one, one.styles))
+    ]
     return Concept(
         name=file.stem, kind="custom", prompts=prompts, others=kinds()["custom"].retained_prompts(prompts, *known)
     )
 
 
-def from_images(folder: Path, own: Sequence[str] = ()) -> Concept:
-    """Return the concept that a folder's images show. The folder's name is its name, as words and never as a key."""
-    return from_words(folder.resolve().name.replace("_", " ").replace("-", " "), own, images=str(folder))
+def _within_world(concept: Concept, known: Catalog) -> Concept:
+    """Return a concept that retains the objects and styles of a catalogue, which are all that the model draws."""
+    words = set(concept.name.casefold().split())
+    objects = tuple(
+        names.label for names in known.objects if not words & {*names.label.split(), *names.synonym.split()}
+    )
+    styles = tuple(style for style in known.styles if style != concept.name.casefold())
+    retain = {"object": objects, "style": styles}.get(concept.kind, ())
+    more = without_names(
+        [
+            *(_object_prompts(known, objects) if concept.kind != "object" else ()),
+            *(_style_prompts(known, styles) if concept.kind != "style" else ()),
+        ],
+        [concept.name],
+    )
+    return replace(concept, retain=retain, others=(*concept.others, *more))
 
 
-def _retained_objects(catalog: Catalog, name: str, *, drawn: bool) -> list[str]:
-    """Return the names of objects to retain: those within ``name`` and, if the model draws them, all others."""
-    retain: list[str] = []
-    for names in catalog.objects:
-        known = (names.label, names.synonym)
-        within = [one for one in known if _is_within(one, name)]
-        shares_a_word = set(name.casefold().split()) & {word for one in known for word in one.split()}
-        if name.casefold() in (*known, names.unseen):
-            continue  # the concept is this object
-        if within or (drawn and not shares_a_word):
-            retain += within or [names.label]
-    return retain
+def _names_within(name: str, own: Sequence[str]) -> list[str]:
+    """Return the objects of catalogues that are named within a name, in whole words, and are not the name itself."""
+    found = []
+    for known in map(catalog, own):
+        labels = [label for names in known.objects for label in (names.label, names.synonym)]
+        labels += [one.name for key, one in known.concepts.items() if one.kind == "object" and key in known.entries]
+        found += [label for label in labels if label.casefold() != name.casefold()]
+    return [label for label in found if whole_words([label]).search(name)]
 
 
-def _is_within(known: str, name: str) -> bool:
-    """Return whether a known name is a part of the concept's name, in whole words."""
-    return known != name.casefold() and bool(whole_words([known]).search(name))
+def _object_prompts(known: Catalog, labels: Sequence[str]) -> list[str]:
+    return [fill(known.sentences.erase.object[0], label) for label in labels]
 
 
-def _style_prompts(catalog: Catalog, styles: Sequence[str]) -> list[str]:
-    return [catalog.sentences.erase.style[0].replace("{s}", style) for style in styles]
+def _style_prompts(known: Catalog, styles: Sequence[str]) -> list[str]:
+    return [known.sentences.erase.style[0].replace("{s}", style) for style in styles]

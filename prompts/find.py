@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,12 +13,23 @@ import yaml
 from erase_concept.errors import RequestError
 from erase_concept.prompts import custom
 from erase_concept.prompts.catalog import catalog
-from erase_concept.prompts.concept import Concept, combine, parse, whole_words
-from erase_concept.prompts.kinds import complete
+from erase_concept.prompts.concept import Concept, combine, parse, plain_name
+from erase_concept.prompts.kinds import complete, without_names
 
-GENERAL = ("unsafe",)  # the catalogues for a model that has none of its own
-DESCRIBED = (".yaml", ".yml", ".csv", ".txt")  # the files that describe a concept
-_WORDS = "words:"
+GENERAL = ("imagenette", "unsafe", "styles")  # the catalogues for a model that has none of its own
+# What stands before the colon of KIND:NAME, and the kinds that a known concept of that name may have.
+KINDS = {
+    "object": ("object",),
+    "style": ("style",),
+    "artist": ("style",),
+    "technique": ("style",),
+    "person": ("person",),
+    "character": ("character",),
+    "brand": ("brand",),
+    "unsafe": ("unsafe", "nudity"),
+}
+_DESCRIPTIONS = (".yaml", ".yml")
+_PROMPTS = (".csv", ".txt")
 
 ConceptSource: TypeAlias = "str | Path | Concept | Mapping[str, Any] | Sequence[ConceptSource]"
 
@@ -29,11 +41,11 @@ def find_concept(
 ) -> Concept:
     """Return the concept that ``what`` names; of a list, the concept that erases all of them together.
 
-    ``what`` is a key of one of the ``catalogs``, the path of a YAML file, of a prompt file (``.csv`` or ``.txt``) or of
-    a folder of images, a description as ``Concept.to_dict`` returns it, or any other words. Words after ``words:`` are
-    never taken for a key or a path. ``changes`` returns other values for some fields of a concept that is named; one
-    that is described stays as it is. Raises RequestError when a file or a description is not a concept, when words look
-    like a misspelt key, and when a list is empty.
+    ``what`` is the name of a concept in the ``catalogs``, a kind and a name ("person:Ada Lovelace"), a kind and a
+    folder of images, the path of a YAML file or of a prompt file (``.csv`` or ``.txt``), or a description as
+    ``Concept.to_dict`` returns it. ``changes`` returns other values for some fields of a concept that is named; one
+    that is described stays as it is. Raises RequestError for a name that is not known and has no kind, when a file or a
+    description is not a concept, and when a list is empty.
     """
     if isinstance(what, Concept):
         return what
@@ -43,48 +55,69 @@ def find_concept(
         if not what:
             raise RequestError("concept", what, "at least one is needed")
         return combine([find_concept(one, catalogs, changes) for one in what])
-    if Path(what).suffix.lower() in DESCRIBED:
-        return _in_file(Path(what), catalogs)
+    suffix = Path(what).suffix.lower()
+    if suffix in _DESCRIPTIONS:
+        return _read(Path(what))
+    if suffix in _PROMPTS:
+        return custom.from_prompts(Path(what), catalogs)
     found = _named(str(what), catalogs)
+    return change(found, _retainable(changes(found), found), str(what))
+
+
+def change(concept: Concept, values: Mapping[str, Any], name: str = "") -> Concept:
+    """Return a concept with other values of some fields; raises RequestError for a bad one, with the concept's name."""
     try:
-        return found.changed(_retainable(changes(found), found))
+        return concept.changed(values)
     except ValueError as problem:
-        raise RequestError("concept", str(what), str(problem)) from None
+        raise RequestError("concept", name or concept.name, str(problem)) from None
 
 
 def _retainable(values: Mapping[str, Any], concept: Concept) -> dict[str, Any]:
     """Return other values of a concept's fields, without names and prompts to retain that name the concept itself."""
-    own = whole_words([str(values.get("name", concept.name)), *concept.synonyms, *values.get("synonyms", ())])
-    return {
-        key: [text for text in value if not own.search(text)] if key in ("retain", "others") else value
-        for key, value in values.items()
-    }
-
-
-def _in_file(file: Path, catalogs: Sequence[str]) -> Concept:
-    """Return the concept that a file describes."""
-    if file.suffix.lower() in (".csv", ".txt"):
-        return custom.from_prompts(file, catalogs)
-    return _read(file)
+    names = [str(values.get("name", concept.name)), *values.get("synonyms", concept.synonyms)]
+    return {key: without_names(value, names) if key in ("retain", "others") else value for key, value in values.items()}
 
 
 def _named(name: str, catalogs: Sequence[str]) -> Concept:
-    known = {key: found for own in catalogs for key, found in catalog(own).concepts.items()}
-    # A style's name alone can mean many things; "sketch style" says what is meant.
-    known |= {f"{key} style": found for key, found in known.items() if found.kind == "style"}
-    path = Path(name)
-    if name in known:
-        return known[name]
-    if name.startswith(_WORDS):
-        return custom.from_words(name.removeprefix(_WORDS), catalogs)
-    if path.is_dir():
-        return custom.from_images(path, catalogs)
-    as_it_is = f"{_WORDS}{name} takes the words as they are"
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.75):
-        raise RequestError("concept", name, f"unknown concept; did you mean {' or '.join(near)}? {as_it_is}")
+    known = _known(catalogs)
+    if (found := known.get(plain_name(name))) is not None:
+        return found
+    kind, colon, rest = name.partition(":")
+    if colon and kind.strip().lower() in KINDS:
+        return _of_kind(kind.strip().lower(), rest, catalogs)
+    first, *others = (kind for kind in KINDS if kind not in ("artist", "technique"))
+    what = f"say what it is: {first}:{name}, {':…, '.join(others[:-1])}:… or {others[-1]}:…"
+    if Path(name).is_dir():
+        raise RequestError("concept", name, f"a folder of images needs a kind; {what}")
+    if re.fullmatch(r"\w{2,}", kind) and colon:
+        raise RequestError("concept", name, f"no such kind as {kind}; allowed: {', '.join(KINDS)}")
+    near = [known[one] for one in difflib.get_close_matches(plain_name(name), known, n=3, cutoff=0.75)]
+    if near:
+        meant = " or ".join(dict.fromkeys(one.key or one.name for one in near))
+        raise RequestError("concept", name, f"unknown concept; did you mean {meant}? Or {what}")
     if "/" in name or "\\" in name:
-        raise RequestError("concept", name, f"no such file or folder; {as_it_is}")
-    return custom.from_words(name, catalogs)
+        raise RequestError("concept", name, f"no such file or folder, and no known concept; {what}")
+    raise RequestError("concept", name, f"not a known concept; {what}")
+
+
+def _of_kind(kind: str, name: str, catalogs: Sequence[str]) -> Concept:
+    """Return the concept of a kind and a name. A folder of images is named after the folder, and is never known."""
+    folder = Path(name)
+    if name.strip() and folder.is_dir():
+        return custom.from_kind(kind, re.sub(r"[_-]", " ", folder.resolve().name), catalogs, images=name)
+    found = _known(catalogs).get(plain_name(name))
+    return found if found is not None and found.kind in KINDS[kind] else custom.from_kind(kind, name, catalogs)
+
+
+def _known(catalogs: Sequence[str]) -> dict[str, Concept]:
+    """Return the concepts of catalogues by their keys, names and synonyms. Keys come first, and the first catalogue."""
+    concepts = [(key, found) for own in catalogs for key, found in catalog(own).concepts.items()]
+    known = {plain_name(key): found for key, found in reversed(concepts)}
+    for _, found in concepts:
+        for name in (found.name, *found.synonyms):
+            known.setdefault(plain_name(name), found)
+    # A style's name alone can mean many things; "sketch style" says what is meant.
+    return {f"{name} style": found for name, found in known.items() if found.kind == "style"} | known
 
 
 def _read(file: Path) -> Concept:

@@ -12,7 +12,7 @@ from erase_concept.cli.terminal import print_json, print_plan
 EXAMPLES = examples(
     "erase-concept erase model.safetensors -c church -o runs/church",
     "erase-concept erase model.safetensors -c nudity -o runs/safe --dry-run",
-    "erase-concept erase model.safetensors -c 'blue rocket' -m esd-x -o runs/rocket",
+    "erase-concept erase model.safetensors -c 'style:Vincent van Gogh' -m esd-x -o runs/style",
     "erase-concept erase model.safetensors -c dog -s lr=1e-5 -s mask.sparsity=0.3 -o runs/dog",
 )
 

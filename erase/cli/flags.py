@@ -24,7 +24,7 @@ FLAGS = {
 } | {
     name: f"--{name.replace('_', '-')}"
     for name in (
-        *("concept", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
+        *("concept", "anchor", "retain", "templates", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
         *("benchmark", "baseline", "judge", "metric", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),

@@ -172,11 +172,12 @@ def _models() -> dict[str, dict[str, str]]:
 def _concepts() -> dict[str, dict[str, str]]:
     from erase_concept.prompts.catalog import catalogs
 
-    return {
-        key: {"kind": one.kind, "becomes": one.replacement, "prompts": str(len(one.forget_prompts)), "catalogue": name}
-        for name, catalog in catalogs().items()
-        for key, one in catalog.concepts.items()
-    }
+    found: dict[str, dict[str, str]] = {}
+    for name, catalog in catalogs().items():
+        for key, one in catalog.concepts.items():
+            fields = {"kind": one.kind, "becomes": one.replacement, "prompts": str(len(one.forget_prompts))}
+            found[f"{key} ({name})" if key in found else key] = fields | {"catalogue": name}
+    return found
 
 
 def _prompts() -> dict[str, dict[str, str]]:

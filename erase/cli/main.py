@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erase_concept.cli import apply, compare, demo, erase, evaluate, export, mask, mask_info, report, sample
+from erase_concept.cli import apply, compare, concept, demo, erase, evaluate, export, mask, mask_info, report, sample
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError
@@ -36,6 +36,7 @@ for _name, _command, _epilog, _panel in (
     ("export", export.export, export.EXAMPLES, "Use"),
     ("apply", apply.apply, apply.EXAMPLES, "Use"),
     ("sample", sample.sample, sample.EXAMPLES, "Use"),
+    ("concept", concept.concept, concept.EXAMPLES, "Look up"),
     ("list", listing.list_, listing.EXAMPLES, "Look up"),
     ("mask-info", mask_info.mask_info, mask_info.EXAMPLES, "Look up"),
 ):

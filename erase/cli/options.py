@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from erase_concept.recipe import Recipe
 
 # Panels of the help: what does not stand in one of these stands in "Options", which comes first.
+CONCEPT = "The concept"
 WEIGHTS = "Which weights may change"
 IMAGES = "Training images"
 SETTINGS = "Settings"
@@ -32,8 +33,9 @@ ConceptsOption = Annotated[
         "--concept",
         "-c",
         metavar="CONCEPT",
-        help="A known concept ('list concepts'), words, a YAML file, a file of prompts (.csv, .txt) or a folder of "
-        "images. Repeat it to erase several together.",
+        help="A known concept ('list concepts'), KIND:NAME (object, style, artist, technique, person, character, "
+        "brand, unsafe), KIND:FOLDER of images, a YAML file, or prompts (.csv, .txt). Repeat it to erase several "
+        "together.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results.")]
@@ -76,6 +78,24 @@ class RecipeOptions:
     concept: ConceptsOption = None
     method: Annotated[
         str | None, typer.Option("--method", "-m", metavar="NAME", help="See 'list methods'. (default: the preset's)")
+    ] = None
+    anchor: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What the concept becomes; '' is the empty prompt.", rich_help_panel=CONCEPT),
+    ] = None
+    retain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="What is retained in the concept's sentences. Repeat it.", rich_help_panel=CONCEPT
+        ),
+    ] = None
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SENTENCE",
+            help="A sentence to erase in: {o} is the concept with its article, {O} without. Repeat it.",
+            rich_help_panel=CONCEPT,
+        ),
     ] = None
     set: Annotated[
         list[str] | None,
@@ -163,7 +183,9 @@ class RecipeOptions:
         values = merge(values, {key: value for key, value in given.items() if value not in (None, {})})
         if not (wanted := self.concept or concept):
             raise RequestError("concept", "(not given)", "needed, here or in the recipe")
-        return recipe_for(self.model, wanted, preset_name=self.preset, memory=self.memory, **values)
+        changes = {"anchor": self.anchor, "retain": self.retain, "templates": self.templates}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        return recipe_for(self.model, wanted, changes=changes, preset_name=self.preset, memory=self.memory, **values)
 
 
 def assigned(texts: Iterable[str] | None, *parts: str) -> dict[str, dict[str, Any]]:

@@ -177,7 +177,7 @@ def _finding(record: Metric, report: Report) -> str:
 
 def _noun(report: Report) -> str:
     """Return the concept's kind as a noun: "another nudity" and "the custom" are no words."""
-    return report.kind if report.kind in ("object", "style", "person") else "concept"
+    return report.kind if report.kind in ("object", "style", "person", "character", "brand") else "concept"
 
 
 def _base(score: Score) -> str:

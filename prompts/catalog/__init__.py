@@ -1,7 +1,8 @@
 """The catalogues: built-in concepts as data, one YAML file per world.
 
 A catalogue lists concepts under ``entries``, or it lists the objects, styles and sentences of a world made of labels,
-and each object and style is a concept. It may do both.
+and each object and style is a concept. It may do both. Of an entry, ``defaults`` say what it does not say itself, and
+its kind what neither says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
 from erase_concept.prompts.concept import Concept, fill, parse
-from erase_concept.prompts.kinds import complete
+from erase_concept.prompts.kinds import complete, without_names
 
 _FOLDER = Path(__file__).parent
 
@@ -54,14 +55,16 @@ class SentenceGroups(_Part):
 
 
 class Catalog(_Part):
-    """The concepts of one world."""
+    """The concepts of one world. ``folders`` are names of image folders that stand for a concept, such as wnids."""
 
     name: str
     about: str
     objects: tuple[ObjectNames, ...] = ()
     styles: tuple[str, ...] = ()
     sentences: SentenceGroups = SentenceGroups()
+    defaults: dict[str, Any] = {}
     entries: dict[str, dict[str, Any]] = {}
+    folders: dict[str, str] = {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -77,7 +80,18 @@ class Catalog(_Part):
         """The concepts by key: objects, then styles, then entries."""
         found = {label: self._object(place) for place, label in enumerate(self.labels)}
         found |= {style: self._style(place) for place, style in enumerate(self.styles)}
-        return found | {key: parse(complete({"key": key, **entry})) for key, entry in self.entries.items()}
+        return found | {key: self._entry(key) for key in self.entries}
+
+    def _entry(self, key: str) -> Concept:
+        """Return an entry as a concept. It is not among what the catalogue's entries retain together."""
+        entry = self.entries[key]
+        names = [entry.get("name", key), *entry.get("synonyms", ())]
+        shared = dict(self.defaults)
+        for field in {"retain", "others"} & shared.keys():
+            shared[field] = without_names(shared[field], names)
+        # The key of an entry that has its own name is not said twice.
+        own = {"name": key} if "name" not in entry else {"key": key}
+        return parse(complete({**own, **shared, **entry}))
 
     def _object(self, place: int) -> Concept:
         """Return an object as a concept. Its anchor is the next object, as SalUn's reference remaps Imagenette's."""
@@ -126,6 +140,12 @@ def read_catalog(file: Path) -> Catalog:
 def catalogs() -> dict[str, Catalog]:
     """Return the catalogues by name."""
     return {file.stem: read_catalog(file) for file in sorted(_FOLDER.glob("*.yaml"))}
+
+
+@cache
+def folder_names() -> dict[str, str]:
+    """Return the names of concepts by the names of folders that stand for them, of all catalogues."""
+    return {folder: name for found in catalogs().values() for folder, name in found.folders.items()}
 
 
 def catalog(name: str) -> Catalog:

@@ -12,7 +12,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_concept_that_cannot_be_measured_is_not_erased(command: Command, tmp_path: Path) -> None:
-    code, _, err = command("demo", "-c", "blue rocket", "-o", str(tmp_path / "x"))
+    code, _, err = command("demo", "-c", "object:blue rocket", "-o", str(tmp_path / "x"))
     assert (code, "--concept 'blue rocket'" in err, (tmp_path / "x").exists()) == (2, True, False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_concepts_of_ones_own(folder: Path, command: Command, small: Sequence[st
     (folder / "red_star").mkdir()
     for i in range(2):
         Image.new("RGB", (16, 16), (90 * i, 0, 0)).save(folder / "red_star" / f"{i}.png")
-    options = ["-c", "blue disc", "-c", "asked.txt", "-c", "red_star", *small]
+    options = ["-c", "object:blue disc", "-c", "asked.txt", "-c", "object:red_star", *small]
     code, out, _ = command("erase", "model", *options, "-o", "run", "--json")
     account = json.loads(out)
     assert (code, account["concept"]) == (0, "blue disc, asked and red star")
@@ -58,8 +59,8 @@ def test_concepts_of_ones_own(folder: Path, command: Command, small: Sequence[st
     assert (code, json.loads((folder / "again" / "run.json").read_text())["erased"]) == (0, account["erased"])
     code, _, err = command("eval", "run", "-o", "out")
     assert (code, "--benchmark (not given): none is made for 'blue disc, asked and red star'" in err) == (2, True)
-    code, _, err = command("eval", "model", "-c", "dog", "-c", "dog", "-o", "out")
-    assert (code, "'dog' is named twice" in err) == (2, True)
+    code, _, err = command("eval", "model", "-c", "church", "-c", "church", "-o", "out")
+    assert (code, "'church' is named twice" in err) == (2, True)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, command: Command) -> None:
@@ -107,3 +108,23 @@ def test_a_recipe_file_is_a_whole_request(folder: Path, command: Command, small:
     assert code == 0
     accounts = [json.loads((folder / name / "run.json").read_text()) for name in "ab"]
     assert accounts[0]["erased"] == accounts[1]["erased"]
+
+
+def test_flags_change_parts_of_a_concept(folder: Path, command: Command) -> None:
+    def plan(*options: str) -> dict:
+        return json.loads(command("erase", "model", "-o", "run", "--dry-run", "--json", *options)[1])["concept"]
+
+    changed = plan("-c", "object:blue disc", "--anchor", "ball", "--retain", "dot", "--retain", "line")
+    assert (changed["anchor"], changed["retain"]) == ("ball", ["dot", "line"])
+    changed = plan("-c", "square.yaml", "--templates", "one {O}", "--templates", "{o}", "--anchor", "")
+    assert (changed["templates"], "anchor" in changed) == (["one {O}", "{o}"], False)
+    assert plan("-c", "square.yaml")["templates"] == ["a {O}"]
+    for wrong, told in (
+        (["-c", "square.yaml", "--templates", "a tree"], "--concept square: .*no place for the name"),
+        (["-c", "square.yaml", "--retain", "square"], "--concept square: .*be retained"),
+        (["-c", "square.yaml", "-c", "object:disc", "--anchor", "x"], "--anchor x: goes with one concept"),
+        (["-c", "asked.txt", "--anchor", "x"], "--concept asked: .*with prompts has no anchor"),
+    ):
+        (folder / "asked.txt").write_text("a dot\n")
+        code, _, err = command("erase", "model", "-o", "run", "--dry-run", *wrong)
+        assert (code, bool(re.search(told, err))) == (2, True), err

@@ -48,7 +48,10 @@ def test_several_processes_tell_once(folder: Path, small: Sequence[str]) -> None
 
 WRONG = {
     "unknown concept": (["erase", "model", "-c", "nudty", "-o", "x"], "--concept nudty: unknown concept; did you"),
-    "concept twice": (["erase", "model", "-c", "dog", "-c", "dog", "-o", "x"], "--concept dog: 'dog' is named twice"),
+    "concept twice": (
+        ["erase", "model", "-c", "church", "-c", "church", "-o", "x"],
+        "--concept church: 'church' is named twice",
+    ),
     "no concept": (["erase", "model", "-o", "x"], "--concept (not given): needed"),
     "no model": (["erase", "absent", "-c", "square.yaml", "-o", "x"], "MODEL absent: no such model; allowed:"),
     "no pipeline": (["sample", ".", "-p", "emojinette", "-o", "x"], "MODEL .: the folder holds no model_index.json"),

@@ -13,9 +13,11 @@ from PIL import Image
 
 from erase_concept.data import ForgetRetain, draw, draw_evenly
 from erase_concept.errors import RequestError
-from erase_concept.make_data import make_data
+from erase_concept.make_data import image_files, make_data
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine
+from erase_concept.prompts.find import find_concept
 from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_seed
 
@@ -234,3 +236,48 @@ def test_flipped_rows_are_themselves_or_their_mirror_images(tiny: Diffusion, squ
         assert 40 < int(same.sum()) < 80
     plain = replace(data, flip=torch.tensor(False)).forget_batch(tiny, rows, generator).latents
     assert torch.equal(plain, data.forget_latents[rows])
+
+
+def _data_set(folder: Path, *names: str) -> Path:
+    """Lay one image of each name into a folder of that name."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(folder / name / f"{name}_1.JPEG")
+    return folder
+
+
+def test_imagenettes_own_folders_are_known(tmp_path: Path) -> None:
+    """A run takes the folders that it needs, from the data set or from its train images."""
+    classes = catalog("imagenette").folders
+    root = _data_set(tmp_path / "imagenette2" / "train", *classes).parent
+    _data_set(root / "val", *classes)
+    tench = find_concept("tench")
+    for folder in (root, root / "train"):
+        assert image_files(folder, tench, part="forget") == {root / "train/n01440764/n01440764_1.JPEG": "tench"}
+        retained = image_files(folder, tench, part="retain")
+        assert set(retained.values()) == {*tench.retain}
+        assert all(classes[file.parent.name] == name for file, name in retained.items())
+    few = tench.changed({"retain": ["church", "golf ball"]})
+    assert set(image_files(root, few, part="retain").values()) == {"church", "golf ball"}
+
+
+def test_folders_of_classes_in_any_spelling(tmp_path: Path) -> None:
+    pump = find_concept("gas pump")
+    root = _data_set(tmp_path, "gas_pump", "golf_ball", "English-springer", "church")
+    assert {*image_files(root, pump, part="forget").values()} == {"gas pump"}
+    assert {*image_files(root, pump, part="retain").values()} == {"golf ball", "English springer", "church"}
+    artist = find_concept("Vincent van Gogh")
+    assert {*image_files(_data_set(tmp_path / "styles", "Van_Gogh"), artist, part="forget").values()} == {artist.name}
+    (tmp_path / "chruch").mkdir()  # what nobody knows is a slip of the keyboard
+    with pytest.raises(RequestError, match=r"data.retain_images .*has a folder 'chruch'; needed: a folder each for"):
+        image_files(root, pump, part="retain")
+
+
+def test_what_the_prompts_become_may_be_other_sentences(tiny: Diffusion) -> None:
+    style = Concept(
+        "ink", "style", "", ("a {O} dot", "{O}"), ("wax",), synonyms=("pen",), anchor_templates=("a dot", "")
+    )
+    data = make_data(tiny, style, DataRecipe(**SMALL, anchor=4), seed=1)
+    assert torch.allclose(data.remap[0], tiny.encode_prompts(["a dot", "", "a dot", ""]), atol=1e-6)
+    assert torch.allclose(data.remap[1], tiny.encode_prompts(["a wax dot", "wax"] * 2), atol=1e-6)
+    assert len(data.anchor_latents) == 4

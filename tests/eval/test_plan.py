@@ -36,7 +36,7 @@ Noise = Callable[[Path, int, int], str]
         ("emojinette", "church", "emojinette"),
         ("emojinette", "nudity", "emojinette"),  # its own benchmark, which then says that it does not know it
         ("images", "nudity", "i2p"),
-        ("images", "naked people", "i2p"),
+        ("images", "unsafe:naked people", "i2p"),
     ],
 )
 def test_the_model_or_the_concept_names_the_benchmark(model: str, concept: str, benchmark: str, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_model_or_the_concept_names_the_benchmark(model: str, concept: str, 
 @pytest.mark.parametrize(
     ("concept", "words"),
     [
-        ("blue rocket", "benchmark (not given): none is made for 'blue rocket' (custom); choose one of: coco"),
+        ("object:blue rocket", "benchmark (not given): none is made for 'blue rocket' (object); choose one of: coco"),
         (None, "benchmark (not given): neither a run nor a concept is given; choose one of: coco"),
     ],
 )
@@ -70,7 +70,7 @@ def test_where_nothing_names_a_benchmark_it_is_asked_for(
     [("nudity", True), ("naked people", True), ("NSFW content", True), ("blue rocket", False), ("Essex", False)],
 )
 def test_nudity_is_told_in_the_words_of_a_user(words: str, expected: bool) -> None:
-    assert is_nudity(find_concept(words if words == "nudity" else f"words:{words}")) == expected
+    assert is_nudity(find_concept(words if words == "nudity" else f"object:{words}")) == expected
 
 
 def test_a_nudity_benchmark_does_not_say_that_something_else_is_gone(
@@ -79,7 +79,7 @@ def test_a_nudity_benchmark_does_not_say_that_something_else_is_gone(
     pytest.importorskip("nudenet")
     erased, base = noise(tmp_path / "erased", 8, 0), noise(tmp_path / "base", 8, 1)
     asked = {"benchmark": "i2p", "prompts": i2p, "baseline": base}
-    _, report = measured(erased, out=tmp_path / "rocket", concept="words:blue rocket", **asked)
+    _, report = measured(erased, out=tmp_path / "rocket", concept="object:blue rocket", **asked)
     assert (report.concept, report.looks_for) == ("blue rocket", "nudity")
     assert not any(pair.forget for pair in report.pairs)
     assert report.score("nudity_images").target == "nudity"
@@ -89,11 +89,11 @@ def test_a_nudity_benchmark_does_not_say_that_something_else_is_gone(
     assert told.gone_text.startswith(words)
     assert report.provenance["looks for"] == "nudity"
     # Nudity may be one of several concepts, and have other words.
-    both = [find_concept("nudity"), find_concept("words:blue rocket")]
+    both = [find_concept("nudity"), find_concept("object:blue rocket")]
     _, report = measured(erased, out=tmp_path / "both", concept=both, **asked)
     assert (report.looks_for, summary(report).gone) == ("", "Cannot be told")
     assert all(pair.forget for pair in report.pairs)
-    _, report = measured(erased, out=tmp_path / "naked", concept="words:naked people", **asked)
+    _, report = measured(erased, out=tmp_path / "naked", concept="unsafe:naked people", **asked)
     assert (report.concept, report.looks_for) == ("naked people", "")
     assert all(pair.forget for pair in report.pairs)
     assert summary(report).gone != "Not measured"

@@ -108,6 +108,7 @@ def test_what_was_lost_comes_worst_first(report: Report, scored: Scored) -> None
     [
         ("church", "object", "The object “church” was", "another object"),
         ("Ann Example", "person", "The person “Ann Example” was", "another person"),
+        ("Snoopy", "character", "The character “Snoopy” was", "another character"),
         ("blue rocket", "custom", "The concept “blue rocket” was", "another concept"),
         ("nude person", "nudity", "The concept “nude person” was", "another concept"),
         ("nudity", "nudity", "“nudity” was", "another concept"),

@@ -27,7 +27,7 @@ def test_a_built_in_model_loads_by_name_and_by_its_folder_alike() -> None:
 
 def test_concepts_are_looked_up_in_the_models_own_catalogues() -> None:
     assert catalogs_of("emojinette") == ("emojinette", "unsafe")
-    assert catalogs_of("owner/some-model") == ("unsafe",)
+    assert catalogs_of("owner/some-model") == ("imagenette", "unsafe", "styles")
 
 
 def test_records_are_read_without_torch() -> None:

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts.catalog import catalog, catalogs
+from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine, fill, parse
-from erase_concept.prompts.find import find_concept
+from erase_concept.prompts.find import KINDS, find_concept
+from erase_concept.prompts.kinds import evaluation_prompts, kinds
 
 WORLD = catalog("emojinette")
 OWN = ("emojinette", "unsafe")  # the catalogues of the built-in model
@@ -56,15 +57,34 @@ def test_objects_and_styles_cover_one_another() -> None:
     assert sketch.prompts_for("flat")[0] == sketch.forget_prompts[0].replace("sketch", "flat")
 
 
-def test_unknown_concept_names_the_nearest() -> None:
-    with pytest.raises(RequestError, match=r"concept chruch: unknown concept; did you mean church"):
-        concept("chruch")
-    with pytest.raises(RequestError, match="did you mean sketch style"):
-        concept("skech style")
-    with pytest.raises(RequestError, match=r"words:chruch takes the words as they are"):
-        concept("chruch")
-    assert concept("words:chruch").name == "chruch"
-    assert concept("sketch style") == concept("sketch")
+def test_an_unknown_name_is_asked_back() -> None:
+    """In one line, with the kinds to choose from. Nothing is guessed."""
+    kinds = "say what it is: object:{0}, style:…, person:…, character:…, brand:… or unsafe:…"
+    for name, problem in (
+        ("Elon Musk", f"not a known concept; {kinds}"),
+        ("chruch", f"unknown concept; did you mean church? Or {kinds}"),
+        ("skech style", f"unknown concept; did you mean sketch? Or {kinds}"),
+        ("a/b", f"no such file or folder, and no known concept; {kinds}"),
+        ("vehicle:car", f"no such kind as vehicle; allowed: {', '.join(KINDS)}"),
+        ("words:car", "no such kind as words"),
+    ):
+        with pytest.raises(RequestError, match=f"^concept {re.escape(name)}: {re.escape(problem.format(name))}"):
+            concept(name)
+    assert concept("object:chruch").name == "chruch"
+    assert concept("sketch style") == concept("style:sketch") == concept("sketch")
+
+
+def test_a_known_name_is_its_catalogues_entry_in_every_spelling() -> None:
+    artist = find_concept("Vincent van Gogh")
+    for spelled in ("style:Vincent van Gogh", "artist:van gogh", "Van_Gogh", "van gogh style", "Style: VAN GOGH"):
+        assert find_concept(spelled) == artist
+    assert find_concept("self harm") == find_concept("unsafe:Self-Harm") == find_concept("self-harm")
+    assert find_concept("unsafe:nudity") == find_concept("nudity")
+    assert find_concept("Ajin: Demi Human").kind == "style"
+    # Of another kind it is another concept.
+    assert find_concept("object:nudity").forget_prompts[-1] == "a nudity"
+    assert find_concept("brand:church").key == ""
+    assert find_concept("technique:Liquid_Dreams").name == "Liquid Dreams"  # as UnlearnCanvas spells it
 
 
 def test_a_yaml_file_describes_a_concept(tmp_path: Path) -> None:
@@ -97,7 +117,6 @@ def test_evaluation_asks_in_other_words_than_the_erasing() -> None:
     assert not used & asked
     assert (len(asked), len(used)) == (17, 13)
     assert len({name for names in WORLD.objects for name in (names.label, names.synonym, names.unseen)}) == 60
-    assert sum(len(found.concepts) for found in catalogs().values()) == 25
 
 
 @pytest.mark.parametrize(
@@ -227,27 +246,81 @@ def test_other_values_replace_whole_fields() -> None:
     assert style.changed({"anchor": "Degas"}).anchor_prompts == ("in the style of Degas",)
     assert style.changed({"templates": ["{O}"]}).anchor_prompts == ("",)
     assert style.changed({"templates": ["{O}"], "anchor_templates": ["art"]}).anchor_prompts == ("art",)
+    person = Concept("Ada", "person", "person", ("a photo of {O}",), others=("",), anchor_templates=("a photo of {o}",))
+    assert person.changed({"anchor": "woman"}).anchor_prompts == ("a photo of a woman",)
+    assert person.changed({"templates": ["{O} smiles", "{O}"]}).anchor_prompts == ("a person smiles", "a person")
+    assert person.changed({"anchor": ""}).anchor_prompts == ("",)
     assert style.changed({"retain": ["Degas"]}).retain_prompts == ("in the style of Degas", "a tree")
     with pytest.raises(ValueError, match="no place for the name"):
         style.changed({"templates": ["a tree"]})
 
 
-def test_words_make_a_concept(tmp_path: Path) -> None:
-    found = find_concept(" blue  rocket")
-    assert found.forget_prompts == (
-        "a photo of a blue rocket",
-        "an image of a blue rocket",
-        "a picture of a blue rocket",
-        "a blue rocket",
-    )
-    assert set(found.remapped_to(found.anchor)) == {""}
-    assert found.retain == ("rocket",)
-    assert {"", "a cat asleep on a warm windowsill"} < set(found.others)
+SENTENCES = {
+    "object:blue rocket": ("a photo of a blue rocket", ""),
+    "object:glasses": ("a photo of glasses", ""),
+    "style:Ada Painter": ("a painting by Ada Painter", "a painting"),
+    "artist:banksy": ("a painting by banksy", "a painting"),
+    "style:thick impasto": ("an image in thick impasto style", "an image"),
+    "technique:Neue Sachlichkeit": ("an image in Neue Sachlichkeit style", "an image"),
+    "style:Futurism": ("an image in Futurism style", "an image"),
+    "person:Elon Musk": ("a photo of Elon Musk", "a photo of a person"),
+    "person:elon musk": ("a photo of elon musk", "a photo of a person"),
+    "character:R2-D2": ("an image of R2-D2", "an image of a cartoon character"),
+    "brand:adidas": ("the adidas logo", "a logo"),
+    "unsafe:blood and gore": ("a photo of blood and gore", ""),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_a_kind_and_a_name_make_a_concept(name: str) -> None:
+    """Its sentences are those of its kind, and each becomes a sentence of the same form."""
+    found = find_concept(name)
+    assert (found.name, found.images) == (name.partition(":")[2], "")
+    assert SENTENCES[name] in list(zip(found.forget_prompts, found.anchor_prompts, strict=True))
+    assert not set(found.forget_prompts) & {*found.retain_prompts, *found.anchor_prompts}
+    assert "a cat asleep on a warm windowsill" in found.others
     assert parse(yaml.safe_load(yaml.safe_dump(found.to_dict()))) == found
-    known = concept("blue rocket")
-    assert set(known.retain) == set(WORLD.labels)
-    assert {f"an image in {style} style" for style in WORLD.styles} < set(known.others)
-    assert not set(known.forget_prompts) & set(known.retain_prompts)
+    # Whoever evaluates asks in other words.
+    asked = evaluation_prompts(found)
+    assert len(asked) >= 3
+    assert all(found.name in prompt for prompt in asked)
+    assert not set(asked) & {*found.forget_prompts, *found.retain_prompts}
+
+
+@pytest.mark.parametrize(
+    "name", [*SENTENCES, "person:twins", "brand:Jaguars", "character:Smurfs", "unsafe:riots", "person:The Beatles"]
+)
+def test_no_sentence_of_a_kind_is_bad_english(name: str) -> None:
+    """No article before a person, a brand, a plural or what cannot be counted."""
+    found = find_concept(name)
+    prompts = (*found.forget_prompts, *found.anchor_prompts, *found.retain_prompts, *evaluation_prompts(found))
+    if name.partition(":")[0] in ("person", "brand", "character", "unsafe", "artist") or found.name == "glasses":
+        names = "|".join(map(re.escape, (found.name, *(found.retain if found.kind != "object" else ()))))
+        assert not [prompt for prompt in prompts if re.search(rf"\b(a|an) ({names})(?! (logo|style))\b", prompt)]
+    assert not [prompt for prompt in prompts if re.search(r"\b(a|an) (a|an|the)\b|\ba [aeio]\w|  ", prompt)]
+    assert not [prompt for prompt in prompts if re.search(r"\bof (person|cartoon character)\b", prompt)]
+
+
+@pytest.mark.parametrize("name", ["tench", "nudity", "violence", "object:blue rocket", "person:Ada", "style:Monet"])
+def test_other_models_get_nothing_of_the_built_in_models_catalogue(name: str) -> None:
+    """Not even its names within a concept's words."""
+    found = find_concept(name)
+    general = {*kinds()["object"].retain, *catalog("imagenette").concepts}
+    emoji = {f"an image of {fill('{o}', label)}" for label in WORLD.labels if label not in general}
+    emoji |= {text.replace("{s}", style) for style in WORLD.styles for text in WORLD.sentences.erase.style}
+    assert not emoji & {*found.forget_prompts, *found.anchor_prompts, *found.retain_prompts}
+    assert "rocket" not in found.retain
+    assert find_concept("parachute").anchor == "tench"
+
+
+def test_the_built_in_model_retains_what_it_draws() -> None:
+    rocket, style, person = (concept(name) for name in ("object:blue rocket", "style:wax", "person:Ada"))
+    assert set(rocket.retain) == {*WORLD.labels}
+    assert {f"an image in {style} style" for style in WORLD.styles} < set(rocket.others)
+    assert style.retain == WORLD.styles
+    assert {f"an image of {o}" for o in ("a church", "an umbrella")} < set(style.others)
+    assert person.retain == ()
+    assert {"an image of a church", "an image in 3d style"} < set(person.others)
 
 
 @pytest.mark.parametrize(
@@ -256,20 +329,19 @@ def test_words_make_a_concept(tmp_path: Path) -> None:
         ("gas station", (), {"gas pump"}),  # shares a word, and is none of the words' own names
         ("pixel dog", ("dog",), set()),
         ("old Chapel", ("chapel",), {"church"}),  # the name within the words stands for its object
-        ("words:golf ball", (), {"golf"}),  # another name of the object itself
         ("village church bell", ("church",), set()),
         ("carpet", (), set()),
     ],
 )
-def test_known_names_within_the_words_are_retained(words: str, retained: tuple[str, ...], left: set[str]) -> None:
-    assert find_concept(words).retain == retained
-    assert set(concept(words).retain) == {*WORLD.labels, *retained} - left
-    assert ("an image in pixel style" in find_concept(words).others) == ("pixel" in words)
+def test_known_names_within_an_objects_name_are_retained(words: str, retained: tuple, left: set[str]) -> None:
+    assert set(concept(f"object:{words}").retain) == {*WORLD.labels, *retained} - left
+    assert find_concept("object:red parachute").retain[0] == "parachute"
+    assert concept("object:golf ball") == concept("golf")  # another name of the object itself
 
 
 def test_everyday_prompts_about_the_words_are_not_retained() -> None:
-    assert not any(re.search(r"\bbread\b", prompt) for prompt in concept("bread").retain_prompts)
-    assert any(re.search(r"\bbread\b", prompt) for prompt in concept("breadth").retain_prompts)
+    assert not any(re.search(r"\bbread\b", prompt) for prompt in concept("object:bread").retain_prompts)
+    assert any(re.search(r"\bbread\b", prompt) for prompt in concept("object:breadth").retain_prompts)
 
 
 @pytest.mark.parametrize("name", ["prompts.csv", "prompts.txt"])
@@ -290,18 +362,26 @@ def test_a_file_of_prompts_makes_a_concept(tmp_path: Path, name: str) -> None:
         concept(str(tmp_path / name))
 
 
-def test_a_folder_makes_a_concept_of_its_name(tmp_path: Path) -> None:
+def test_a_folder_of_images_has_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is the concept's, and never that of a known concept."""
     (tmp_path / "blue_rocket").mkdir()
-    found = concept(str(tmp_path / "blue_rocket"))
-    assert (found.name, found.images) == ("blue rocket", str(tmp_path / "blue_rocket"))
-    assert found.forget_prompts == concept("blue rocket").forget_prompts
+    folder = str(tmp_path / "blue_rocket")
+    found = concept(f"character:{folder}")
+    assert (found.name, found.kind, found.images) == ("blue rocket", "character", folder)
+    assert replace(found, images="") == concept("character:blue rocket")
+    with pytest.raises(RequestError, match="a folder of images needs a kind; say what it is: object:"):
+        concept(folder)
+    (tmp_path / "church").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert concept("object:church").images == "church"
+    assert concept("church").images == ""
 
 
 def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for name, problem in (
-        ("words: ", "needs at least one word"),
-        ("?!", "needs at least one word"),
+        ("object: ", "needs at least one word"),
+        ("person:?!", "needs at least one word"),
         (str(tmp_path / "absent"), "no such file or folder"),
         (str(tmp_path / "absent.txt"), "not a readable text"),
         (str(tmp_path / "absent.csv"), "No such file"),
