@@ -292,7 +292,8 @@ def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "")
     known = {plain_name(name): name for name in retained}
     known |= {plain_name(name): one.name for one in concept.parts for name in (one.name, *one.synonyms)}
     classes = folder_names()
-    found, strange = {}, []
+    found: dict[Path, str] = {}
+    strange = []
     for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
         label = plain_name(classes.get(entry.name, entry.name))
         if known.get(label) in names:

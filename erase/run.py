@@ -96,7 +96,7 @@ def erase(
     ``settings={"lr": 1e-5}``. Raises as ``iter_erase`` does.
     """
     source, loaded = source_and_model(model)
-    named = {} if method is None else {"method": method}
+    named: dict[str, Any] = {} if method is None else {"method": method}
     recipe = recipe_for(source, concept, preset_name=preset, memory=memory, seed=seed, **named, **values)
     return run_recipe(recipe, Path(out), model=loaded)
 
