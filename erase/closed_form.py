@@ -33,6 +33,9 @@ from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 
 _UCE = "UCE's first code"
+# Without a ridge, directions in which no token has anything would be noise divided by noise: they get this much of one,
+# relative to A's mean diagonal.
+_LEAST = 1e-9
 # Which of a prompt's tokens are edited; see ``concept_tokens``.
 Places = Literal["all", "around-name", "behind-name", "name-to-end", "last"]
 
@@ -51,7 +54,12 @@ class ClosedFormSettings:
         ),
     ] = None
     ridge: Annotated[
-        float, described("Weight of the change itself; it makes the solution unique.", ge=0, source=_UCE)
+        float,
+        described(
+            "Weight of the change itself, which makes the solution unique; 0 is the least change of all solutions.",
+            ge=0,
+            source=_UCE,
+        ),
     ] = 0.5
 
 
@@ -146,8 +154,8 @@ def minimise(
     """Set keys and values to the minimiser of the demands over the weights of the mask, all others untouched.
 
     Returns the objective's value and its terms without their weights s: for each demand sum |W c - V u|^2 over all
-    matrices, and "change", sum |W - W0|^2. Raises RequestError when the mask leaves no key or value free, or when the
-    tokens leave more than one solution.
+    matrices, and "change", sum |W - W0|^2. Without a ridge it is the least change of all minimisers. Raises
+    RequestError when the mask leaves no key or value free.
     """
     weights = matrices(unet, layers)
     free = {
@@ -168,7 +176,9 @@ def minimise(
         sums[name] = (tokens.T @ tokens, tokens.T @ gap, gap.T @ gap)
         system += demand.scale * sums[name][0]
         pull += demand.scale * sums[name][1].T
-    whole = _factor(system, ridge)
+    if not ridge:
+        system += _LEAST * system.trace() / width * torch.eye(width, dtype=torch.float64)
+    whole = torch.linalg.cholesky(system)
     # V = W0 + E, so |W c - V u|^2 = |(D - E) c - (W0 + E) (u - c)|^2, summed over all rows of all matrices at once. The
     # demands by the present matrices, where E is zero, share their sums.
     grams = {key: torch.zeros(3, width, width, dtype=torch.float64) for key in ("", *_own(demands))}
@@ -195,15 +205,6 @@ def minimise(
 def _own(demands: Mapping[str, Demand]) -> dict[str, Mapping[str, Tensor]]:
     """Return the matrices of the demands that have their own."""
     return {name: demand.by for name, demand in demands.items() if demand.by is not None}
-
-
-def _factor(system: Tensor, ridge: float) -> Tensor:
-    """Return the Cholesky factor of A; raises RequestError when A is singular."""
-    try:
-        return torch.linalg.cholesky(system)
-    except torch.linalg.LinAlgError:
-        allowed = "the tokens leave more than one solution: must be above 0, or more prompts be retained"
-        raise RequestError("settings.ridge", ridge, allowed) from None
 
 
 def _changes(system: Tensor, whole: Tensor, pulls: Tensor, free: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+from diffusers import PNDMScheduler
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -145,6 +146,9 @@ def partway(
     Returns the noisy latents [n, 4, h, w], of the size of the data's or of a height and width in pixels, and their time
     steps [n].
     """
+    if scheduler == "PNDMScheduler":  # as Stable Diffusion's own configuration has it
+        own = PNDMScheduler.from_config(model.scheduler.config, skip_prk_steps=True)
+        model = model.with_components(scheduler=own)
     stop = int(torch.randint(0, settings.sampling_steps, (1,), generator=generator))
     seeds = torch.randint(0, 2**62, (len(embeddings),), generator=generator).tolist()
     height, width = (side * model.factor for side in data.forget_latents.shape[-2:])

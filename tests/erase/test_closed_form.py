@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from erase_concept import masks
 from erase_concept.closed_form import (
@@ -24,6 +25,7 @@ from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.make_data import make_data
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.tokenizer import clip_tokenizer
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import DataRecipe
@@ -237,6 +239,28 @@ def test_a_name_becomes_the_start_of_an_empty_prompt_and_its_padding_the_padding
     torch.testing.assert_close(concept_tokens(model, data, "all")[1], empty)
 
 
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])  # of SD 1.x, and of SD 2.x
+def test_with_clips_own_tokenizer_an_artist_becomes_the_start_of_the_empty_prompt(tiny: Diffusion, pad: str) -> None:
+    """ "Vincent van Gogh" is three tokens: the last is at place 3, the end at 4, and padding follows."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(pad)
+    config = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = tiny.with_components(tokenizer=tokenizer, text_encoder=CLIPTextModel(config).eval())
+    artist = Concept("Vincent van Gogh", "style", "", ("{O}",), others=("",))
+    data = prompt_data(model, artist)
+    ids, end = data.forget_ids[0].tolist(), tokenizer.eos_token_id
+    assert tokenizer.decode(ids[3]).strip() == "gogh"
+    assert ids[4:] == [end, *[tokenizer.pad_token_id] * 72]
+    assert tokenizer.pad_token_id == (end if pad != "!" else 0)
+    tokens, wanted = concept_tokens(model, data, "name-to-end")
+    embedded, empty = model.encode_prompts(["Vincent van Gogh", ""])
+    torch.testing.assert_close(tokens, embedded[3:])
+    torch.testing.assert_close(wanted, empty[:74])
+    becomes = list(zip(ids[3:], data.anchor_ids[0].tolist(), strict=False))
+    assert [other for _, other in becomes[:2]] == [tokenizer.bos_token_id, end]
+    assert all(old == new for old, new in becomes[1:])  # the end token's and the padding's are their own
+
+
 def test_the_last_token_of_a_retained_prompt_is_the_one_before_its_end(family: Diffusion, square: Concept) -> None:
     data = prompt_data(family, square)  # a circle, one circle, a line, one line, and the empty prompt
     found = retained_tokens(family, data, "last")
@@ -278,9 +302,18 @@ def test_values_of_other_matrices_are_wanted_as_in_numpy(tiny: Diffusion, demand
     assert loss == pytest.approx(1.3 * erase + 0.2 * preserve + 0.3 * change, rel=1e-9)
 
 
-def test_too_few_tokens_without_a_ridge_are_refused(tiny: Diffusion, demands: dict[str, Demand]) -> None:
-    with pytest.raises(RequestError, match=r"settings\.ridge 0.* more than one solution"):
-        minimise(tiny.unet, {"erase": demands["erase"]}, 0.0, None)
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_without_a_ridge_it_is_the_least_change_of_all_minimisers(tiny: Diffusion, tokens: int) -> None:
+    """Fewer tokens than dimensions leave many; so does a text encoder whose last layer makes every mean zero."""
+    g = torch.Generator().manual_seed(3)
+    c, u = (torch.randn(tokens, 16, generator=g, dtype=torch.float64) for _ in range(2))
+    c, u = c - c.mean(1, keepdim=True), u - u.mean(1, keepdim=True)
+    unet = tiny.unet.double()
+    base = {name: value.numpy() for name, value in values(unet).items()}
+    minimise(unet, {"erase": Demand(c, u, 1.0)}, 0.0, None)
+    for name, now in values(unet).items():
+        wanted = base[name] + base[name] @ (u - c).numpy().T @ np.linalg.pinv(c.numpy()).T
+        np.testing.assert_allclose(now.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_whole_prompts_are_not_preserved_as_tokens(family: Diffusion, square: Concept) -> None:

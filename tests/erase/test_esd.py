@@ -78,7 +78,7 @@ def test_the_later_codes_latents_are_those_of_diffusers_own_pndm(tiny: Diffusion
         stop = int(torch.randint(0, 8, (1,), generator=generator))
         seeds = torch.randint(0, 2**62, (2,), generator=generator).tolist()
         wanted = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(one)) for one in seeds])
-        solver = PNDMScheduler.from_config(tiny.scheduler.config)
+        solver = PNDMScheduler.from_config(tiny.scheduler.config, skip_prk_steps=True)
         solver.set_timesteps(8)
         empty = tiny.encode_prompts([""]).expand(2, -1, -1)
         for t in solver.timesteps[:stop]:
