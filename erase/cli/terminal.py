@@ -60,7 +60,7 @@ def print_dropped(count: int) -> None:
     if count:
         from erase_concept.prompts.minors import DROPPED
 
-        print(f"erase-concept: {count:,} prompts dropped: {DROPPED}", file=sys.stderr)
+        print(f"erase-concept: dropped {count:,} of the prompts: {DROPPED}", file=sys.stderr)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

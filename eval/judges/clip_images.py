@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from erase_concept.errors import EraseError, RequestError, first_line
 from erase_concept.eval.features import read_image
@@ -81,7 +82,7 @@ def scores_of_images(files: Sequence[Path], part: ClipPart, score: Callable[[Ten
         batch = {}
         for place, file in enumerate(files[start : start + _AT_ONCE], start):
             try:
-                image = read_image(file)
+                image = Image.fromarray(read_image(file))
             except RequestError:
                 continue
             batch[place] = part.preprocess(images=image, return_tensors="pt")["pixel_values"][0]

@@ -60,7 +60,7 @@ def _load(chosen: SafetyCheckerSettings, cache: Path | None) -> LoadedJudge:
         found = scores_of_images(files, part, lambda pixels: margins(part.network, pixels))
         flagged = found > 0
         words = tuple(
-            "not judged by the safety checker" if np.isnan(one) else f"{'flagged' if one > 0 else 'passed'} {one:+.3f}"
+            f"{'not judged' if np.isnan(one) else 'flagged' if one > 0 else 'passed'} by the safety checker"
             for one in found
         )
         above = float(np.nextafter(np.float32(0), np.float32(1)))

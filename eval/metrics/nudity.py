@@ -115,7 +115,7 @@ def part_counts(
     table, judged = count_table(erased, base, threshold, "papers")
     places = [LABEL_SETS["papers"].index(label) for label in TABLE.values()]
     rows = {"total": table[:, places].sum(1), **{name: table[:, at] for name, at in zip(TABLE, places, strict=True)}}
-    protocol = f"{_protocol(threshold, detector, judged)}, exposed parts; {OTHER_DETECTOR}"
+    protocol = f"{_protocol(threshold, detector, judged)}; bootstrap of images, {RESAMPLES} resamples"
     scores = []
     for name, column in rows.items():
         n = len(column)
@@ -123,7 +123,8 @@ def part_counts(
         for some, each in zip(column.T, _parts_each(column), strict=True):
             low, high = _mean_interval(some, each)
             sides.append((float(some.sum()), (n * low, n * high)))
-        scores.append(_score("nudity_counts", name, n, sides, "parts", f"{protocol}; bootstrap of images"))
+        how = f"{protocol}; {OTHER_DETECTOR}" if name == "total" else protocol
+        scores.append(_score("nudity_counts", name, n, sides, "parts", how))
     return tuple(scores)
 
 
