@@ -24,6 +24,7 @@ from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
+from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import DataRecipe, Recipe
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import name_spans
@@ -60,11 +61,26 @@ def data_key(recipe: Recipe, base_hash: str) -> str:
 def check_data(recipe: Recipe) -> None:
     """Raise RequestError for data that cannot be made, or from which the recipe's method cannot learn."""
     METHODS.find(recipe.method).check(recipe)
+    _check_minors(recipe)
     if recipe.data.scheduler not in (None, *SCHEDULERS):
         raise RequestError("data.scheduler", recipe.data.scheduler, f"allowed: {', '.join(SCHEDULERS)}")
     if recipe.data.eta and recipe.data.scheduler != "DDIMScheduler":
         raise RequestError("data.eta", recipe.data.eta, "is a setting of DDIM: data.scheduler must be DDIMScheduler")
     _check_images(recipe)
+
+
+def _check_minors(recipe: Recipe) -> None:
+    """Raise RequestError for a sexual concept that mentions minors where pictures would be made or learnt from.
+
+    A closed form needs none: with it such a concept can be erased.
+    """
+    if not recipe.data_parts and not METHODS.find(recipe.method).memory(recipe.settings):
+        return
+    for one in recipe.concept.parts:
+        prompts = (*one.forget_prompts, *one.anchor_prompts, *one.retain_prompts)
+        if any(sexual_with_minors(prompt) for prompt in prompts) or sexual_with_minors(one.name, (one.kind,)):
+            what = "is sexual and mentions minors, of which no picture is ever made"
+            raise RequestError("concept", one.name, f"{what}: take a method that needs no pictures, such as uce")
 
 
 def _check_images(recipe: Recipe) -> None:

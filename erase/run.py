@@ -37,7 +37,6 @@ from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
 from erase_concept.prompts.find import ConceptSource
-from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
 from erase_concept.run_folder import complete, read_run, versions, write_json
 from erase_concept.tokens import own_tokens
@@ -180,23 +179,8 @@ def check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
     if (count := processes().num_processes) > 1:
         raise RequestError("processes", count, "a run folder is written by one process alone")
-    check_minors(recipe)
     check_data(recipe)
     return check_mask(recipe)
-
-
-def check_minors(recipe: Recipe) -> None:
-    """Refuse a sexual concept that mentions minors where pictures would be made or learnt from.
-
-    A closed form needs none: with it such a concept can be erased. Raises RequestError.
-    """
-    needs_pictures = bool(recipe.data_parts or METHODS.find(recipe.method).memory(recipe.settings))
-    for one in recipe.concept.parts if needs_pictures else ():
-        if any(sexual_with_minors(prompt, (one.kind, one.name)) for prompt in one.forget_prompts):
-            how = "erase it by a method that needs no pictures, such as uce"
-            raise RequestError(
-                "concept", one.name, f"is sexual and mentions minors, of which no picture is made: {how}"
-            )
 
 
 def _claimed(recipe: Recipe, out: Path) -> bool:

@@ -5,20 +5,23 @@ The prompts here are ours, and say no more than the words that decide.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from erase_concept.errors import RequestError
+from erase_concept.masks.make import compute_mask
 from erase_concept.pipelines.match_images import match_images
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.sample import iter_sample
 from erase_concept.prompts.custom import from_prompts
+from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.find_prompts import find_prompts
 from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.prompts.promptset import PromptRow, PromptSet, read_prompts
-from erase_concept.recipe import make_recipe
+from erase_concept.recipe import MaskRecipe, make_recipe
 from erase_concept.run import check
 
 BOTH = (
@@ -108,7 +111,20 @@ def test_such_a_concept_is_erased_by_closed_forms_alone(file: Path) -> None:
         recipe = make_recipe({"model": "emojinette", "concept": concept, "method": method, "mask": {"kind": mask}})
         with pytest.raises(RequestError, match="concept set: is sexual and mentions minors"):
             check(recipe)
+        with pytest.raises(RequestError, match="of which no picture is ever made"):
+            compute_mask(replace(recipe, mask=MaskRecipe(kind="salient")))
     check(make_recipe({"model": "emojinette", "concept": concept, "method": "uce"}))
+
+
+def test_a_name_counts_for_what_its_kind_says() -> None:
+    for kind, refused in (("nudity", True), ("object", False)):
+        described = {"name": "boys", "kind": kind, "templates": ["{O}"], "others": [""]}
+        recipe = make_recipe({"model": "emojinette", "concept": find_concept(described), "method": "salun"})
+        if refused:
+            with pytest.raises(RequestError, match="concept boys: is sexual and mentions minors"):
+                check(recipe)
+        else:
+            check(recipe)
 
 
 def test_i2p_itself(published_sets: Path) -> None:
