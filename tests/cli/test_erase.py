@@ -77,7 +77,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, command: Comma
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (["--scope", "attention"], "--scope attention: allowed: full, cross-attention"),
+        (["--scope", "convolutions"], "--scope convolutions: allowed: full, cross-attention"),
         (["--scope", "text-encoder"], "--scope text-encoder: goes with concept-ablation and concept-ablation-noise"),
         (["--mask", "absent.safetensors"], "--mask absent.safetensors: not a readable mask"),
     ],
