@@ -95,10 +95,13 @@ class Method:
         parts = [part for part in self.latents if part != "retain"] or ["retain"]
         return sum(len(getattr(data, f"{part}_latents")) for part in parts)
 
+    def resolved(self, settings: Any, data: Any) -> Any:
+        """Return the settings with steps in the place of epochs, for the rows that there are."""
+        return settings.resolved(self.epoch_rows(data)) if isinstance(settings, Training) else settings
+
     def start(self, model: Any, data: Any, mask: Any, settings: Any, *, seed: int, checkpoint: Any = None) -> Events:
-        """Run it with the seed of a run; epochs become steps of the rows that there are."""
-        if isinstance(settings, Training):
-            settings = settings.resolved(self.epoch_rows(data))
+        """Run it with the seed of a run."""
+        settings = self.resolved(settings, data)
         return self.run(model, data, mask, settings, seed=method_seed(seed), checkpoint=checkpoint)
 
 

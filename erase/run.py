@@ -162,6 +162,7 @@ def iter_erase(
     yield "export"
     seconds = [round(after - before, 2) for before, after in pairwise(times)]
     run_info = _describe(recipe) | {
+        "settings": asdict(METHODS.find(recipe.method).resolved(recipe.settings, data)),
         "base": about,
         "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
         "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
@@ -242,7 +243,6 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
         **({"earlier": earlier} if earlier else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
-        "settings": asdict(recipe.settings),
     }
 
 

@@ -71,6 +71,30 @@ def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
     assert run_info["erased"]["unet"] in card
 
 
+@pytest.mark.parametrize(
+    ("method", "data", "steps"),
+    [
+        # Five forget rows in batches of two are three steps, anchor rows too; a mask's rows are not the method's.
+        ("salun", {"forget": 5, "anchor": 0}, 2 * 3),
+        ("salun", {"forget": 5, "anchor": 4}, 2 * 5),
+        ("selective-amnesia", {"forget": 5, "anchor": 3}, 2 * 2),
+        ("erasediff", {"forget": 3}, 2 * 2 * 2),
+        ("l1-sparse", {"forget": 5, "retain": 7}, 2 * 4),
+    ],
+)
+def test_epochs_are_passes_over_the_rows(
+    model: Path, square: Concept, tmp_path: Path, method: str, data: dict[str, int], steps: int
+) -> None:
+    settings = {"epochs": 2, "batch_size": 2, "lr": 1e-3} | ({"fisher_rows": 1} if "amnesia" in method else {})
+    data = {"retain": 4, "steps": 2} | data
+    asked = recipe(model, square, method=method, settings=settings, data=data, mask={"kind": "salient"})
+    records = [event for event in run(asked, tmp_path / "run") if isinstance(event, Record)]
+    assert [record.step for record in records] == [*range(1, steps + 1)]
+    told = read_run(tmp_path / "run")["settings"]
+    assert (told["steps"], told["epochs"]) == (steps, None)
+    assert make_recipe(read_recipe(tmp_path / "run" / "recipe.yaml")) == asked
+
+
 def test_every_family_can_be_erased(family: Diffusion, square: Concept, tmp_path: Path) -> None:
     save_pipeline(family, tmp_path / "model")
     run(recipe(tmp_path / "model", square, mask={"guidance": 2.0}), tmp_path / "run")
