@@ -28,6 +28,7 @@ from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import DataRecipe, Recipe
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import name_spans
+from erase_concept.training.loop import Training
 
 PARTS = ("forget", "anchor", "retain")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -74,7 +75,8 @@ def _check_minors(recipe: Recipe) -> None:
 
     A closed form needs none: with it such a concept can be erased.
     """
-    if not recipe.data_parts and not METHODS.find(recipe.method).memory(recipe.settings):
+    trained = isinstance(recipe.settings, Training) and METHODS.find(recipe.method).memory(recipe.settings)
+    if not recipe.data_parts and not trained:
         return
     for one in recipe.concept.parts:
         prompts = (*one.forget_prompts, *one.anchor_prompts, *one.retain_prompts)
