@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
-from erase_concept.pipelines.families.family import Layers
-from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
+from erase_concept.training.attention import attention_maps, cross_attentions
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 _CODE = "the authors' code"
@@ -85,30 +83,3 @@ def forget_me_not(
         return resteering, {"forget": resteering}
 
     yield from train(model, loss, mask, settings, seed=seed, checkpoint=checkpoint)
-
-
-@contextmanager
-def cross_attentions(unet: nn.Module, layers: Layers = UNET_LAYERS) -> Iterator[list[tuple[Any, Tensor, Tensor]]]:
-    """Collect each cross-attention that is called, with what it attends from [n, pixels, width] and to, with gradient.
-
-    What they compute is not touched, so activations may be computed anew after the context has ended.
-    """
-    seen: list[tuple[Any, Tensor, Tensor]] = []
-
-    def note(layer: nn.Module, given: tuple[Tensor, ...], named: dict[str, Any], _: Tensor) -> None:
-        seen.append((layer, given[0], named["encoder_hidden_states"]))
-
-    found = [layer for name, layer in unet.named_modules() if layers.is_cross_attention(name)]
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in found]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def attention_maps(layer: Any, pixels: Tensor, tokens: Tensor) -> Tensor:
-    """Return a cross-attention's probabilities [n, heads, pixels, tokens], which its own fused arithmetic never has."""
-    queries, keys = layer.head_to_batch_dim(layer.to_q(pixels)), layer.head_to_batch_dim(layer.to_k(tokens))
-    maps: Tensor = layer.get_attention_scores(queries, keys)
-    return maps.unflatten(0, (len(pixels), -1))

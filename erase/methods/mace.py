@@ -23,12 +23,12 @@ from erase_concept.closed_form import (
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
-from erase_concept.methods.forget_me_not import attention_maps, cross_attentions
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.settings import described, settings
 from erase_concept.training.adapters import Adapters
+from erase_concept.training.attention import attention_maps, cross_attentions
 from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 _CODE = "the authors' code for single objects"

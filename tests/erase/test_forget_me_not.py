@@ -12,11 +12,12 @@ import torch
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.make_data import make_data
-from erase_concept.methods.forget_me_not import ForgetMeNotSettings, attention_maps, cross_attentions, forget_me_not
+from erase_concept.methods.forget_me_not import ForgetMeNotSettings, forget_me_not
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import DataRecipe
 from erase_concept.seed import stage_generator
+from erase_concept.training.attention import attention_maps, cross_attentions
 
 
 @pytest.fixture
