@@ -161,8 +161,7 @@ def iter_erase(
 
     yield "export"
     seconds = [round(after - before, 2) for before, after in pairwise(times)]
-    run_info = _describe(recipe) | {
-        "settings": asdict(METHODS.find(recipe.method).resolved(recipe.settings, data)),
+    run_info = _describe(recipe, data) | {
         "base": about,
         "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
         "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
@@ -227,7 +226,7 @@ def _keep_log(log: Path, steps: int) -> None:
             partial.write_text("".join(line for line in lines if line.endswith("\n")), encoding="utf-8")
 
 
-def _describe(recipe: Recipe) -> dict[str, Any]:
+def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:
     """Return what ``run.json`` says of the recipe."""
     concept, earlier = recipe.concept, earlier_runs(recipe.model)
     parts = [{"concept": one.name, "kind": one.kind, "anchor": one.replacement} for one in concept.combined]
@@ -243,6 +242,7 @@ def _describe(recipe: Recipe) -> dict[str, Any]:
         **({"earlier": earlier} if earlier else {}),
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
+        "settings": asdict(METHODS.find(recipe.method).resolved(recipe.settings, data)),
     }
 
 
