@@ -233,7 +233,8 @@ def combine(concepts: Sequence[Concept]) -> Concept:
         together = Concept(name, "several", combined=combined)
     except ValueError as problem:
         raise RequestError("concept", name, f"too little is left when they are erased together: {problem}") from None
-    if not any(together.retain_prompts):
+    # Some methods' authors retain the empty prompt alone; that is not what the other concepts took away.
+    if not any(together.retain_prompts) and any(prompt for part in parts for prompt in part.retain_prompts):
         raise RequestError("concept", name, "nothing is left to retain when they are erased together")
     return together
 

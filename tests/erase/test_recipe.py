@@ -244,3 +244,31 @@ def test_random_names_need_names(method: str) -> None:
 def test_samplers_that_there_are_not_are_refused(data: dict, problem: str) -> None:
     with pytest.raises(RequestError, match=problem):
         check(recipe_for("any/model", "nudity", data=data))
+
+
+@pytest.mark.parametrize("method", METHODS.all())
+def test_every_method_takes_every_kind_of_concept_from_every_preset(method: str) -> None:
+    """With prompts in good English: those that authors wrote for one kind are not said of another."""
+    names = ["tench", "object:zebra", "style:Ada", "person:Ada", "character:Ada", "brand:Ada", "nudity", "violence"]
+    for what in (*names, ["tench", "nudity"], ["tench", "church"]):
+        for name in PRESETS:
+            try:
+                recipe = recipe_for("any/model", what, method=method, preset_name=name)
+            except RequestError as problem:
+                assert problem.setting == "preset"  # noqa: PT017 - some methods have no such preset
+                continue
+            concept = recipe.concept
+            assert recipe.method == method
+            assert len(concept.anchor_prompts) == len(concept.forget_prompts)
+            assert not [prompt for prompt in concept.forget_prompts if " a Ada" in prompt or " an Ada" in prompt]
+            assert make_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("kind", ["object", "style", "person", "character", "brand", "nudity", "unsafe", "several"])
+def test_the_default_of_every_kind_has_a_method_and_a_reason(kind: str) -> None:
+    found = preset("default", "any/model", kind)
+    assert found.method in METHODS.all()
+    assert found.notes[0].startswith(f"default for the kind {kind}: ")
+    assert "unmeasured here" in found.notes[0]
+    # Nothing of a built-in model's preset.
+    assert found.method != preset("default", "emojinette", kind).method

@@ -173,6 +173,8 @@ def test_concepts_that_cannot_be_erased_together_get_one_line() -> None:
     ):
         with pytest.raises(RequestError, match=problem):
             combine([concept(key) for key in keys])
+    bare = [Concept(name, "object", templates=("{O}",), others=("",)) for name in "xy"]
+    assert combine(bare).retain_prompts == ("",)
     alone = Concept("x", "custom", "y", ("a {O}",), ("y",))
     with pytest.raises(
         RequestError, match=r"concept x and y: too little is left when they are erased together: .* to retain"
