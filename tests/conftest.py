@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: no test asks the network
@@ -130,3 +132,52 @@ def published_sets() -> Path:
     if not (folder := os.environ.get("PUBLISHED_PROMPT_SETS")):
         pytest.skip("needs other people's prompt sets: PUBLISHED_PROMPT_SETS must name a folder of them (i2p.csv, ...)")
     return Path(folder)
+
+
+# Several commands in one process, which has to import torch only once.
+DRIVER = """
+import contextlib, io, json, sys
+from erase_concept.cli.main import main
+
+for arguments in json.load(sys.stdin):
+    sys.argv = ["erase-concept", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+Results = list[tuple[int, str, str]]  # of each command: exit code, output, errors
+Commands = Callable[[Sequence[Sequence[str]]], Results]
+
+
+@pytest.fixture
+def plug_ins(tmp_path: Path) -> Callable[[Mapping[str, str], str], Commands]:
+    """Return a function that installs a package of files and entry points, and returns one that runs commands there."""
+    site = tmp_path / "site"
+    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def commands(lines: Sequence[Sequence[str]]) -> Results:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER],
+            input=json.dumps(lines),
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+    def install(files: Mapping[str, str], entry_points: str) -> Commands:
+        (site / "toys-1.0.dist-info").mkdir(parents=True)
+        (site / "toys-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+        (site / "toys-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+        for name, text in files.items():
+            (site / f"{name}.py").write_text(text.lstrip(), encoding="utf-8")
+        return commands
+
+    return install

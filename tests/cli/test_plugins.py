@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-Results = list[tuple[int, str, str]]
+Commands = Callable[[Sequence[Sequence[str]]], list[tuple[int, str, str]]]
 FILES = {
     "method": '''
 """A method: shrinks the UNet's last layer."""
@@ -182,51 +178,11 @@ NAMES = {
 }
 KINDS = {**{kind: f"{kind}s" for kind in NAMES}, "family": "families"}
 BENCHMARK = "prompts: prompts.csv\nmetrics: [ua, red_images]\njudges: [redness]\nsettings: {steps: 2}\nblur: false\n"
-# Several commands in one process, which has to import torch only once.
-DRIVER = """
-import contextlib, io, json, sys
-from erase_concept.cli.main import main
-
-for arguments in json.load(sys.stdin):
-    sys.argv = ["erase-concept", *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    print(json.dumps([code, out.getvalue(), err.getvalue()]))
-"""
 
 
-@pytest.fixture
-def commands(folder: Path) -> Callable[[Sequence[Sequence[str]]], Results]:
-    """Run commands where the package "toys" is installed."""
-    site = folder / "site"
-    (site / "toys").mkdir(parents=True)
-    (site / "toys-1.0.dist-info").mkdir()
-    (site / "toys-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
-    points = [f"[erase_concept.{KINDS[kind]}]\ntoy = toys.{kind}\n" for kind in FILES]
-    (site / "toys-1.0.dist-info" / "entry_points.txt").write_text("\n".join(points))
-    for kind, text in FILES.items():
-        (site / "toys" / f"{kind}.py").write_text(text.lstrip())
-    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-    def run(lines: Sequence[Sequence[str]]) -> Results:
-        environment = {**os.environ, "PYTHONPATH": paths}
-        command = [sys.executable, "-c", DRIVER]
-        done = subprocess.run(
-            command, input=json.dumps(lines), cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-
-    return run
-
-
-def test_every_kind_of_plug_in_is_used_from_the_command(
-    folder: Path, commands: Callable[[Sequence[Sequence[str]]], Results]
-) -> None:
+def test_every_kind_of_plug_in_is_used_from_the_command(folder: Path, plug_ins: Callable[..., Commands]) -> None:
+    points = [f"[erase_concept.{KINDS[kind]}]\ntoy = toy_{kind}\n" for kind in FILES]
+    commands = plug_ins({f"toy_{kind}": text for kind, text in FILES.items()}, "\n".join(points))
     index = folder / "model" / "model_index.json"
     (folder / "half").mkdir()
     for part in (folder / "model").iterdir():

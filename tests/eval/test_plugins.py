@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Commands = Callable[[Sequence[Sequence[str]]], list[tuple[int, str, str]]]
 JUDGE = """
 from typing import Annotated
 
@@ -87,30 +84,7 @@ blur: false
 """
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Return a function that runs the command where the other package is installed."""
-    site = tmp_path / "site"
-    (site / "another-1.0.dist-info").mkdir(parents=True)
-    (site / "another-1.0.dist-info" / "METADATA").write_text("Name: another\nVersion: 1.0\n")
-    (site / "another-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
-    for name, text in (("judge", JUDGE), ("metric", METRIC), ("attack", ATTACK)):
-        (site / f"another_{name}.py").write_text(text)
-    paths = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "erase_concept.cli", *arguments]
-        environment = {**os.environ, "PYTHONPATH": paths}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    return call
-
-
-def test_what_another_package_adds_is_used_from_the_command(run: Run, tmp_path: Path) -> None:
-    for what, name in (("judges", "redness"), ("metrics", "red_images"), ("attacks", "louder")):
-        listed = run("list", what, "--json")
-        assert listed.returncode == 0, listed.stderr
-        assert name in json.loads(listed.stdout)
+def test_what_another_package_adds_is_used_from_the_command(plug_ins: Callable[..., Commands], tmp_path: Path) -> None:
     # Four images that ask for red: one is red, one half red, one green, and one black, which cannot be judged.
     colours = [(200, 0, 0), (100, 60, 40), (0, 200, 0), (0, 0, 0)]
     (tmp_path / "images").mkdir()
@@ -119,17 +93,26 @@ def test_what_another_package_adds_is_used_from_the_command(run: Run, tmp_path: 
     (tmp_path / "prompts.csv").write_text("prompt,object\n" + "a red thing,red\n" * 4)
     (tmp_path / "own.yaml").write_text(BENCHMARK)
     command = ("eval", "images", "-b", "own.yaml", "-c", "red", "--json")
-    report = run(*command, "-o", "out")
-    assert report.returncode == 0, report.stderr
-    scores = {score["metric"]: score for score in json.loads(report.stdout)["scores"]}
+    run = plug_ins({"another_judge": JUDGE, "another_metric": METRIC, "another_attack": ATTACK}, ENTRY_POINTS)
+    *lists, report, stricter, refused = run(
+        [
+            *(["list", what, "--json"] for what in ("judges", "metrics", "attacks")),
+            [*command, "-o", "out"],
+            [*command, "-s", "judge.level=0.9", "--fail-if", "red_images<0.5", "-o", "strict"],
+            [*command, "-s", "judge.level=2", "-o", "no"],
+        ]
+    )
+    for (code, out, err), name in zip(lists, ("redness", "red_images", "louder"), strict=True):
+        assert code == 0, err
+        assert name in json.loads(out)
+    assert report[0] == 0, report[2]
+    scores = {score["metric"]: score for score in json.loads(report[1])["scores"]}
     assert (scores["ua"]["value"], scores["ua"]["n"]) == (pytest.approx(1 / 3), 3)
     assert "the redness of images does not see the object red" in scores["ua"]["protocol"]
     assert "1 images not judged" in scores["ua"]["protocol"]
     assert (scores["red_images"]["value"], scores["red_images"]["n"]) == (pytest.approx(2 / 3), 3)
-    stricter = run(*command, "-s", "judge.level=0.9", "--fail-if", "red_images<0.5", "-o", "strict")
-    assert stricter.returncode == 1
-    assert json.loads(stricter.stdout)["scores"][1]["value"] == pytest.approx(1 / 3)
-    assert "red_images<0.5: red_images is 0.3333 (n = 3)" in stricter.stderr
-    refused = run(*command, "-s", "judge.level=2", "-o", "no")
-    assert (refused.returncode, (tmp_path / "no").exists()) == (2, False)
-    assert "judge.level" in refused.stderr
+    assert stricter[0] == 1
+    assert json.loads(stricter[1])["scores"][1]["value"] == pytest.approx(1 / 3)
+    assert "red_images<0.5: red_images is 0.3333 (n = 3)" in stricter[2]
+    assert (refused[0], (tmp_path / "no").exists()) == (2, False)
+    assert "judge.level" in refused[2]

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
+Commands = Callable[[Sequence[Sequence[str]]], list[tuple[int, str, str]]]
 FAMILY = """
 from collections.abc import Mapping
 
@@ -122,42 +124,40 @@ assert Diffusion.from_pipeline(back.pipeline()).family.name == "toy"
 """
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A folder of installed packages with the family's in it."""
-    site = tmp_path / "site"
-    (site / "toy-1.0.dist-info").mkdir(parents=True)
-    (site / "toy_family.py").write_text(FAMILY, encoding="utf-8")
-    (site / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (site / "toy-1.0.dist-info" / "entry_points.txt").write_text("[erase_concept.families]\ntoy = toy_family\n")
-    return site
-
-
-def test_a_fourth_family_is_one_file(site: Path, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
-
-    def run(*arguments: str) -> str:
-        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
-        done = subprocess.run([sys.executable, *arguments], **options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+def test_a_fourth_family_is_one_file(
+    plug_ins: Callable[..., Commands], tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    commands = plug_ins({"toy_family": FAMILY}, "[erase_concept.families]\ntoy = toy_family\n")
     tokenizer.save_pretrained(tmp_path / "words")
-    run("-c", MAKE, "words")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    }
+    make = [sys.executable, "-c", MAKE, "words"]
+    made = subprocess.run(make, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
     (tmp_path / "p.csv").write_text("prompt,seed\na square,1\na line,2\n")
     (tmp_path / "square.yaml").write_text(
         "name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [circle, line]\n"
     )
-    cli = ("-m", "erase_concept.cli")
-    run(*cli, "sample", "model", "-p", "p.csv", "-o", "images", "--steps", "2")
-    assert "widen" in json.loads((tmp_path / "images" / "sampling.json").read_text())
     sizes = [part for size in ("forget=2", "retain=2", "steps=2") for part in ("--set", f"data.{size}")]
     settings = ["--set", "steps=1", "--set", "batch_size=2", "--set", "lr=0.01"]
     scope = ["--mask", "salient", "--scope", "cross-attention", "--sparsity", "0.5"]
-    command = [*cli, "erase", "model", "-c", "square.yaml", "--method", "salun", *scope, *sizes, *settings]
-    plan = json.loads(run(*command, "-o", "run", "--dry-run", "--json"))
-    assert plan["expected"]
-    run(*command, "-o", "run")
+    erase = ["erase", "model", "-c", "square.yaml", "--method", "salun", *scope, *sizes, *settings, "-o", "run"]
+    *done, refused = commands(
+        [
+            ["sample", "model", "-p", "p.csv", "-o", "images", "--steps", "2"],
+            [*erase, "--dry-run", "--json"],
+            erase,
+            ["mask-info", "run/mask.safetensors", "--json"],
+            ["export", "run", "--format", "lora", "-o", "square.safetensors"],
+            ["export", "run", "--format", "single-file", "-o", "one.safetensors"],
+        ]
+    )
+    for code, _, err in done:
+        assert code == 0, err
+    assert "widen" in json.loads((tmp_path / "images" / "sampling.json").read_text())
+    _, plan, _, about, _ = (out for _, out, _ in done)
+    assert json.loads(plan)["expected"]
     account = json.loads((tmp_path / "run" / "run.json").read_text())
     assert account["base"]["family"] == "Toy Diffusion"
     assert account["checks"]["changed_outside_mask"] == 0
@@ -168,10 +168,7 @@ def test_a_fourth_family_is_one_file(site: Path, tokenizer: CLIPTokenizer, tmp_p
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert changed
     assert all(".to_k." in name for name in changed)  # what this family calls cross-attention
-    about = json.loads(run(*cli, "mask-info", "run/mask.safetensors", "--json"))
-    assert about["masks"]["run/mask.safetensors"]["kinds"]["cross-attention"] == pytest.approx(0.5, abs=0.01)
-    run(*cli, "export", "run", "--format", "lora", "-o", "square.safetensors")
-    wrong = [sys.executable, *cli, "export", "run", "--format", "single-file", "-o", "one.safetensors"]
-    refused = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (refused.returncode, "of the family Toy Diffusion has no layout" in refused.stderr) == (2, True)
+    mask = json.loads(about)["masks"]["run/mask.safetensors"]
+    assert mask["kinds"]["cross-attention"] == pytest.approx(0.5, abs=0.01)
+    assert (refused[0], "of the family Toy Diffusion has no layout" in refused[2]) == (2, True)
     assert not (tmp_path / "one.safetensors").exists()
