@@ -107,7 +107,7 @@ def family(tokenizer: CLIPTokenizer, request: pytest.FixtureRequest) -> Diffusio
     return diffusion(tokenizer, request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_model() -> Callable[..., Diffusion]:
     """Return the function that makes a model with a tokenizer, of a family."""
     return diffusion
