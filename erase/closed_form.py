@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,17 @@ from torch import Tensor, nn
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
+from erase_concept.masks.scopes import SCOPES, WITHOUT_KEYS_AND_VALUES
 from erase_concept.pipelines.families.family import Layers
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 
+if TYPE_CHECKING:
+    from erase_concept.recipe import Recipe
+
 _UCE = "UCE's first code"
+_NONE_FREE = "leaves no weight of cross-attention's keys and values free, and a closed form changes no others"
 # Without a ridge, directions in which no token has anything would be noise divided by noise: they get this much of one,
 # relative to A's mean diagonal.
 _LEAST = 1e-9
@@ -79,6 +85,18 @@ class Demand:
 def matrices(unet: nn.Module, layers: Layers = UNET_LAYERS) -> dict[str, nn.Parameter]:
     """Return the matrices [out, width] that make cross-attention's keys and values, by name."""
     return {name: p for name, p in unet.named_parameters() if layers.is_key_or_value(name)}
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise RequestError for a scope or a file of a mask that leaves no key or value free."""
+    kind, scope = recipe.mask.kind, recipe.mask.scope
+    if scope in WITHOUT_KEYS_AND_VALUES:
+        allowed = ", ".join(one for one in SCOPES if one not in WITHOUT_KEYS_AND_VALUES)
+        raise RequestError("mask.scope", scope, f"{_NONE_FREE}; allowed: {allowed}")
+    if (file := Path(kind)).is_file():
+        free = (ones for name, (ones, _) in Mask.load(file).layers().items() if UNET_LAYERS.is_key_or_value(name))
+        if not any(free):
+            raise RequestError("mask.kind", kind, _NONE_FREE)
 
 
 def concept_tokens(
@@ -162,11 +180,7 @@ def minimise(
         name: torch.ones_like(w, dtype=torch.bool) if mask is None else mask.dense(name) for name, w in weights.items()
     }
     if not any(bool(some.any()) for some in free.values()):
-        raise RequestError(
-            "mask.kind",
-            "(given)",
-            "leaves no weight of cross-attention's keys and values free, and a closed form changes no others",
-        )
+        raise RequestError("mask.kind", "(given)", _NONE_FREE)
     width = next(iter(weights.values())).shape[1]
     system, pull = ridge * torch.eye(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     sums = {}

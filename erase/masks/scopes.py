@@ -28,6 +28,7 @@ SCOPES = (
     "non-cross-attention",
     "noxattn",
 )
+WITHOUT_KEYS_AND_VALUES = ("self-attention", "non-cross-attention", "noxattn")  # without those of cross-attention
 TEXT_ENCODER = "text-encoder"  # the one scope outside the UNet: the token embeddings of the concept's own words
 
 

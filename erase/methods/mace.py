@@ -14,6 +14,7 @@ from torch import Tensor
 from erase_concept.closed_form import (
     ClosedFormSettings,
     Demand,
+    check_weights,
     concept_tokens,
     edit,
     matrices,
@@ -80,6 +81,7 @@ def _memory(settings: MACESettings) -> tuple[Phase, ...]:
     scope="cross-attention",
     tuned_setting="erase_scale",
     memory=_memory,
+    check=check_weights,
 )
 def mace(
     model: Diffusion,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from erase_concept.closed_form import concept_tokens, edit, matrices, retained_tokens
+from erase_concept.closed_form import check_weights, concept_tokens, edit, matrices, retained_tokens
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -52,6 +52,7 @@ class RECESettings(UCESettings):
     scope="cross-attention",
     tuned_setting="erase_scale",
     memory=lambda settings: (),
+    check=check_weights,
 )
 def rece(
     model: Diffusion,

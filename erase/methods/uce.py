@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from erase_concept.closed_form import ClosedFormSettings, concept_tokens, edit, retained_tokens
+from erase_concept.closed_form import ClosedFormSettings, check_weights, concept_tokens, edit, retained_tokens
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
 from erase_concept.method import method
@@ -40,6 +40,7 @@ class UCESettings(ClosedFormSettings):
     scope="cross-attention",
     tuned_setting="erase_scale",
     memory=lambda settings: (),
+    check=check_weights,
 )
 def uce(
     model: Diffusion,

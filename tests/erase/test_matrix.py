@@ -5,9 +5,11 @@ The models are small ones with random weights. Only steps, epochs and counts of 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +19,13 @@ from torch import Tensor
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.make_data import data_key, make_data_for
+from erase_concept.masks import SCOPES, all_ones, expand_to, in_scope
 from erase_concept.masks.make import make_mask, needs_mask
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.formats.tokenizer import clip_tokenizer
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.presets import authors_settings
-from erase_concept.recipe import Recipe, recipe_for
+from erase_concept.recipe import Recipe, recipe_for, with_settings
 from erase_concept.run import check
 from erase_concept.training.loop import Record
 
@@ -49,8 +52,8 @@ def recipe(method: str, kind: str, preset: str) -> Recipe:
         few["epochs"] = 1
     elif "steps" in own:
         few["steps"] = 2 * getattr(whole.settings, "passes", 1)
-    rows = {"forget": 2, "retain": 2, "anchor": 2 if whole.data.anchor else 0, "steps": 2}
-    return recipe_for("any/model", CONCEPTS[kind], method=method, preset_name=preset, settings=few, data=rows)
+    data = replace(whole.data, forget=2, retain=2, anchor=min(whole.data.anchor, 2), steps=2)
+    return replace(with_settings(whole, **few), data=data)
 
 
 def presets(method: str) -> list[str]:
@@ -87,7 +90,9 @@ def small(new_model: Callable[..., Diffusion]) -> Iterator[dict[str, Small]]:
     clip, open_clip = clip_tokenizer(), clip_tokenizer(pad_token="!")
     made = {"sd1": new_model(clip, "sd1"), "sd2": new_model(open_clip, "sd2"), "sdxl": new_model(clip, "sdxl")}
     made["sdxl"] = made["sdxl"].with_components(tokenizer_2=open_clip)
+    gc.freeze()  # Accelerate collects garbage after each training: it need not look at all the libraries each time
     yield {family: Small(model) for family, model in made.items()}
+    gc.unfreeze()
 
 
 def run(small: Small, asked: Recipe) -> None:
@@ -124,3 +129,31 @@ def test_every_method_erases_every_kind_from_every_family(
     names = presets(method)
     turn = list(CONCEPTS).index(kind) + FAMILIES.index(family)
     run(small[family], recipe(method, kind, names[turn % len(names)]))
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "mace"])
+def test_a_closed_form_without_keys_and_values_is_refused_before_sampling(
+    small: dict[str, Small], method: str, tmp_path: Path
+) -> None:
+    model = small["sd1"].model
+    for scope in SCOPES:
+        asked = recipe_for("any/model", "church", method=method, mask={"scope": scope})
+        shapes = in_scope(model.unet, scope, model.family.layers)
+        if any(model.family.layers.is_key_or_value(name) for name in shapes):
+            check(asked)
+            continue
+        with pytest.raises(RequestError, match=rf"mask\.scope {scope}: leaves no weight .* keys and values free"):
+            check(asked)
+        expand_to(all_ones(shapes), model.unet).save(tmp_path / "mask.safetensors")
+        with pytest.raises(RequestError, match=r"mask\.kind .*mask\.safetensors: leaves no weight"):
+            check(recipe_for("any/model", "church", method=method, mask={"kind": str(tmp_path / "mask.safetensors")}))
+    all_ones(in_scope(model.unet, "full")).save(tmp_path / "all.safetensors")
+    check(recipe_for("any/model", "church", method=method, mask={"kind": str(tmp_path / "all.safetensors")}))
+
+
+@pytest.mark.parametrize("kind", CONCEPTS)
+@pytest.mark.parametrize("method", METHODS.all())
+def test_every_preset_of_every_method_is_accepted(method: str, kind: str) -> None:
+    """Whole, as people run it."""
+    for preset in presets(method):
+        check(recipe_for("any/model", CONCEPTS[kind], method=method, preset_name=preset))
