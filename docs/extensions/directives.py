@@ -3,6 +3,7 @@
 - ``{command} erase``: what ``erase-concept erase --help`` says
 - ``{records} methods``: a table of the methods; the option ``:fields:`` names the columns
 - ``{settings} methods``: a section for each method with its settings
+- ``{differences} salun esd-x``: how the named methods differ from their authors'
 - ``{benchmarks}``: a table of the built-in benchmarks
 - ``{public}``: the names of ``erase_concept.__all__``
 - ``{modules} erase_concept.eval``: every module of a package
@@ -16,7 +17,7 @@ from api_text import modules_text, plain_lines, public_text, settings_lines
 from command_text import command_text
 from docutils import nodes
 from docutils.parsers.rst import directives
-from record_text import benchmarks_text, settings_text, table_text
+from record_text import benchmarks_text, differences_text, settings_text, table_text
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -54,6 +55,17 @@ class Settings(SphinxDirective):
         return self.parse_text_to_nodes(
             settings_text(self.arguments[0], self.options.get("shared", "")), allow_section_headings=True
         )
+
+
+class Differences(SphinxDirective):
+    """``{differences} METHOD...``."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return a list of sentences for each method."""
+        return self.parse_text_to_nodes(differences_text(self.arguments[0].split()))
 
 
 class Benchmarks(SphinxDirective):
@@ -97,6 +109,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("command", Command)
     app.add_directive("records", Records)
     app.add_directive("settings", Settings)
+    app.add_directive("differences", Differences)
     app.add_directive("benchmarks", Benchmarks)
     app.add_directive("public", Public)
     app.add_directive("modules", Modules)

@@ -39,6 +39,18 @@ def settings_text(kind: str, shared: str = "") -> str:
     return "\n\n".join(sections)
 
 
+def differences_text(methods: list[str]) -> str:
+    """Return a Markdown list for each of the methods: where it differs from its authors', and why."""
+    from erase_concept.presets import authors_settings
+
+    authors = authors_settings()
+    lists = []
+    for name in methods:
+        sentences = "\n".join(f"- {_plain(sentence)}" for sentence in authors[name].differs)
+        lists.append(f"**{name}** ({_plain(authors[name].source)})\n\n{sentences}")
+    return "\n\n".join(lists)
+
+
 def benchmarks_text() -> str:
     """Return a Markdown table of the built-in benchmarks."""
     from erase_concept.eval.benchmarks import benchmarks

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from erase_concept.cli.options import RecipeOptions
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.make_data import data_key, make_data_for
@@ -39,13 +41,27 @@ CONCEPTS = {
     "unsafe": "violence",
 }
 FAMILIES = ("sd1", "sd2", "sdxl")
+# Of each recipe that ships: what a person would type for it with --preset paper. Authors say "Van Gogh" alone.
+_VAN_GOGH = {"name": "Van Gogh", "synonyms": ()}
+RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "concept-ablation-r2d2": ("concept-ablation", "character:R2D2", {"anchor": "robot"}),
+    "concept-ablation-van-gogh": ("concept-ablation", "artist:Van Gogh", _VAN_GOGH),
+    "esd-u-nudity": ("esd-u", "nudity", {}),
+    "esd-x-van-gogh": ("esd-x", "artist:Van Gogh", _VAN_GOGH),
+    "mace-melania-trump": ("mace", "person:Melania Trump", {}),
+    "random-label-church": ("random-label", "church", {}),
+    "rece-nudity": ("rece", "nudity", {}),
+    "salun-church": ("salun", "church", {}),
+    "salun-nudity": ("salun", "nudity", {}),
+    "spm-pikachu": ("spm", "object:Pikachu", {}),
+    "uce-van-gogh": ("uce", "artist:Van Gogh", _VAN_GOGH),
+}
+FOLDER = Path(__file__).parents[2] / "recipes"
 FEW = {"sampling_steps": 2, "fisher_rows": 2, "trim_batches": 1}
 
 
-def recipe(method: str, kind: str, preset: str) -> Recipe:
-    """A preset's recipe with fewer steps, epochs and rows."""
-    whole = recipe_for("any/model", CONCEPTS[kind], method=method, preset_name=preset)
-    assert whole.concept.kind == kind
+def few_of(whole: Recipe) -> Recipe:
+    """A recipe with fewer steps, epochs and rows."""
     own = {one.name for one in fields(whole.settings)}
     few: dict[str, Any] = {name: count for name, count in FEW.items() if name in own}
     if getattr(whole.settings, "epochs", None) is not None:
@@ -128,7 +144,9 @@ def test_every_method_erases_every_kind_from_every_family(
     """The presets take turns, so that each runs with every kind and with every family."""
     names = presets(method)
     turn = list(CONCEPTS).index(kind) + FAMILIES.index(family)
-    run(small[family], recipe(method, kind, names[turn % len(names)]))
+    whole = recipe_for("any/model", CONCEPTS[kind], method=method, preset_name=names[turn % len(names)])
+    assert whole.concept.kind == kind
+    run(small[family], few_of(whole))
 
 
 @pytest.mark.parametrize("method", ["uce", "rece", "mace"])
@@ -157,3 +175,34 @@ def test_every_preset_of_every_method_is_accepted(method: str, kind: str) -> Non
     """Whole, as people run it."""
     for preset in presets(method):
         check(recipe_for("any/model", CONCEPTS[kind], method=method, preset_name=preset))
+
+
+def test_every_recipe_that_ships_is_tested() -> None:
+    assert {file.stem for file in FOLDER.iterdir()} == {*RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_ships_is_the_papers_preset_and_runs(small: dict[str, Small], name: str) -> None:
+    """Prompts that are retained count where the method takes them at all."""
+    method, concept, changes = RECIPES[name]
+    found = RecipeOptions(model="any/model", recipe=FOLDER / f"{name}.yaml").read()
+    paper = recipe_for("any/model", concept, changes=changes, method=method, preset_name="paper")
+    assert (found.method, found.settings, found.mask, found.data) == (method, paper.settings, paper.mask, paper.data)
+    assert found.concept.kind == paper.concept.kind
+    assert found.concept.forget_prompts == paper.concept.forget_prompts
+    assert found.concept.anchor_prompts == paper.concept.anchor_prompts
+    if "retain" in found.data_parts or method in ("uce", "rece", "mace"):
+        assert found.concept.retain_prompts == paper.concept.retain_prompts
+    run(small["sd1"], few_of(found))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_that_ships_says_how_to_run_it(name: str) -> None:
+    """Its own file, with options that there are; the documentation names it."""
+    head = [line for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+    commands = [shlex.split(line.lstrip("# ")) for line in head if line.startswith("#   erase-concept ")]
+    assert [command[1] for command in commands] == ["erase", "eval"]
+    assert f"recipes/{name}.yaml" in commands[0]
+    assert commands[0][-1] == commands[1][-1] == commands[1][2] == f"runs/{name}"
+    assert any(line.startswith("# Published: ") for line in head)
+    assert f"recipes/{name}.yaml" in (FOLDER.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
