@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,7 +47,9 @@ def differences_text(methods: list[str]) -> str:
     authors = authors_settings()
     lists = []
     for name in methods:
-        sentences = "\n".join(f"- {_plain(sentence)}" for sentence in authors[name].differs)
+        # As code, for two hyphens of an option would become a dash.
+        plain = (re.sub(r"--[\w-]+", r"`\g<0>`", _plain(sentence)) for sentence in authors[name].differs)
+        sentences = "\n".join(f"- {sentence}" for sentence in plain)
         lists.append(f"**{name}** ({_plain(authors[name].source)})\n\n{sentences}")
     return "\n\n".join(lists)
 

@@ -149,6 +149,14 @@ def test_every_method_erases_every_kind_from_every_family(
     run(small[family], few_of(whole))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_later_code_of_esd_samples_with_all_of_its_steps(small: dict[str, Small], family: str) -> None:
+    """By PNDM, whose first steps are of another kind than its later ones."""
+    whole = recipe_for("any/model", "nudity", method="esd-u", preset_name="latest-code")
+    assert (whole.settings.scheduler, whole.settings.sampling_steps) == ("PNDMScheduler", 50)
+    run(small[family], with_settings(whole, steps=3))
+
+
 @pytest.mark.parametrize("method", ["uce", "rece", "mace"])
 def test_a_closed_form_without_keys_and_values_is_refused_before_sampling(
     small: dict[str, Small], method: str, tmp_path: Path
