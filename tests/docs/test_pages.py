@@ -1,7 +1,8 @@
 """Every command and every Python example in README.md and docs/ is run as printed, on the built-in model.
 
-The blocks of a page are run in order, each in a process of its own, in a folder that holds ``runs/church``: the
-built-in model with "church" erased, and its report. The demo's own folder is there too, so it is not made again. Two comments before a block say otherwise:
+The blocks of a page are run in order, in a folder that holds ``runs/church``: the built-in model with "church" erased,
+and its report. The demo's own folder is there too, so it is not made again. Every command and every Python block has a
+process of its own, a fork of one that has imported everything. Two comments before a block say otherwise:
 
     <!-- not run: REASON -->    the block is only shown
     <!-- file: NAME -->         the block is a file that the page's later commands use
@@ -14,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,8 @@ PAGES = sorted(
     if not {"build", "notebooks"} & set(page.relative_to(ROOT).parts)
 )
 BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
-RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-W", "ignore", "-c"]}
+RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": ["block"]}
+PRELOADED = Path(__file__).with_name("preloaded.py")
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,28 @@ def runs(page: Path) -> bool:
     return any(block.language in RUN and not block.mark for block in blocks(page))
 
 
-def run(block: Block, folder: Path) -> None:
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of two commands, ``erase-concept`` and ``block``, which a process that has imported all runs."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name, what in (("erase-concept", "cli"), ("block", "python")):
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {PRELOADED} run {folder}/socket {what} "$@"\n')
+        script.chmod(0o755)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", str(PRELOADED), "serve", str(folder / "socket")]
+    with subprocess.Popen(command, env=environment) as process:
+        while not (folder / "socket").exists():
+            assert process.poll() is None, "the process that runs the commands has ended"
+            time.sleep(0.1)
+        yield folder
+        process.terminate()
+
+
+def run(block: Block, folder: Path, commands: Path) -> None:
     plugins = folder / "plugins"  # where `pip install .` of a page's own package goes
     environment = os.environ | {
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PATH": os.pathsep.join((str(commands), str(Path(sys.executable).parent), os.environ["PATH"])),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(plugins), os.environ.get("PYTHONPATH")))),
         "PIP_TARGET": str(plugins),
         "PIP_NO_DEPS": "1",
@@ -70,7 +92,7 @@ def run(block: Block, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def church(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def church(tmp_path_factory: pytest.TempPathFactory, commands: Path) -> Path:
     """A folder with runs/church and, as the demo makes it, runs/demo-church; made once for all processes."""
     here = tmp_path_factory.getbasetemp()
     shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
@@ -78,13 +100,13 @@ def church(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(shared / "pages.lock"):
         if not (folder / "runs" / "church" / "report.json").is_file():
             folder.mkdir(exist_ok=True)
-            run(Block("sh", "erase-concept demo && cp -r runs/demo-church runs/church", "", ""), folder)
+            run(Block("sh", "erase-concept demo && cp -r runs/demo-church runs/church", "", ""), folder, commands)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if runs(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_page_runs_as_printed(page: Path, church: Path, tmp_path: Path) -> None:
+def test_the_page_runs_as_printed(page: Path, church: Path, commands: Path, tmp_path: Path) -> None:
     shutil.copytree(church, tmp_path, dirs_exist_ok=True)
     for block in blocks(page):
         if block.mark == "file":
@@ -92,7 +114,7 @@ def test_the_page_runs_as_printed(page: Path, church: Path, tmp_path: Path) -> N
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
         elif block.language in RUN and not block.mark:
-            run(block, tmp_path)
+            run(block, tmp_path, commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
