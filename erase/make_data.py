@@ -96,7 +96,9 @@ def _check_images(recipe: Recipe) -> None:
     for one in recipe.concept.parts:
         if one.images and data.forget_images is None:
             if "forget" not in parts:
-                raise RequestError("concept", one.images, f"{recipe.method} does not learn from images of the concept")
+                able = ", ".join(name for name, method in METHODS.all().items() if "forget" in method.latents)
+                problem = f"{recipe.method} does not learn from images of the concept; methods that do: {able}"
+                raise RequestError("concept", one.images, problem)
             image_files(Path(one.images), one, part="forget", setting="concept")
 
 

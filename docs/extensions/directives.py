@@ -4,6 +4,8 @@
 - ``{records} methods``: a table of the methods; the option ``:fields:`` names the columns
 - ``{settings} methods``: a section for each method with its settings
 - ``{differences} salun esd-x``: how the named methods differ from their authors'
+- ``{authors}``: a section for each method with its authors' settings by kind of concept, and where ours differ
+- ``{defaults}``: a table of the default method of each kind of concept on Stable Diffusion
 - ``{benchmarks}``: a table of the built-in benchmarks
 - ``{public}``: the names of ``erase_concept.__all__``
 - ``{modules} erase_concept.eval``: every module of a package
@@ -14,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from api_text import modules_text, plain_lines, public_text, settings_lines
+from authors_text import authors_text, defaults_text
 from command_text import command_text
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -68,6 +71,22 @@ class Differences(SphinxDirective):
         return self.parse_text_to_nodes(differences_text(self.arguments[0].split()))
 
 
+class Authors(SphinxDirective):
+    """``{authors}``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return a section for each method."""
+        return self.parse_text_to_nodes(authors_text(), allow_section_headings=True)
+
+
+class Defaults(SphinxDirective):
+    """``{defaults}``."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table."""
+        return self.parse_text_to_nodes(defaults_text())
+
+
 class Benchmarks(SphinxDirective):
     """``{benchmarks}``."""
 
@@ -110,6 +129,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("records", Records)
     app.add_directive("settings", Settings)
     app.add_directive("differences", Differences)
+    app.add_directive("authors", Authors)
+    app.add_directive("defaults", Defaults)
     app.add_directive("benchmarks", Benchmarks)
     app.add_directive("public", Public)
     app.add_directive("modules", Modules)

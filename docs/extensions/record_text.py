@@ -21,7 +21,7 @@ def table_text(kind: str, fields: list[str]) -> str:
     """Return a Markdown table with a row for each record: its name and the given fields."""
     rows = [["name", *fields]]
     rows += [[f"`{name}`", *(_cell(record, field) for field in fields)] for name, record in records(kind).items()]
-    return _table(rows)
+    return table(rows)
 
 
 def settings_text(kind: str, shared: str = "") -> str:
@@ -47,10 +47,8 @@ def differences_text(methods: list[str]) -> str:
     authors = authors_settings()
     lists = []
     for name in methods:
-        # As code, for two hyphens of an option would become a dash.
-        plain = (re.sub(r"--[\w-]+", r"`\g<0>`", _plain(sentence)) for sentence in authors[name].differs)
-        sentences = "\n".join(f"- {sentence}" for sentence in plain)
-        lists.append(f"**{name}** ({_plain(authors[name].source)})\n\n{sentences}")
+        sentences = "\n".join(f"- {with_options(sentence)}" for sentence in authors[name].differs)
+        lists.append(f"**{name}** ({plain(authors[name].source)})\n\n{sentences}")
     return "\n\n".join(lists)
 
 
@@ -61,13 +59,13 @@ def benchmarks_text() -> str:
     rows = [["name", "about", "judges", "metrics"]]
     for name, found in benchmarks().items():
         rows.append([f"`{name}`", found.about, ", ".join(found.judges), ", ".join(found.metrics)])
-    return _table(rows)
+    return table(rows)
 
 
 def _section(name: str, record: Any, common: Mapping[str, Setting]) -> str:
     found = settings_of(record.settings)
     own = [setting for setting in found.values() if common.get(setting.name) != setting]
-    lines = [f"### {name}", "", _plain(record.summary), ""]
+    lines = [f"### {name}", "", plain(record.summary), ""]
     lines.append(_settings_table(own) if own else "It has no settings of its own.")
     if common.keys() <= found.keys() and common:
         lines += ["", "It also has the settings of every training."]
@@ -79,7 +77,7 @@ def _settings_table(found: Iterable[Setting]) -> str:
     for setting in found:
         default = "none" if setting.default is None else str(setting.default)
         rows.append([f"`{setting.name}`", default, setting.allowed, setting.sentence, setting.source])
-    return _table(rows)
+    return table(rows)
 
 
 def _copies(method: Any) -> int:
@@ -100,11 +98,17 @@ def _cell(record: Any, field: str) -> str:
     return "" if value is None else str(value)
 
 
-def _table(rows: list[list[str]]) -> str:
-    head, *body = [[cell if cell.startswith("`") else _plain(cell) for cell in row] for row in rows]
+def table(rows: list[list[str]]) -> str:
+    """Return a Markdown table of rows, the first of which is its head; what begins with ` is Markdown already."""
+    head, *body = [[cell if cell.startswith("`") else plain(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return text in which Markdown finds nothing to format, in one line."""
     return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>#|~" else letter for letter in " ".join(text.split()))
+
+
+def with_options(text: str) -> str:
+    """Return plain text with options as code, for two hyphens of an option would become a dash."""
+    return re.sub(r"--[\w-]+", r"`\g<0>`", plain(text))

@@ -99,11 +99,17 @@ def _authors(method: str) -> dict[str, str]:
     authors = authors_settings().get(method)
     if authors is None:
         return {}
-    kinds = {
-        "--preset paper": ", ".join(kind for kind, entry in authors.paper.items() if not entry.like),
-        "--preset latest-code": ", ".join(kind for kind, entry in authors.latest_code.items() if not entry.like),
-    }
-    return {"authors' code": authors.source, **kinds, "differs from the authors": "\n".join(authors.differs)}
+    found = {"authors' code": authors.source, "differs from the authors": _bullets(authors.differs)}
+    for preset, entries in (("paper", authors.paper), ("latest-code", authors.latest_code)):
+        for kind, entry in entries.items():
+            other = kind if kind != "any" else "every other kind"
+            text = f"as {entry.like}" if entry.like else " ".join(entry.assignments())
+            found[f"{preset}: {other}"] = text
+    return found
+
+
+def _bullets(sentences: tuple[str, ...]) -> str:
+    return "\n".join(f"- {' '.join(sentence.split())}" for sentence in sentences)
 
 
 def _show_benchmark(name: str, json_: bool) -> None:

@@ -7,6 +7,7 @@ concepts, and "any" is every other kind.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,15 @@ class KindSettings:
     mask: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def assignments(self) -> tuple[str, ...]:
+        """Return the settings as ``--set`` takes them, such as ``mask.guidance=7.5``."""
+        parts = {"mask.": self.mask, "data.": self.data, "": self.settings}
+        return tuple(
+            f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for prefix, values in parts.items()
+            for key, value in values.items()
+        )
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -132,6 +142,12 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> Prese
         return Preset(chosen, merge(parts, laid_over), {}, notes)
     # Prompts for one kind are not sentences about another.
     return Preset(chosen, parts, entry.concept if of == kind else {}, notes)
+
+
+def default_methods() -> dict[str, tuple[str, str]]:
+    """Return the method of each kind of concept on a model that is not built in, and the reason for it."""
+    values = _defaults()[_GENERAL]
+    return {kind: (entry["method"], entry["reason"]) for kind, entry in values.items() if "method" in entry}
 
 
 def _parts(entry: dict[str, Any]) -> dict[str, Any]:

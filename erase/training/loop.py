@@ -62,8 +62,8 @@ class Training:
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 100
 
     def epoch_steps(self, rows: int) -> int:
-        """Return the steps of one pass over so many rows; the last batch of a pass may be smaller."""
-        return math.ceil(rows / self.batch_size)
+        """Return the steps of one pass over so many rows; the last step of a pass may have fewer."""
+        return math.ceil(rows / (self.batch_size * self.accumulation))
 
     def resolved(self, rows: int) -> Self:
         """Return the settings with steps in the place of epochs, for so many rows in an epoch."""

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from api_text import FLOORS, module_names, plain_lines
+from authors_text import authors_text, defaults_text
 from command_text import command_text, commands
+from record_text import plain
 
 from erase_concept.eval.benchmarks import benchmarks
 from erase_concept.methods import METHODS
+from erase_concept.presets import authors_settings, default_methods, preset
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -77,3 +80,21 @@ def test_the_readme_names_every_method_and_benchmark() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = {word for row in re.findall(r"^\| (.*?) \|", text, re.M) for word in re.findall(r"[\w-]+", row)}
     assert {*METHODS.all(), *benchmarks()} <= named
+
+
+def test_the_methods_page_has_every_setting_of_the_authors_and_every_difference() -> None:
+    text = authors_text()
+    assert "```{authors}" in (DOCS / "methods.md").read_text(encoding="utf-8")
+    for name, authors in authors_settings().items():
+        section = re.split(r"^### ", text.split(f"### {name}: ")[1], flags=re.M)[0]
+        assert section.count("\n- ") == len(authors.differs)
+        for entry in (*authors.paper.values(), *authors.latest_code.values()):
+            assert all(f"`{one}`" in section for one in entry.assignments())
+
+
+def test_every_kind_of_concept_has_its_default_method_and_the_reason() -> None:
+    rows = [line for line in defaults_text().splitlines() if line.startswith("| ")][2:]
+    for kind, (method, reason) in default_methods().items():
+        title = "every other kind" if kind == "any" else kind
+        assert f"| {title} | `{method}` | {plain(reason)} |" in rows
+        assert preset("default", "model", kind).method == method

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -162,6 +162,8 @@ def test_epochs_are_the_authors_steps() -> None:
     """SalUn: 121 steps an epoch for tench; nudity 100. Selective Amnesia: some 12,600. EraseDiff: 60 of a pass."""
     assert paper("salun", "object").settings.resolved(SD_14_ROWS["tench"]).steps == 5 * 121
     assert paper("salun", "nudity").settings.resolved(800).steps == 100
+    in_parts = replace(paper("salun", "nudity").settings, batch_size=1, accumulation=8)
+    assert in_parts.resolved(800).steps == 100, "as many rows in each step"
     assert paper("selective-amnesia", "person").settings.resolved(1000).steps == pytest.approx(12_600, abs=100)
     erasediff = paper("erasediff", "object").settings
     assert erasediff.resolved(960).steps == 2 * 60, "an inner pass and an outer one"
