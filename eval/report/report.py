@@ -153,8 +153,9 @@ def drawn(pairs: Sequence[Pair], count: int = SHOWN) -> list[int]:
     return [int(place) for places in some for place in sorted(places)]
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | Path) -> Report:
     """Read what ``write_report`` wrote; raises RequestError when it is not there or not of this schema."""
+    folder = Path(folder)
     file = folder / "report.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -125,7 +125,7 @@ def test_processes_share_the_sampling_and_one_measures(shaken: str, tmp_path: Pa
         )
         assert done.returncode == 0, done.stderr
         told[name] = json.loads(done.stdout)  # one report, and nothing else
-        assert done.stderr.count("precision_emojinette not measured") == 1
+        assert done.stderr.count("recall_emojinette not measured") == 1
         assert len([entry for entry in (tmp_path / name / ".baselines").iterdir() if entry.is_dir()]) == 1
         for volatile in ("evaluated", "seconds"):
             del told[name]["provenance"][volatile]
