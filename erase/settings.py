@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import annotated_types
 import yaml
@@ -55,8 +55,9 @@ def settings(cls: type[_T]) -> type[_T]:
             kind, own = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
             said = get_args(inherited[name])[1:]
             if not any(isinstance(one, FieldInfo) and one.description for one in own):
-                cls.__annotations__[name] = Annotated[(kind, *said, *(own or (described(),)))]  # type: ignore[index]
-    made: Any = pydantic_dataclass(cls, frozen=True, config=_CONFIG)  # type: ignore[call-overload]
+                extended: Any = (kind, *said, *(own or (described(),)))
+                cls.__annotations__[name] = Annotated[extended]
+    made: Any = pydantic_dataclass(cast(Any, cls), frozen=True, config=_CONFIG)
     return made
 
 
@@ -93,7 +94,7 @@ def check_settings(cls: type[_T], values: Mapping[str, Any], prefix: str = "") -
 
     A value is converted as pydantic converts it, so a number may come as text.
     """
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cast(Any, cls))]
     for name, value in values.items():
         if name not in known:
             raise RequestError(f"{prefix}{name}", value, f"no such setting; there are: {', '.join(known) or 'none'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter
@@ -30,10 +31,10 @@ class BuiltinModel:
 @cache
 def builtin_models() -> dict[str, BuiltinModel]:
     """Return the built-in models by name; raises ValueError when a ``builtin.yaml`` lacks a value or has another."""
-    found = {}
+    found: dict[str, BuiltinModel] = {}
     for file in sorted(Path(__file__).parent.glob("*/builtin.yaml")):
-        model = TypeAdapter(BuiltinModel).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-        found[model.name] = replace(model, folder=file.parent / model.folder)  # type: ignore[type-var]
+        model: Any = TypeAdapter(BuiltinModel).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+        found[model.name] = replace(model, folder=file.parent / model.folder)
     return found
 
 

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from api_text import modules_text, plain_lines, public_text, settings_lines
 from authors_text import authors_text, defaults_text
@@ -39,7 +39,7 @@ class Records(SphinxDirective):
     """``{records} KIND``."""
 
     required_arguments = 1
-    option_spec = {"fields": directives.unchanged}  # noqa: RUF012 - docutils' way
+    option_spec: ClassVar = {"fields": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         """Return a table with a row for each plug-in."""
@@ -51,7 +51,7 @@ class Settings(SphinxDirective):
     """``{settings} KIND`` with the option ``:shared:``, the path of a class of settings that most of them have."""
 
     required_arguments = 1
-    option_spec = {"shared": directives.unchanged}  # noqa: RUF012 - docutils' way
+    option_spec: ClassVar = {"shared": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         """Return a section for each plug-in."""

@@ -37,7 +37,7 @@ class Adapters(nn.Module):
         unet: Any,
         mask: Mask | None,
         generator: torch.Generator,
-        adapted: Callable[[str], bool] = in_transformers(),  # noqa: B008  # a function of names, without state
+        adapted: Callable[[str], bool],
         *,
         down: Literal["uniform", "normal"] = "uniform",
     ) -> None:

@@ -215,7 +215,8 @@ def _to_held_out(data: MetricInput, judge: str) -> Score:
 
     def of(side: JudgedImages) -> Score:
         features = side.judgements[judge].features
-        assert features is not None and held_out is not None  # noqa: PT018
+        assert features is not None  # a judge with held-out images returns features
+        assert held_out is not None  # else the metric was not prepared
         value, interval, n, m = held_out_distance(features[chosen], pairs, held_out)
         protocol = (
             f"{name}, {min(COMPONENTS, features.shape[1])} principal components of {features.shape[1]} features; "

@@ -104,9 +104,10 @@ def _load_component(folder: Path, family: Family, name: str) -> nn.Module:
         module = make(read_json(folder / "config.json"))
     places = {published_name(module, key): (key, list(value.shape)) for key, value in module.state_dict().items()}
     tensors: dict[str, Tensor] = {}
-    for key, value in read_weights(folder).items():
+    for stored, value in read_weights(folder).items():
+        key = stored
         for old, new in _RENAMED.items():
-            key = key.replace(old, new) if "attentions" in key else key  # noqa: PLW2901
+            key = key.replace(old, new) if "attentions" in stored else key
         place = published_name(module, key)
         if place in tensors:
             raise RequestError("model", name, f"{folder.name}: {place} is in its files twice")

@@ -59,8 +59,9 @@ def adam() -> Callable[..., None]:
 def check_method(tiny: Diffusion, tmp_path: Path) -> Callable[..., None]:
     """Check what holds for every trained method: frozen weights stay, and a killed run goes on to the same bits."""
 
-    def check(run: Any, data: ForgetRetain, config: Any) -> None:
-        config = replace(config, steps=6, batch_size=2, lr=1e-3, checkpoint_every=2)
+    def check(run: Any, data: ForgetRetain, config: Any, *, steps: int = 6, checkpoint_every: int = 2) -> None:
+        """Expects six records in all, of which a checkpoint holds the first four when the fifth is there."""
+        config = replace(config, steps=steps, batch_size=2, lr=1e-3, checkpoint_every=checkpoint_every)
         mask = masks.random(tiny.unet, 0.5, seed=4)
         whole, killed, again = (tiny.with_components(unet=copy.deepcopy(tiny.unet)) for _ in range(3))
         list(run(whole, data, mask, config, seed=7))
