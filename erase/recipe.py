@@ -245,15 +245,22 @@ def first_base(model: str) -> str:
 
 
 def concept_for(
-    model: str, what: ConceptSource, preset_name: str = "default", method: str | None = None
+    model: str,
+    what: ConceptSource,
+    preset_name: str = "default",
+    method: str | None = None,
+    *,
+    images: bool = False,
 ) -> tuple[Concept, Preset]:
     """Return the concept that a run would erase, and the preset that it would start from.
 
     A preset may change what a concept that is named is erased with; a concept that is described stays as it is.
+    ``images`` says that the run has images of the concept, which the concept may name itself, too.
     """
     base = first_base(model)
     found = find_concept(what, model)
-    start = preset(preset_name, base, found.common_kind, method)
+    images = images or any(part.images for part in found.parts)
+    start = preset(preset_name, base, found.common_kind, method, images=images)
     if start.concept or found.combined:
         found = find_concept(what, model, lambda one: preset(preset_name, base, one.kind, start.method).concept)
     return found, start
@@ -279,7 +286,8 @@ def recipe_for(
     model = str(model)
     if memory not in MEMORY:
         raise RequestError("memory", memory, f"allowed: {', '.join(MEMORY)}")
-    found, start = concept_for(model, what, preset_name, values.get("method"))
+    images = bool(values.get("data", {}).get("forget_images"))
+    found, start = concept_for(model, what, preset_name, values.get("method"), images=images)
     if changes and found.combined:
         name, value = next(iter(changes.items()))
         raise RequestError(name, value, "goes with one concept, not with several")

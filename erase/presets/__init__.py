@@ -107,8 +107,8 @@ def authors_settings() -> dict[str, AuthorsSettings]:
     return found
 
 
-def preset(name: str, model: str, kind: str, method: str | None = None) -> Preset:
-    """Return what a run starts from, for a model and a kind of concept.
+def preset(name: str, model: str, kind: str, method: str | None = None, *, images: bool = False) -> Preset:
+    """Return what a run starts from, for a model and a kind of concept; ``images`` says that it has images of its own.
 
     "default" is what was tried on a built-in model. On any other model it is the authors' settings, and prompts of
     ours. "paper" is the authors' settings and their prompts, "latest-code" those of their code since then. Without a
@@ -120,6 +120,7 @@ def preset(name: str, model: str, kind: str, method: str | None = None) -> Prese
     builtin = builtin_models().get(model) if name == "default" else None
     values = _defaults()[builtin.preset if builtin else _GENERAL]
     own = values.get(kind) or values["any"]
+    own = own.get("with_images", own) if images else own
     chosen = method or own["method"]
     laid_over = _parts(own) if chosen == own["method"] else values["methods"].get(chosen, {})
     if builtin:

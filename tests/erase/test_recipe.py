@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter
 
 from erase_concept.errors import RequestError
+from erase_concept.make_data import check_data
 from erase_concept.methods import METHODS
 from erase_concept.methods.salun import SalUnSettings
 from erase_concept.presets import PRESETS, AuthorsSettings, KindSettings, authors_settings, preset
@@ -272,3 +274,14 @@ def test_the_default_of_every_kind_has_a_method_and_a_reason(kind: str) -> None:
     assert "unmeasured here" in found.notes[0]
     # Nothing of a built-in model's preset.
     assert found.method != preset("default", "emojinette", kind).method
+
+
+@pytest.mark.parametrize("kind", ["object", "style", "person", "character", "brand", "unsafe"])
+def test_the_default_of_every_kind_learns_from_images_where_they_are_given(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "red_star"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    named, given = f"{kind}:{folder}", {"data": {"forget_images": folder}}
+    for recipe in (recipe_for("model", named), recipe_for("model", f"{kind}:red star", **given)):
+        assert "forget" in METHODS.find(recipe.method).latents
+        check_data(recipe)
