@@ -2,7 +2,8 @@
 
 The presets of this folder say for a base model which method each kind of concept takes, and what differs from the
 method's own defaults. ``authors/METHOD.yaml`` holds the settings of a method's authors. Its entries are kinds of
-concepts, and "any" is every other kind.
+concepts, and "any" is every other kind. A file that begins with ``like: METHOD`` says only what differs from that
+method's file.
 """
 
 from __future__ import annotations
@@ -96,15 +97,25 @@ class Preset:
 def authors_settings() -> dict[str, AuthorsSettings]:
     """Return the settings of the methods' authors by method; raises ValueError for a file that holds none."""
     found = {}
-    for file in sorted((_FOLDER / "authors").glob("*.yaml")):
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            values = {key.replace("-", "_"): value for key, value in values.items()}
+    for method in sorted(file.stem for file in (_FOLDER / "authors").glob("*.yaml")):
         try:
-            found[file.stem] = TypeAdapter(AuthorsSettings).validate_python(values)
-        except ValidationError as problem:
-            raise ValueError(f"{file} does not hold the settings of a method's authors: {problem}") from None
+            found[method] = TypeAdapter(AuthorsSettings).validate_python(_authors_file(method))
+        except (ValidationError, OSError) as problem:
+            raise ValueError(
+                f"authors/{method}.yaml does not hold the settings of a method's authors: {problem}"
+            ) from None
     return found
+
+
+def _authors_file(method: str) -> dict[str, Any]:
+    """Return what a method's file says, laid on the file that it is like."""
+    values = yaml.safe_load((_FOLDER / "authors" / f"{method}.yaml").read_text(encoding="utf-8"))
+    if isinstance(values, dict):
+        values = {key.replace("-", "_"): value for key, value in values.items()}
+        if "like" in values:
+            base = _authors_file(values.pop("like"))
+            values = merge(base, values) | {"differs": [*base.get("differs", ()), *values.get("differs", ())]}
+    return values
 
 
 def preset(name: str, model: str, kind: str, method: str | None = None, *, images: bool = False) -> Preset:

@@ -86,6 +86,17 @@ def test_every_file_of_authors_is_a_methods() -> None:
         assert authors.paper
 
 
+def test_a_file_like_another_says_only_what_differs() -> None:
+    authors = authors_settings()
+    base, ascent = authors["random-label"], authors["gradient-ascent"]
+    assert ascent.source != base.source
+    assert ascent.differs[: len(base.differs)] == base.differs
+    assert ascent.paper["nudity"] == base.paper["nudity"]
+    one, other = base.paper["object"], ascent.paper["object"]
+    assert other.settings == one.settings | {"alpha": 0.1, "epochs": 10}
+    assert (other.concept, other.data) == (one.concept, one.data)
+
+
 def test_a_kind_without_settings_takes_anothers_and_says_so() -> None:
     told = {"source": "a/b: c", "paper": {"style": {"settings": {"lr": 1}}, "any": {"like": "style"}}}
     authors = TypeAdapter(AuthorsSettings).validate_python(told)
