@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: n
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from filelock import FileLock
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase_concept.pipelines.families import FAMILIES
@@ -118,6 +119,21 @@ def square() -> Concept:
     """A concept for the tiny model."""
     templates = ("a {O}", "one {O}")
     return Concept("square", "object", "circle", templates, retain=("circle", "line"), others=("",))
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of ``erase-concept demo``, made once for all tests; demo.json beside it is what was printed."""
+    here = tmp_path_factory.getbasetemp()
+    shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+    folder, printed = shared / "demo-church", shared / "demo.json"
+    with FileLock(shared / "demo.lock"):
+        if not printed.is_file():
+            command = [sys.executable, "-m", "erase_concept.cli", "demo", "--out", str(folder), "--json"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

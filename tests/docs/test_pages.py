@@ -2,9 +2,10 @@
 
 The blocks of a page are run in order, in a folder that holds ``runs/church``: the built-in model with "church" erased,
 and its report. The demo's own folder is there too, so it is not made again. Every command and every Python block has a
-process of its own, a fork of one that has imported everything. Two comments before a block say otherwise:
+process of its own, a fork of one that has imported everything. Three comments before a block say otherwise:
 
     <!-- not run: REASON -->    the block is only shown
+    <!-- dry run: REASON -->    its ``erase`` commands are run with ``--dry-run``, which checks all but the training
     <!-- file: NAME -->         the block is a file that the page's later commands use
 """
 
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -29,8 +29,9 @@ PAGES = sorted(
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
     if not {"build", "notebooks"} & set(page.relative_to(ROOT).parts)
 )
-BLOCK = re.compile(r"^(?:<!-- (not run|file): ([^\n]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- (not run|dry run|file): ([^\n]+) -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
 RUN = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": ["block"]}
+DRY_RUN = """erase-concept() { if [ "$1" = erase ]; then set -- "$@" --dry-run; fi; command erase-concept "$@"; }"""
 PRELOADED = Path(__file__).with_name("preloaded.py")
 
 
@@ -50,7 +51,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def runs(page: Path) -> bool:
-    return any(block.language in RUN and not block.mark for block in blocks(page))
+    return any(block.language in RUN and block.mark != "not run" for block in blocks(page))
 
 
 @pytest.fixture(scope="session")
@@ -85,44 +86,35 @@ def run(block: Block, folder: Path, commands: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
+    text = block.text
+    if block.mark == "dry run":
+        text = f"{DRY_RUN}\n{text}"
     done = subprocess.run(
-        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
+        [*RUN[block.language], text], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, f"{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@pytest.fixture(scope="session")
-def church(tmp_path_factory: pytest.TempPathFactory, commands: Path) -> Path:
-    """A folder with runs/church and, as the demo makes it, runs/demo-church; made once for all processes."""
-    here = tmp_path_factory.getbasetemp()
-    shared = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
-    folder = shared / "pages"
-    with FileLock(shared / "pages.lock"):
-        if not (folder / "runs" / "church" / "report.json").is_file():
-            folder.mkdir(exist_ok=True)
-            run(Block("sh", "erase-concept demo && cp -r runs/demo-church runs/church", "", ""), folder, commands)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if runs(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_page_runs_as_printed(page: Path, church: Path, commands: Path, tmp_path: Path) -> None:
-    shutil.copytree(church, tmp_path, dirs_exist_ok=True)
+def test_the_page_runs_as_printed(page: Path, demo_run: Path, commands: Path, tmp_path: Path) -> None:
+    for name in ("demo-church", "church"):
+        shutil.copytree(demo_run, tmp_path / "runs" / name)
     for block in blocks(page):
         if block.mark == "file":
             file = tmp_path / block.said
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
-        elif block.language in RUN and not block.mark:
+        elif block.language in RUN and block.mark != "not run":
             run(block, tmp_path, commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_is_not_run_says_why(page: Path) -> None:
-    """A block that is neither run nor a file has a reason of at least two words."""
+    """A block that is not run, or only checked, has a reason of at least two words."""
     for block in blocks(page):
-        if block.mark == "not run":
+        if block.mark in ("not run", "dry run"):
             assert len(block.said.split()) > 1, block
     text = page.read_text(encoding="utf-8")
-    comments = len(re.findall(r"^<!-- (?:not run|file): ", text, re.M))
+    comments = len(re.findall(r"^<!-- (?:not run|dry run|file): ", text, re.M))
     assert comments == sum(bool(block.mark) for block in blocks(page)), "a comment without its block right below it"

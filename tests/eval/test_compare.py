@@ -204,12 +204,18 @@ def test_a_request_that_cannot_be_followed_measures_nothing(tmp_path: Path, opti
 
 @pytest.mark.slow
 def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    request = CompareRequest("emojinette", ("uce",), tmp_path, ("church",), seeds=(0,))
+    benchmark = tmp_path / "quick.yaml"  # Emojinette's own, with fewer images and steps
+    benchmark.write_text(
+        "{catalog: emojinette, forget: label, judges: [emojinette], metrics: [ua, ira, cra], size: 64,"
+        " settings: {seeds: 1, guidance: 5.0, steps: 12}}"
+    )
+    request = CompareRequest("emojinette", ("uce",), tmp_path, ("church",), str(benchmark), seeds=(0,))
     progress, first = iter_compare(request)
     assert progress == CompareProgress("uce__1_church_0", 1, 1)
     assert isinstance(first, Comparison)
     line = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
-    both = compare(replace(request, methods=("uce", "salun[steps=2,lr=1.0e-9]")))
+    once, twice = (f"salun[steps=2,lr={rate},data.forget=8,data.retain=8]" for rate in ("1.0e-9", "2.0e-9"))
+    both = compare(replace(request, methods=("uce", once)))
     lines = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
     assert lines.startswith(line)  # the first trial was not measured again
     edited, _ = both.results
@@ -238,11 +244,13 @@ def test_a_comparison_from_the_methods_to_the_page_goes_on_where_it_stopped(tmp_
     with pytest.raises(RequestError, match="lays several runs side by side"):
         read_report(tmp_path)
     # What was measured under one name is told, pictures and all, under the one that is asked for.
-    again = compare(replace(request, methods=("salun[steps=2,lr=2.0e-9]",), masks=("salient@0.5",)))
-    assert [result.trial.label for result in again.results] == ["salun-steps=2-lr=2.0e-9-_salient_0.5_church_0"]
+    again = compare(replace(request, methods=(twice,), masks=("salient@0.5",)))
+    assert [result.trial.label for result in again.results] == [
+        "salun-steps=2-lr=2.0e-9-data.forget=8-data.retain=8-_salient_0.5_church_0"
+    ]
     assert (tmp_path / "trials.jsonl").read_text(encoding="utf-8") == lines
     content = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
-    assert content["methods"].keys() == {"salun[steps=2,lr=2.0e-9], mask salient"}
+    assert content["methods"].keys() == {f"{twice}, mask salient"}
     with Image.open(tmp_path / "sheets" / "church.png") as sheet:
         assert sheet.height == 2 * 100 + 54
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from erase_concept.eval.benchmarks.emojinette import card
-from erase_concept.eval.evaluate import evaluate
 from erase_concept.eval.judges.emojinette import classify
 from erase_concept.pipelines import emojinette
 from erase_concept.pipelines.emojinette import CATALOG
@@ -25,9 +24,6 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.sample import Sampling, sample_images
 from erase_concept.prompts.label_grid import catalog_prompts
-from erase_concept.recipe import recipe_for
-from erase_concept.run import iter_erase
-from erase_concept.run_folder import read_run
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +117,3 @@ def test_card_says_what_was_measured() -> None:
     quality = json.loads((emojinette.HOME / "quality.json").read_text(encoding="utf-8"))
     training = json.loads((emojinette.HOME / "training.json").read_text(encoding="utf-8"))
     assert (emojinette.HOME / "README.md").read_text(encoding="utf-8") == card(quality, training)
-
-
-@pytest.mark.slow
-def test_forgets_church_and_keeps_the_rest(model: Diffusion, tmp_path: Path) -> None:
-    recipe = recipe_for("emojinette", "church", data={"forget": 24, "retain": 48})
-    for _ in iter_erase(recipe, tmp_path / "run"):
-        pass
-    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
-    report = evaluate(tmp_path / "run", settings={"seeds": 1})
-    ua, ira, cra = (report.score(name) for name in ("ua", "ira", "cra"))
-    assert ua.baseline <= 0.15
-    assert ua.value >= 0.9
-    assert ira.value >= 0.9 * ira.baseline
-    assert cra.value >= 0.9 * cra.baseline
