@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and telling what a file is that is not what it should be."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def atomic_write(file: Path) -> Iterator[Path]:
         raise EraseError(f"{file} could not be written: {problem}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def mistaken_for(file: Path) -> str:
+    """Say what a file is where a download brought something else: a Git LFS pointer or an HTML page; otherwise ""."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(256).lstrip().lower()
+    except OSError:
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: 'git lfs pull' gets it"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, such as a failed download leaves: get the file again"
+    return ""

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
@@ -31,7 +32,6 @@ from erase_concept.tokens import name_spans
 from erase_concept.training.loop import Training
 
 PARTS = ("forget", "anchor", "retain")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BATCH = 16
 
 Rows = tuple[Tensor, Tensor]  # latents [n, 4, h, w], and the numbers of their prompts int64 [n]
@@ -304,7 +304,7 @@ def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "")
     names = erased if part == "forget" else retained
     if not names:
         raise RequestError(setting, folder, "cannot be used: the concept retains no name that an image could show")
-    outside = _images_in(folder)
+    outside = pictures_in(folder)
     if outside and len(names) == 1:
         return dict.fromkeys(outside, names[0])
     if "train" not in names and (folder / "train").is_dir():
@@ -317,7 +317,7 @@ def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "")
     for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
         label = plain_name(classes.get(entry.name, entry.name))
         if known.get(label) in names:
-            found |= dict.fromkeys(_images_in(entry), known[label])
+            found |= dict.fromkeys(pictures_in(entry), known[label])
         elif label not in known and label not in map(plain_name, classes.values()):
             strange.append(entry.name)
     if strange or (outside and len(names) > 1):
@@ -328,10 +328,6 @@ def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "")
     if not found:
         raise RequestError(setting, folder, f"holds no image of {', '.join(names)} ({', '.join(SUFFIXES)})")
     return found
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
 
 
 def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, size: int) -> Tensor:
@@ -345,9 +341,5 @@ def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, siz
 
 def _read(file: Path, size: int) -> Tensor:
     """Read an image as [3, size, size] in [-1, 1], its middle square."""
-    try:
-        with Image.open(file) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as problem:
-        raise RequestError("image", file, f"not readable: {problem}") from None
+    fitted = ImageOps.fit(read_picture(file, setting="image"), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1

@@ -38,7 +38,7 @@ from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
-from erase_concept.run_folder import complete, read_run, versions, write_json
+from erase_concept.run_folder import LOCK, complete, only_process, read_run, versions, write_json
 from erase_concept.tokens import own_tokens
 from erase_concept.training.loop import Record, TargetProgress, steps_done
 from erase_concept.training.offload import offload_to_disk
@@ -140,6 +140,16 @@ def iter_erase(
     trained: nn.Module = getattr(model, part)
     # From here on the request is known to be sound: only now does the folder become the run's.
     out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        yield from _stages(recipe, model, trained, part, out)
+
+
+def _stages(
+    recipe: Recipe, model: Diffusion, trained: nn.Module, part: Part, out: Path
+) -> Iterator[Record | TargetProgress | str]:
+    """Carry out the stages of a run in its folder."""
+    if _claimed(recipe, out) and complete(out):  # another process has done it since
+        return
     recipe.save(out / "recipe.yaml")
     times = [time.perf_counter()]
     about = model.describe()
@@ -190,7 +200,7 @@ def _claimed(recipe: Recipe, out: Path) -> bool:
         if make_recipe(read_recipe(file)) != recipe:
             raise RequestError("out", out, "holds a run with another recipe; choose another folder")
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise RequestError("out", out, "exists and is no run folder; choose another one")
     return False
 

@@ -5,17 +5,34 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+
+LOCK = ".lock"  # held by the process that works in the folder
 
 
 def complete(folder: Path) -> bool:
     """Tell whether a run folder's erasing is done."""
     return (folder / "run.json").is_file()
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold a run folder; raises RequestError where another process on this machine works in it."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def choose_prompts(
         raise RequestError("prompts", named.name, "the erasing used every one of them; ask in other words")
     # Each time with seeds a large prime further on.
     rows = (
-        replace(row, seed=(row.seed + 1_000_000_007 * turn) % 2**63) for turn in range(settings.seeds) for row in kept
+        replace(row, seed=(row.seed + 1_000_000_007 * turn) % 2**32) for turn in range(settings.seeds) for row in kept
     )
     return ChosenPrompts(named, replace(named, rows=tuple(rows)), len(named.rows) - len(kept), own)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
@@ -52,8 +50,9 @@ class Extractor:
 
 def read_image(file: Path, *, setting: str = "images") -> NDArray[np.uint8]:
     """Return an image as uint8 [h, w, 3]; raises RequestError where the file holds none that can be read."""
-    with _opened(file, setting) as image:
-        return np.asarray(image.convert("RGB"))
+    from erase_concept.pipelines.pictures import read_picture
+
+    return np.asarray(read_picture(file, setting=setting))
 
 
 def image_features(
@@ -90,10 +89,11 @@ def image_features(
 
 def _extracted(files: Sequence[Path], network: Extractor, batch_size: int) -> NDArray[np.float32]:
     """Return the features [n, d] of image files, in batches of one size."""
+    from erase_concept.pipelines.pictures import picture_size
+
     sizes: dict[tuple[int, int], list[int]] = {}
     for place, file in enumerate(files):
-        with _opened(file, "images") as image:
-            sizes.setdefault(image.size, []).append(place)
+        sizes.setdefault(picture_size(file), []).append(place)
     found: dict[int, NDArray[np.float32]] = {}
     for same in sizes.values():
         for start in range(0, len(same), batch_size):
@@ -101,13 +101,3 @@ def _extracted(files: Sequence[Path], network: Extractor, batch_size: int) -> ND
             features = network(np.stack([read_image(files[place]) for place in batch]))
             found.update(zip(batch, features, strict=True))
     return np.stack([found[place] for place in range(len(files))])
-
-
-@contextmanager
-def _opened(file: Path, setting: str) -> Iterator[Any]:
-    """Open an image file; raises RequestError where it holds none that can be read."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise RequestError(setting, file, f"no readable image: {problem}") from None

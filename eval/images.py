@@ -110,7 +110,7 @@ def _images(
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.match_images import match_images
     from erase_concept.pipelines.processes import processes, total
-    from erase_concept.pipelines.sample import iter_sample
+    from erase_concept.pipelines.sample import cut_note, iter_sample
 
     source = str(plan.request.model if who == "erased" else plan.baseline)
     folder, setting, size = Path(source), "images" if who == "erased" else "baseline", plan.benchmark.size
@@ -137,7 +137,9 @@ def _images(
     made[who] = total(new)
     if kept is not None and not kept.exists() and state.is_main_process:
         _copy(samples, kept)
-    return read_images(samples)
+    found = read_images(samples)
+    cut = model.cut_prompts([row.prompt for row in prompts.rows])
+    return replace(found, notes=(*found.notes, cut_note(cut, model))) if cut else found
 
 
 def check_model(plan: EvalPlan, model: Diffusion) -> None:
@@ -156,26 +158,29 @@ def fitting(prompts: PromptSet, model: Diffusion) -> PromptSet:
 
 def _check_size(images: ImageSet, size: int, setting: str) -> None:
     """Raise RequestError naming images of another size."""
-    from PIL import Image
+    from erase_concept.pipelines.pictures import picture_size
 
     for file in images.files:
-        with Image.open(file) as image:  # reads no more than the head
-            if image.size != (size, size):
-                wide, high = image.size
-                allowed = f"{file.name} has {wide} x {high} pixels; this benchmark judges {size} x {size}"
-                raise RequestError(setting, file.parent, allowed)
+        wide, high = picture_size(file, setting=setting)
+        if (wide, high) != (size, size):
+            allowed = f"{file.name} has {wide} x {high} pixels; this benchmark judges {size} x {size}"
+            raise RequestError(setting, file.parent, allowed)
 
 
 def _key(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> str:
     """Return the SHA-256 over all that the images of a model depend on."""
     from erase_concept.pipelines.model import weights_hash
+    from erase_concept.pipelines.sample import tokens_hash
 
     parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
     parts_of_key = {
         "weights": {part: weights_hash(module) for part, module in parts.items()},
         "scheduler": dict(model.scheduler.config),
+        "settings": dict(model.settings),
+        "size": model.size,
+        "tokens": tokens_hash(model, prompts.rows),
         "rows": [asdict(row) for row in prompts.rows],
-        "options": {key: getattr(sampling, key) for key in ("steps", "guidance", "scheduler")},
+        "options": {key: getattr(sampling, key) for key in ("steps", "guidance", "scheduler", "eta")},
         "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "diffusers")},
         "device": model.device.type,
     }

@@ -97,8 +97,8 @@ def read_erased_run(model: str | Path) -> ErasedRun:
 
 def is_images(folder: Path) -> bool:
     """Tell a folder of images from a model's and from a run's."""
-    from erase_concept.pipelines.image_set import IMAGE_SUFFIXES
+    from erase_concept.pipelines.pictures import SUFFIXES
 
     if not folder.is_dir() or any((folder / name).is_file() for name in ("run.json", "model_index.json")):
         return False
-    return any(file.name == "manifest.jsonl" or file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+    return any(file.name == "manifest.jsonl" or file.suffix.lower() in SUFFIXES for file in folder.iterdir())

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.pictures import read_picture
 from erase_concept.prompts.promptset import PromptRow
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MANIFEST = "manifest.jsonl"
 SETTINGS = "sampling.json"
 
@@ -37,7 +36,7 @@ class ImageSet:
 
     def arrays(self) -> np.ndarray:
         """Return the images as uint8 [n, h, w, 3]; raises RequestError when they differ in size."""
-        found = [np.asarray(Image.open(file).convert("RGB")) for file in self.files]
+        found = [np.asarray(read_picture(file)) for file in self.files]
         if len(sizes := sorted({f"{image.shape[1]} x {image.shape[0]}" for image in found})) > 1:
             raise RequestError("images", self.files[0].parent, f"have several sizes: {shortened(sizes)}")
         return np.stack(found)

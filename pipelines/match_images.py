@@ -13,13 +13,13 @@ from PIL import Image
 
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.image_set import (
-    IMAGE_SUFFIXES,
     ImageSet,
     manifests,
     natural_order,
     read_images,
     shortened,
 )
+from erase_concept.pipelines.pictures import SUFFIXES, read_picture
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 # 00012.png, 12_0.png (the first image of case 12), case_12.png: a case number alone, and no other program's counter.
@@ -47,13 +47,16 @@ def match_images(folder: str | Path, prompts: PromptSet, *, setting: str = "imag
        prompt's. This fits programs that count by themselves (``ComfyUI_00001_.png``).
 
     A part of the set is matched too. ``notes`` tell of prompts without an image, images of no prompt of the set, files
-    that are no image, and images of one colour, as a safety checker leaves them. Raises RequestError naming
+    that are no image or hidden, and images of one colour, as a safety checker leaves them. Raises RequestError naming
     ``setting`` when the images cannot be matched, are empty or cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise RequestError(setting, folder, "no such folder")
     others: list[str] = []
+    hidden = sorted(
+        entry.name for entry in folder.iterdir() if entry.name[0] == "." and entry.suffix.lower() in SUFFIXES
+    )
     if manifests(folder):
         made = read_images(folder, setting=setting)
         matches, settings = _match_manifest(made, prompts), made.settings
@@ -64,6 +67,7 @@ def match_images(folder: str | Path, prompts: PromptSet, *, setting: str = "imag
         matches = _match_names(files, prompts, folder, setting)
         settings = {"matched": matches.how}
     notes = [f"{_count(others, 'file')} no image: {shortened(others)}"] if others else []
+    notes += [f"{_count(hidden, 'file')} hidden and left out: {shortened(hidden)}"] if hidden else []
     matched = {place for place, _ in matches.pairs}
     if absent := [number for place, number in enumerate(prompts.case_numbers) if place not in matched]:
         missing = f"of {len(prompts.rows):,} prompts {len(absent):,} without an image"
@@ -80,10 +84,10 @@ def match_images(folder: str | Path, prompts: PromptSet, *, setting: str = "imag
 def _listed(folder: Path, setting: str) -> tuple[list[Path], list[str]]:
     """Return the images of a folder in natural order, and the names of everything else in it."""
     entries = sorted((entry for entry in folder.iterdir() if entry.name[0] != "."), key=lambda e: natural_order(e.name))
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES]
-    others = [entry.name for entry in entries if entry.is_dir() or entry.suffix.lower() not in IMAGE_SUFFIXES]
+    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
+    others = [entry.name for entry in entries if entry.is_dir() or entry.suffix.lower() not in SUFFIXES]
     if not files:
-        what = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
+        what = f"holds no images ({', '.join(SUFFIXES)})"
         raise RequestError(setting, folder, f"{what}, only {shortened(others)}" if others else what)
     return files, others
 
@@ -147,10 +151,10 @@ def _check_readable(files: Sequence[Path], folder: Path, setting: str) -> list[s
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for file in files:
             try:
-                with Image.open(file) as image:
-                    one_colour = image.convert("RGB").getcolors(1) is not None
+                one_colour = read_picture(file).getcolors(1) is not None
             except Exception as problem:  # a decoder may raise anything for a file that is no image
-                why = str(problem).split(str(file))[0].strip(" '") if file.stat().st_size else "an empty file"
+                said = problem.allowed if isinstance(problem, RequestError) else str(problem)
+                why = said.split(str(file))[0].strip(" '") if file.stat().st_size else "an empty file"
                 bad.append(f"{file.name} ({why})")
                 continue
             if one_colour:

@@ -131,8 +131,11 @@ class Diffusion:
 
     @property
     def size(self) -> int:
-        """Side of the images that the model was trained for, in pixels."""
-        return int(self.unet.config.sample_size) * self.factor
+        """Side of the images that the model was trained for, in pixels; where its files do not say, the family's."""
+        side = self.unet.config.sample_size
+        if side is None and self.family.single_file is not None:
+            side = self.family.single_file.configs({})["unet"]["sample_size"]
+        return int(side[0] if isinstance(side, list | tuple) else side) * self.factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -142,6 +145,12 @@ class Diffusion:
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the token ids of prompts for each text encoder, int64 [n, tokens], padded and truncated."""
         return tuple(self._ids(tokenizer, prompts) for tokenizer in self.tokenizers.values())
+
+    def cut_prompts(self, prompts: Sequence[str]) -> int:
+        """Return how many different prompts have more tokens than the model reads, so that the rest is cut off."""
+        unique, longest = list(dict.fromkeys(prompts)), self.tokenizer.model_max_length
+        ids = self.tokenizer(unique, verbose=False).input_ids if unique else []
+        return sum(len(some) > longest for some in ids)
 
     def encode_ids(self, ids: Sequence[Tensor]) -> Tensor:
         """Return the embeddings [n, tokens, width] of what ``token_ids`` returned, with gradients where asked for."""

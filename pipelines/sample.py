@@ -69,6 +69,7 @@ class Sampling:
 
 
 DEFAULT = Sampling()
+_TOKENIZED = 1024  # prompts at once
 
 
 def make_scheduler(model: Diffusion, name: str | None, steps: int) -> Any:
@@ -272,8 +273,14 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
         "sampler": sampling.scheduler or SAMPLER,
         "steps": sampling.steps,
         "guidance": sampling.guidance,
+        "eta": sampling.eta,
+        "size": model.size,
+        "tokens": tokens_hash(model, prompts.rows),
+        "settings": dict(model.settings),
+        "scheduler": {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")},
         **({} if sampling.guard is None else {"guard": str(sampling.guard)}),
     }
+    told = json.loads(json.dumps(told, default=str))  # as it will be read
     out.mkdir(parents=True, exist_ok=True)
     about = out / SETTINGS
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != told:
@@ -284,6 +291,22 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
             partial.write_text(json.dumps(told, indent=1), encoding="utf-8")
         merge_manifests(out, prompts.rows)
     state.wait_for_everyone()
+
+
+def tokens_hash(model: Diffusion, rows: Sequence[PromptRow]) -> str:
+    """Return the SHA-256 over the token ids of the rows' prompts, which depend on the model's tokenizers."""
+    digest = hashlib.sha256()
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    for start in range(0, len(prompts), _TOKENIZED):
+        for ids in model.token_ids(prompts[start : start + _TOKENIZED]):
+            digest.update(ids.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cut_note(count: int, model: Diffusion) -> str:
+    """Say how many prompts are longer than the model reads."""
+    which = "prompt has" if count == 1 else "prompts have"
+    return f"{count:,} {which} more than {model.tokenizer.model_max_length} tokens: what is behind them is cut off"
 
 
 def _rows_hash(rows: Sequence[PromptRow]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from itertools import combinations
 from typing import Any, Literal
 
@@ -247,6 +248,14 @@ def in_words(names: Sequence[str]) -> str:
 
 def parse(description: Any) -> Concept:
     """Read a concept from a mapping as ``to_dict`` returns it; raises ValueError that names the first bad field."""
+    allowed = [field.name for field in fields(Concept)]
+    nested = description.get("combined") if isinstance(description, Mapping) else None
+    for part in (description, *(nested if isinstance(nested, list | tuple) else ())):
+        for key in part if isinstance(part, Mapping) else ():
+            if key not in allowed:
+                near = get_close_matches(str(key), allowed, n=1)
+                what = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+                raise ValueError(f"no such field as {key!r}; {what}")
     try:
         return TypeAdapter(Concept).validate_python(description)
     except ValidationError as problem:

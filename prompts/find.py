@@ -83,6 +83,9 @@ def _named(name: str, catalogs: Sequence[str]) -> Concept:
     if (found := known.get(plain_name(name))) is not None:
         return found
     kind, colon, rest = name.partition(":")
+    first, *more = (part.strip() for part in (rest if colon else name).split(","))
+    if more and (not colon or any(plain_name(part) in known or part.split(":")[0] in KINDS for part in more)):
+        raise RequestError("concept", name, f"looks like a list: give {first!r} and each of the others by itself")
     if colon and kind.strip().lower() in KINDS:
         return _of_kind(kind.strip().lower(), rest, catalogs)
     first, *others = (kind for kind in KINDS if kind not in ("artist", "technique"))

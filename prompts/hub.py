@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from erase_concept.errors import RequestError
-from erase_concept.prompts.promptset import PromptSet, column_positions, make_row, read_prompts
+from erase_concept.prompts.promptset import PromptSet, column_positions, first_values, make_row, read_prompts
 
 HUB = "hub:"
 
@@ -45,12 +45,13 @@ def _dataset_prompts(name: str, repository: str, split: str, limit: int | None) 
         table = load_dataset(str(folder), split=split)
     except Exception as problem:  # of any format and library
         raise RequestError("prompts", name, f"could not be loaded: {_first_line(problem)}") from None
-    columns = {key: table.column_names[at] for key, at in column_positions(table.column_names, name, "prompts").items()}
+    columns = column_positions(table.column_names, name, "prompts")
+    used = sorted({place for places in columns.values() for place in places})
     rows = []
-    for place, record in enumerate(islice(table.select_columns(list(columns.values())), limit)):
-        values = {key: "" if (value := record[column]) is None else str(value) for key, column in columns.items()}
+    for place, record in enumerate(islice(table.select_columns([table.column_names[place] for place in used]), limit)):
+        texts = ["" if (value := record.get(column)) is None else str(value) for column in table.column_names]
         try:
-            rows.append(make_row(values, place))
+            rows.append(make_row(first_values(texts, columns), place))
         except ValueError as problem:
             raise RequestError("prompts", f"{name}, row {place + 1}", str(problem)) from None
     if not rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, mistaken_for
 from erase_concept.prompts.minors import DROPPED, sexual_with_minors
 
 # Accepted names of each column. I2P's file begins them with "sd_"; research repositories begin seed and guidance scale
@@ -159,17 +159,19 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
+            if what := mistaken_for(file):
+                raise RequestError(setting, file, what)
             header = next(reader, [])
             columns = column_positions(header, file, setting)
             index, line = 0, reader.line_num + 1
             for record in reader:
                 row_line, line = line, reader.line_num + 1
-                if not record:
+                if not any(value.strip() for value in record):
                     continue
                 try:
                     if len(record) != len(header):
                         raise ValueError(f"has {len(record)} values for {len(header)} columns")
-                    row = make_row({name: record[column] for name, column in columns.items()}, index)
+                    row = make_row(first_values(record, columns), index)
                 except ValueError as problem:
                     raise RequestError(setting, f"{file}, line {row_line}", str(problem)) from None
                 yield row
@@ -198,16 +200,27 @@ def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = No
     return found.without_minors()
 
 
-def column_positions(header: Sequence[str], source: object, setting: str) -> dict[str, int]:
-    """Return the position of each column that the file has; raises RequestError when it has no prompts."""
+def column_positions(header: Sequence[str], source: object, setting: str) -> dict[str, tuple[int, ...]]:
+    """Return where each column stands in the file, in all of its spellings; raises RequestError without prompts."""
     names = [name.strip() for name in header]
-    spelled = {name: next((s for s in spellings if s in names), None) for name, spellings in _COLUMNS.items()}
-    if spelled["prompt"] is None:
+    found = {
+        name: tuple(names.index(spelling) for spelling in spellings if spelling in names)
+        for name, spellings in _COLUMNS.items()
+    }
+    if not found["prompt"]:
         # In many countries spreadsheets save CSV files with another separator.
         other_separator = len(names) == 1 and any(mark in names[0] for mark in ";\t|")
         what = "its values must be separated by commas" if other_separator else "its first line must name the columns"
         raise RequestError(setting, source, f"no column 'prompt', only {', '.join(names) or 'an empty file'}; {what}")
-    return {name: names.index(spelling) for name, spelling in spelled.items() if spelling is not None}
+    return {name: places for name, places in found.items() if places}
+
+
+def first_values(record: Sequence[str], columns: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the value of each column in one record: of its spellings, the first that is not empty."""
+    return {
+        name: next((record[place] for place in places if record[place].strip()), record[places[0]])
+        for name, places in columns.items()
+    }
 
 
 def make_row(values: Mapping[str, str], index: int) -> PromptRow:
@@ -215,9 +228,10 @@ def make_row(values: Mapping[str, str], index: int) -> PromptRow:
     seed, number = _number(values, "seed", int), _number(values, "case_number", int)
     guidance = _number(values, "guidance", float)
     width, height = _number(values, "width", int), _number(values, "height", int)
-    for name, given in (("seed", seed), ("case_number", number)):
-        if given is not None and not 0 <= given < 2**63:
-            raise ValueError(f"{name} must be at least 0 and below 2^63, not {given}")
+    # PyTorch's generator takes 32 bits of a seed: a larger one would be another's picture.
+    for name, given, bits in (("seed", seed, 32), ("case_number", number, 63)):
+        if given is not None and not 0 <= given < 2**bits:
+            raise ValueError(f"{name} must be at least 0 and below 2^{bits}, not {given}")
     if guidance is not None and not 0 <= guidance < float("inf"):
         raise ValueError(f"guidance must be at least 0 and finite, not {guidance}")
     for name, size in (("width", width), ("height", height)):

@@ -68,7 +68,7 @@ def sample(
     from erase_concept.pipelines.guards import find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
-    from erase_concept.pipelines.sample import Sampling, iter_sample
+    from erase_concept.pipelines.sample import Sampling, cut_note, iter_sample
     from erase_concept.prompts.find_prompts import find_prompts
     from erase_concept.recipe import find_concept
 
@@ -82,7 +82,10 @@ def sample(
     found = find_prompts(prompts)
     print_dropped(len(found.dropped))
     sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
-    made = iter_sample(load(model, ema=ema is not False), found, out, sampling)
+    loaded = load(model, ema=ema is not False)
+    if cut := loaded.cut_prompts([row.prompt for row in found.rows]):
+        typer.echo(cut_note(cut, loaded), err=True)
+    made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)})

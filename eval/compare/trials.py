@@ -267,7 +267,7 @@ def plan_of(benchmark: str, recipe: Recipe, trial: Trial, folder: Path) -> EvalP
         raise RequestError("benchmark", benchmark, f"{name} cannot be measured: {why}")
     # New noise for every seed, so that no two trials' samples are the same ones.
     asked = plan.prompts.asked
-    rows = tuple(replace(row, seed=(row.seed + 1_000 * trial.seed) % 2**63) for row in asked.rows)
+    rows = tuple(replace(row, seed=(row.seed + 1_000 * trial.seed) % 2**32) for row in asked.rows)
     return replace(plan, prompts=replace(plan.prompts, asked=replace(asked, rows=rows)))
 
 

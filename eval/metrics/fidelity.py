@@ -144,13 +144,13 @@ def _frechet(
 
 def image_files(folder: Path) -> list[Path]:
     """Return the images of a folder and the folders in it; raises RequestError when there are none."""
-    from erase_concept.pipelines.image_set import IMAGE_SUFFIXES
+    from erase_concept.pipelines.pictures import SUFFIXES, pictures_in
 
     if not folder.is_dir():
         raise RequestError("metric.reference", folder, "no such folder")
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    found = pictures_in(folder, deep=True)
     if not found:
-        raise RequestError("metric.reference", folder, f"holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise RequestError("metric.reference", folder, f"holds no images ({', '.join(SUFFIXES)})")
     return found
 
 

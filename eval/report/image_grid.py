@@ -9,16 +9,17 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from erase_concept.errors import RequestError
 from erase_concept.eval.report.report import Pair
 from erase_concept.eval.report.text import READABLE
+from erase_concept.pipelines.pictures import read_picture
 
 
 def read_image(file: Path) -> Image.Image | None:
     """Return an image in RGB, or None where the file is gone or none that can be read."""
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return read_picture(file)
+    except RequestError:
         return None
 
 

@@ -81,6 +81,9 @@ def check_fit(components: Components) -> None:
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         has = f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}"
         raise ValueError(f"{has}, the VAE's latents have {vae.latent_channels}")
+    if isinstance(unet.sample_size, list | tuple) and len({*unet.sample_size}) > 1:
+        has = f"the UNet's sample_size is {list(unet.sample_size)}"
+        raise ValueError(f"{has}: set one number; a prompt's width and height make images that are not square")
     encoders = [part.config for name, part in components.items() if name.startswith("text_encoder")]
     width = sum(encoder.hidden_size for encoder in encoders)
     if unet.cross_attention_dim != width:

@@ -70,7 +70,15 @@ def single_file_configs(file: Path) -> tuple[Family, Configs]:
     """Return the family of a checkpoint and the configurations of its components, by diffusers' names."""
     tensors, metadata = read_tensors(file)
     family = _family(file, tensors)
-    return family, _configs(file, family, metadata)[0]
+    layout = _layout(family)
+    configs, own = _configs(file, family, metadata)
+    for part, widths in layout.widths(tensors).items():
+        configs[part] |= widths
+    if layout.settle is not None and not own:  # only its weights tell which model it is
+        del tensors
+        components = load_single_file(file, str(file)).components
+        configs |= {part: dict(components[part].config) for part in ("unet", "vae", "scheduler")}
+    return family, configs
 
 
 def _configs(file: Path, family: Family, metadata: Mapping[str, str]) -> tuple[Configs, bool]:

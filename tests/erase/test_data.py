@@ -85,7 +85,7 @@ def test_bad_folders_are_named(tiny: Diffusion, square: Concept, tmp_path: Path)
     with pytest.raises(RequestError, match=r"data.forget_images .*: holds no image"):
         make_data(tiny, square, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
     (tmp_path / "x.png").write_bytes(b"\x89PNG but not really")
-    with pytest.raises(RequestError, match=r"x\.png: not readable"):
+    with pytest.raises(RequestError, match=r"x\.png: no readable image"):
         make_data(tiny, square, DataRecipe(**SMALL, forget_images=tmp_path), seed=1)
 
 

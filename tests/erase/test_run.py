@@ -131,6 +131,16 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
 
 
+def test_two_processes_do_not_work_in_one_folder(model: Path, square: Concept, tmp_path: Path) -> None:
+    first = iter_erase(recipe(model, square), tmp_path / "run")
+    assert [next(first), next(first)] == ["load", "data"]
+    with pytest.raises(RequestError, match="another process is at work in it"):
+        run(recipe(model, square), tmp_path / "run")
+    first.close()
+    assert len(run(recipe(model, square), tmp_path / "run")) > 2
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+
+
 def test_folders_of_other_things_are_refused(model: Path, square: Concept, tmp_path: Path) -> None:
     run(recipe(model, square), tmp_path / "run")
     with pytest.raises(RequestError, match=r"out .*another recipe"):

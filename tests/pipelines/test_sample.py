@@ -298,6 +298,40 @@ def test_folder_of_another_model_is_refused(tiny: Diffusion, tmp_path: Path) -> 
         list(iter_sample(tiny, prompts, tmp_path, Sampling(steps=2)))
 
 
+@pytest.mark.parametrize("what", ["scheduler", "settings", "size", "eta"])
+def test_all_that_shapes_an_image_is_told_apart(tiny: Diffusion, tmp_path: Path, what: str) -> None:
+    rows = PromptSet("p", ROWS[:1])
+    list(iter_sample(tiny, rows, tmp_path / "out", Sampling(steps=1)))
+    sampling = Sampling(steps=1, eta=0.5, scheduler=None) if what == "eta" else Sampling(steps=1)
+    if what == "scheduler":
+        changed = diffusers.DDIMScheduler.from_config(tiny.scheduler.config, prediction_type="v_prediction")
+        tiny = tiny.with_components(scheduler=changed)
+    elif what == "settings":
+        tiny = replace(tiny, settings={"force_zeros_for_empty_prompt": True})
+    elif what == "size":
+        tiny.unet.register_to_config(sample_size=16)
+    with pytest.raises(RequestError, match="another model, prompt set or setting"):
+        list(iter_sample(tiny, rows, tmp_path / "out", sampling))
+
+
+def test_prompts_that_are_too_long_are_counted(tiny: Diffusion) -> None:
+    longest = tiny.tokenizer.model_max_length - 2  # beside its start and its end
+    letters = [" ".join("a" * count) for count in (longest, longest + 1)]
+    assert tiny.cut_prompts([letters[0], letters[1], letters[1], "a"]) == 1
+    assert tiny.cut_prompts([]) == 0
+    ids = tiny.token_ids([letters[1], f"{letters[1]} b"])[0]
+    assert torch.equal(ids[0], ids[1])  # which is why they are counted
+
+
+def test_a_unet_says_its_size_in_any_way(tiny: Diffusion) -> None:
+    for told, size in (([8, 8], 16), ((12, 12), 24), (None, 128)):
+        tiny.unet.register_to_config(sample_size=told)
+        assert tiny.size == size
+    tiny.unet.register_to_config(sample_size=[8, 12])
+    with pytest.raises(ValueError, match=r"sample_size is \[8, 12\]: set one number"):
+        tiny.family.check_fit(tiny.components)
+
+
 def test_changed_images_are_noticed(tiny: Diffusion, tmp_path: Path) -> None:
     list(iter_sample(tiny, PromptSet("p", ROWS[:2]), tmp_path, Sampling(steps=2)))
     prompts = PromptSet("p", ROWS[:2])
@@ -466,9 +500,15 @@ def test_unreadable_images_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="3 images cannot be read") as raised:
         match_images(tmp_path, ASKED)
     told = str(raised.value)
-    assert "3.png (an empty file), 7.png (cannot identify image file), 12.png (" in told
+    assert "3.png (an empty file), 7.png (is an HTML page" in told
     assert "20.png" not in told
     assert "\n" not in told
+
+
+def test_hidden_files_are_left_out_and_told(tmp_path: Path) -> None:
+    matched(tmp_path, [f"{number}.png" for number in CASES])
+    (tmp_path / f"._{CASES[0]}.png").write_bytes(b"what a Mac leaves")
+    assert f"1 file is hidden and left out: ._{CASES[0]}.png" in match_images(tmp_path, ASKED).notes
 
 
 def test_images_of_several_sizes_are_told(tmp_path: Path) -> None:

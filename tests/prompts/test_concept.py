@@ -379,6 +379,27 @@ def test_a_folder_of_images_has_a_kind(tmp_path: Path, monkeypatch: pytest.Monke
     assert concept("church").images == ""
 
 
+@pytest.mark.parametrize("name", ["violence, nudity, harm", "unsafe:violence, nudity", "object:cat, person:Ada"])
+def test_a_list_in_one_name_is_refused(name: str) -> None:
+    with pytest.raises(
+        RequestError, match=r"looks like a list: give '(violence|cat)' and each of the others by itself"
+    ):
+        find_concept(name)
+
+
+def test_a_name_may_hold_a_comma() -> None:
+    assert find_concept("character:Foo, the bear").name == "Foo, the bear"
+
+
+def test_a_misspelt_field_is_named() -> None:
+    told = {"name": "cat", "kind": "object", "synonims": ["kitten"]}
+    with pytest.raises(RequestError, match="no such field as 'synonims'; did you mean synonyms"):
+        find_concept(told)
+    several = {"name": "a and b", "kind": "several", "combined": [{**told, "templates": ["{O}"]}]}
+    with pytest.raises(RequestError, match="no such field as 'synonims'"):
+        find_concept(several)
+
+
 def test_what_describes_no_concept_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for name, problem in (

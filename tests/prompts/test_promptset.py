@@ -54,7 +54,7 @@ def test_both_spellings_of_i2p_read_alike(tmp_path: Path) -> None:
 def test_comes_back_from_its_file(tmp_path: Path, spelling: str, header: str) -> None:
     rows = (
         PromptRow(
-            'say "hi",\nor not 🪦', 2**63 - 1, 0.0, 64, 128, "church", "Vincent van Gogh", "hate, shocking", 203564
+            'say "hi",\nor not 🪦', 2**32 - 1, 0.0, 64, 128, "church", "Vincent van Gogh", "hate, shocking", 203564
         ),
         PromptRow("", 0, case_number=7),
         PromptRow("שלום, مرحبا \u2067rtl\u2069 \u2028 \x85 \x0b \r\n \r 👩\u200d🚀", 1, 1e-7, case_number=8),
@@ -79,6 +79,16 @@ def test_rows_without_a_seed_or_a_case_number_are_numbered(tmp_path: Path) -> No
     assert read_prompts(tmp_path / "q.csv").case_numbers == made.case_numbers == (0, 1)
 
 
+def test_a_row_without_any_value_is_none(tmp_path: Path) -> None:
+    rows = read_prompts(write(tmp_path, 'prompt,seed\n,\na,1\n , \n"",7\n')).rows
+    assert [(row.prompt, row.seed) for row in rows] == [("a", 1), ("", 7)]  # the empty prompt has a seed
+
+
+def test_of_two_spellings_of_a_column_the_one_with_a_value_counts(tmp_path: Path) -> None:
+    rows = read_prompts(write(tmp_path, "prompt,evaluation_seed,sd_seed\na,,7\nb,3,8\nc,,\n")).rows
+    assert [row.seed for row in rows] == [7, 3, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -91,6 +101,9 @@ def test_rows_without_a_seed_or_a_case_number_are_numbered(tmp_path: Path) -> No
         ("prompt,seed\na,1.5\n", "line 2: seed must be a whole number"),
         ("prompt,seed\na," + "9" * 9999 + "\n", "line 2: seed must be"),
         ("prompt,seed\na,-1\n", "line 2: seed must be at least 0"),
+        (f"prompt,seed\na,{2**32}\n", r"line 2: seed must be at least 0 and below 2\^32, not 4294967296"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        ("<!DOCTYPE html>\n<html>\n", "is an HTML page"),
         ("prompt,case_number\na,c12\n", "line 2: case_number must be a whole number, not 'c12'"),
         ("prompt,evaluation_guidance\na,nan\n", "line 2: guidance must be at least 0 and finite"),
         ("prompt,evaluation_guidance\na,high\n", "line 2: guidance must be a number, not 'high'"),
