@@ -18,11 +18,12 @@ SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_e
 # Of these the oldest versions that pyproject.toml allows are asked too: all that depends on what diffusers and
 # transformers call things, from loading to exporting, and the commands.
 LOWEST := .venv-lowest
+PROGRAMS := .venv-programs
 LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py tests/pipelines/test_from_single_file.py \
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test test-lowest lint wheel-test docs bench comparison train measure clean
+.PHONY: demo test test-lowest lint wheel-test docs rehearsal bench comparison train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +49,7 @@ $(LOWEST)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch' > $(LOWEST)/lowest.txt
 	$(BIN)/pip list --format freeze | grep -E '^(torch|torchvision)==' >> $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/lowest.txt -e '.[tokenizer]' 'pytest>=8.2' 'pytest-xdist>=3.6'
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/lowest.txt -e '.[tokenizer]' 'pytest>=8.2' 'pytest-xdist>=3.6' 'peft>=0.17'
 	touch $@
 
 test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the commands with the oldest libraries
@@ -70,6 +71,16 @@ $(VENV)/installed-docs: $(VENV)/installed
 
 docs: $(VENV)/installed-docs  ## build the documentation, and run its notebooks, into docs/build
 	$(FAST) $(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/build/html
+
+# stable-diffusion.cpp, which is compiled.
+$(PROGRAMS)/installed:
+	$(PYTHON) -m venv $(PROGRAMS)
+	$(PROGRAMS)/bin/pip install --quiet 'stable-diffusion-cpp-python>=0.4.7'
+	touch $@
+
+rehearsal: $(VENV)/installed $(LOWEST)/installed $(PROGRAMS)/installed  ## erase at full size, random weights, and open the exports elsewhere
+	$(FAST) $(BIN)/python benchmarks/rehearsal.py runs/rehearsal --programs $(CURDIR)/$(PROGRAMS)/bin/python \
+		--oldest $(CURDIR)/$(LOWEST)/bin/python
 
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py
