@@ -138,8 +138,8 @@ def _images(
     if kept is not None and not kept.exists() and state.is_main_process:
         _copy(samples, kept)
     found = read_images(samples)
-    cut = model.cut_prompts([row.prompt for row in prompts.rows])
-    return replace(found, notes=(*found.notes, cut_note(cut, model))) if cut else found
+    note = cut_note(model, prompts)
+    return replace(found, notes=(*found.notes, note)) if note else found
 
 
 def check_model(plan: EvalPlan, model: Diffusion) -> None:

@@ -303,8 +303,11 @@ def tokens_hash(model: Diffusion, rows: Sequence[PromptRow]) -> str:
     return digest.hexdigest()
 
 
-def cut_note(count: int, model: Diffusion) -> str:
-    """Say how many prompts are longer than the model reads."""
+def cut_note(model: Diffusion, prompts: PromptSet) -> str:
+    """Say how many prompts are longer than the model reads; where none is, an empty text."""
+    count = model.cut_prompts([row.prompt for row in prompts.rows])
+    if not count:
+        return ""
     which = "prompt has" if count == 1 else "prompts have"
     return f"{count:,} {which} more than {model.tokenizer.model_max_length} tokens: what is behind them is cut off"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,9 +18,12 @@ from erase_concept.cli.options import (
     assigned,
     examples,
 )
-from erase_concept.cli.terminal import print_dropped, print_json
+from erase_concept.cli.terminal import print_dropped, print_json, print_note
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.progress import progress
+
+if TYPE_CHECKING:
+    from erase_concept.pipelines.guards.guard import AppliedGuard
 
 EXAMPLES = examples(
     "erase-concept sample runs/church -p prompts.csv -o images",
@@ -65,29 +68,36 @@ def sample(
     json_: JsonOption = False,
 ) -> None:
     """Sample images for a prompt set. Run again, it makes only the missing ones."""
-    from erase_concept.pipelines.guards import find_guard
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.processes import total
     from erase_concept.pipelines.sample import Sampling, cut_note, iter_sample
     from erase_concept.prompts.find_prompts import find_prompts
-    from erase_concept.recipe import find_concept
 
-    given = assigned(set_, "guard")["guard"]
-    if (guard is None) != (concept is None):
-        alone = ("guard", guard) if concept is None else ("concept", concept)
-        raise RequestError(*alone, "--guard and --concept go together")
-    if given and guard is None:
-        raise RequestError(f"guard.{min(given)}", given[min(given)], "goes with --guard")
-    guarded = None if guard is None or concept is None else find_guard(guard, find_concept(concept, model), given)
+    guarded = _guard(guard, concept, model, set_)
     found = find_prompts(prompts)
-    print_dropped(len(found.dropped))
-    sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
     loaded = load(model, ema=ema is not False)
-    if cut := loaded.cut_prompts([row.prompt for row in found.rows]):
-        typer.echo(cut_note(cut, loaded), err=True)
+    print_dropped(len(found.dropped))
+    print_note(cut_note(loaded, found))
+    sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
     made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
         print_json({"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)})
     else:
         typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")
+
+
+def _guard(guard: str | None, concept: str | None, model: str, set_: list[str] | None) -> AppliedGuard | None:
+    """Return the guard that is asked for, with its settings, or None; raises RequestError for half of a request."""
+    from erase_concept.pipelines.guards import find_guard
+    from erase_concept.recipe import find_concept
+
+    given = assigned(set_, "guard")["guard"]
+    if given and guard is None:
+        raise RequestError(f"guard.{min(given)}", given[min(given)], "goes with --guard")
+    if guard is None and concept is None:
+        return None
+    if guard is None or concept is None:
+        alone = ("guard", guard) if concept is None else ("concept", concept)
+        raise RequestError(*alone, "--guard and --concept go together")
+    return find_guard(guard, find_concept(concept, model), given)

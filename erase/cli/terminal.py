@@ -63,6 +63,12 @@ def print_dropped(count: int) -> None:
         print(f"erase-concept: dropped {count:,} of the prompts: {DROPPED}", file=sys.stderr)
 
 
+def print_note(note: str) -> None:
+    """Say something on standard error, unless it is empty."""
+    if note:
+        print(f"erase-concept: {note}", file=sys.stderr)
+
+
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a table; what is in its cells is text, never markup."""
     table = Table(title=Text(title), title_justify="left", show_header=any(header))
