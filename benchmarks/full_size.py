@@ -143,17 +143,20 @@ def published(args: argparse.Namespace) -> Iterator[float]:
 
 def ours(args: argparse.Namespace) -> Iterator[float]:
     """Take the same step with the method ``salun`` as users run it, with a memory preset's settings."""
-    whole = model(args.width)
-    context = whole.unet.config.cross_attention_dim
+    settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
+    whole = model(args.width, args.family)
+    context, tokens = whole.unet.config.cross_attention_dim, TOKENS + whole.family.extra_tokens
     n = max(4, args.batch)
-    latents, embedded = torch.randn(n, 4, args.size // 8, args.size // 8), torch.randn(n, TOKENS, context)
+    latents, embedded = torch.randn(n, 4, args.size // 8, args.size // 8), torch.randn(n, tokens, context)
+    if settings.get("weights") == "bf16":
+        for p in whole.unet.parameters():
+            p.data = p.data.to(torch.bfloat16)
     which, none = torch.arange(n), torch.arange(0)
     data = ForgetRetain(
         *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1]),
         *(torch.ones(n, 2).long(), torch.ones(n, 2).long()),
-        *(torch.zeros(n).long(), torch.zeros(n, TOKENS).long()),
+        *(torch.zeros(n).long(), *[torch.zeros(n, TOKENS).long()] * 3),
     )
-    settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
     bits = {
         name: torch.from_numpy(np.packbits(torch.randint(0, 2, (p.numel(),), dtype=torch.uint8).numpy()))
         for name, p in whole.unet.named_parameters()
@@ -191,6 +194,7 @@ def main() -> None:
     """Run one flow and print what it took as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("flow", choices=FLOWS)
+    parser.add_argument("--family", default="sd1", choices=("sd1", "sdxl"))
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)

@@ -78,8 +78,9 @@ def _predict_phase(
 ) -> Prediction:
     at_once = settings.accumulation == 1 and settings.max_grad_norm is None
     with FakeTensorMode():
-        model = _model(make)
+        model = _model(make, bf16=settings.weights == "bf16")
         sizes = {name: p.nbytes for name, p in model.unet.named_parameters()}
+        counts = {name: p.numel() for name, p in model.unet.named_parameters()}
         moving = {} if scope == TEXT_ENCODER else {name: sizes[name] for name in in_scope(model.unet, scope)}
         encoder, table = _text_encoder(make) if scope == TEXT_ENCODER else (0, 0)
         for name, p in model.unet.named_parameters():
@@ -89,12 +90,13 @@ def _predict_phase(
         measured = _measure(model, passes, window, adapted=phase.adapted)
     weights, largest = sum(sizes.values()), max(sizes.values())
     free = 0 if phase.adapted else sum(moving.values())  # adapters are few beside the weights
+    optimized = 0 if phase.adapted else sum(counts[name] for name in moving)
     kept = measured.gradients if at_once and not phase.gradients else free
     return Prediction(
         {
             "weights": weights + encoder,
-            "optimizer": round(free / 4 * density * STATE_BYTES[settings.state]) if phase.optimizer else 0,
-            "mask": weights // 32,
+            "optimizer": round(optimized * density * STATE_BYTES[settings.state]) if phase.optimizer else 0,
+            "mask": sum(counts.values()) // 8,
             "activations": measured.activations,
             "gradients": round(max(1.0, phase.gradients) * kept) + table,
             "copies": round(phase.copies * weights),
@@ -112,15 +114,18 @@ def predict_edit(make: ModelConfigs) -> Prediction:
     return Prediction({"weights": sum(sizes), "workspace": 3 * max(sizes)}, 0)
 
 
-def predict_saliency(make: ModelConfigs, settings: MaskRecipe, *, size: int | None = None) -> Prediction:
+def predict_saliency(
+    make: ModelConfigs, settings: MaskRecipe, *, size: int | None = None, bf16: bool = False
+) -> Prediction:
     """Predict a batch of the saliency's sums of gradients, which are made before the training's state is."""
     with FakeTensorMode():
-        model = _model(make)
+        model = _model(make, bf16=bf16)
         sizes = [p.nbytes for p in model.unet.requires_grad_(True).parameters()]
         rows = settings.batch_size * (2 if settings.guidance else 1)
         measured = _measure(model, _Passes(0, rows, size, settings.recompute, "no"), 0)
     elsewhere = settings.offload and torch.cuda.is_available()
-    found = {"weights": sum(sizes), "sums": 0 if elsewhere else sum(sizes), "activations": measured.activations}
+    sums = 0 if elsewhere else 4 * sum(p.numel() for p in model.unet.parameters())  # in fp32
+    found = {"weights": sum(sizes), "sums": sums, "activations": measured.activations}
     return Prediction(found | {"gradients": max(sizes), "workspace": 3 * max(sizes)}, measured.operations)
 
 
@@ -170,10 +175,14 @@ def operations_per_second(device: torch.device) -> float:
     return counter.get_total_flops() / best
 
 
-def _model(make: ModelConfigs) -> Diffusion:
-    """Return a model without weights, text encoder and tokenizer."""
+def _model(make: ModelConfigs, *, bf16: bool = False) -> Diffusion:
+    """Return a model without weights, text encoder and tokenizer, its UNet in fp32 or bf16."""
     components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(make.components["scheduler"])}
     components |= {part: _built(make, part).eval().requires_grad_(False) for part in ("unet", "vae")}
+    if bf16:
+        for module in components["unet"].modules():
+            for name, p in module.named_parameters(recurse=False):  # in place it does not work without data
+                setattr(module, name, nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
     return Diffusion(make.family, components, source="")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
 from erase_concept.prompts.minors import sexual_with_minors
-from erase_concept.recipe import DataRecipe, Recipe
+from erase_concept.recipe import DataRecipe, Recipe, in_low_precision
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import name_spans
 from erase_concept.training.loop import Training
@@ -55,7 +56,9 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
 def data_key(recipe: Recipe, base_hash: str) -> str:
     """Return the SHA-256 over all that the recipe's data depend on."""
     counted = asdict(recipe.data) | dict.fromkeys({*PARTS} - {*recipe.data_parts}, 0)
-    parts = [base_hash, recipe.concept.to_dict(), counted, recipe.seed]
+    parts: list[Any] = [base_hash, recipe.concept.to_dict(), counted, recipe.seed]
+    if in_low_precision(recipe):
+        parts.append("bf16")
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

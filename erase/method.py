@@ -58,6 +58,8 @@ class Method:
     ``tuned_setting`` is the setting that makes it erase more or less: the one that a comparison tunes.
     ``text_encoder`` tells whether it can train the token embeddings of the concept's own words instead of the UNet.
     ``check`` raises RequestError for a recipe that the method cannot follow, before anything is sampled.
+    ``bf16_weights`` tells whether the UNet's weights may be bf16 while it learns: where nothing but the masked update,
+    which rounds at random, changes them.
     ``memory`` returns for its settings the moments at which it holds most. By default a step makes one pass on the
     forget rows without gradient, and one on forget and retain rows with it. A closed form has none.
     """
@@ -74,6 +76,7 @@ class Method:
     scope: str = "full"
     tuned_setting: str = "lr"
     text_encoder: bool = False
+    bf16_weights: bool = False
     memory: Callable[[Any], tuple[Phase, ...]] = _salun_memory
     check: Callable[[Any], None] = _accept
 

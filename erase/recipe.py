@@ -28,7 +28,10 @@ SALUN = "SalUn, arXiv 2310.12508"
 MEMORY: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"settings": {"recompute": True, "state": "bf16"}, "mask": {"recompute": True}},
-    "low": {"settings": {"recompute": True, "state": "8bit"}, "mask": {"recompute": True, "offload": True}},
+    "low": {
+        "settings": {"recompute": True, "state": "8bit", "weights": "bf16"},
+        "mask": {"recompute": True, "offload": True},
+    },
 }
 
 
@@ -225,6 +228,23 @@ def find_concept(
     return find.find_concept(what, catalogs_of(first_base(model)), changes)
 
 
+def in_low_precision(recipe: Recipe) -> bool:
+    """Tell whether the UNet's weights are bf16 while the recipe's method changes them."""
+    return getattr(recipe.settings, "weights", "fp32") == "bf16"
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raise RequestError for bf16 weights where they would lose what the method learns."""
+    if in_low_precision(recipe) and not _bf16_goes_with(recipe.method, recipe.mask.scope):
+        able = ", ".join(name for name, one in METHODS.all().items() if one.bf16_weights)
+        problem = f"goes with the UNet's own weights and these methods: {able}; allowed: fp32"
+        raise RequestError("settings.weights", "bf16", problem)
+
+
+def _bf16_goes_with(method: str, scope: str | None) -> bool:
+    return METHODS.find(method).bf16_weights and scope != "text-encoder"
+
+
 def earlier_runs(model: str) -> list[dict[str, Any]]:
     """Return what was erased before from a model that is a run folder, the first run first; of any other model, none.
 
@@ -294,6 +314,9 @@ def recipe_for(
     found = find.change(found, changes or {})
     layers = ({"method": start.method, "notes": start.notes}, start.parts, MEMORY[memory], values)
     merged: dict[str, Any] = reduce(merge, layers) | {"model": model, "concept": found}
+    asked = values.get("settings", {})
+    if "weights" not in asked and not _bf16_goes_with(merged["method"], merged.get("mask", {}).get("scope")):
+        merged.get("settings", {}).pop("weights", None)
     # What a preset says for all methods, a method takes where it has such a setting.
     known = {field.name for field in fields(METHODS.find(merged["method"]).settings)} | {*values.get("settings", {})}
     merged["settings"] = {name: value for name, value in merged.get("settings", {}).items() if name in known}

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +38,18 @@ from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
 from erase_concept.prompts.find import ConceptSource
-from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
+from erase_concept.recipe import (
+    Recipe,
+    check_weights,
+    earlier_runs,
+    in_low_precision,
+    make_recipe,
+    read_recipe,
+    recipe_for,
+)
 from erase_concept.run_folder import LOCK, complete, only_process, read_run, versions, write_json
 from erase_concept.tokens import own_tokens
+from erase_concept.training.bf16 import in_bf16
 from erase_concept.training.loop import Record, TargetProgress, steps_done
 from erase_concept.training.offload import offload_to_disk
 
@@ -133,9 +143,8 @@ def iter_erase(
         model = load(recipe.model, ema=recipe.ema)
     if given is not None:
         given.check(model.unet)
-    part: Part = "unet"
-    if recipe.mask.scope == masks.TEXT_ENCODER:
-        part = "text_encoder"
+    part: Part = "text_encoder" if recipe.mask.scope == masks.TEXT_ENCODER else "unet"
+    if part == "text_encoder":
         own_tokens(model, recipe.concept)  # refuses a concept without any
     trained: nn.Module = getattr(model, part)
     # From here on the request is known to be sound: only now does the folder become the run's.
@@ -155,19 +164,20 @@ def _stages(
     about = model.describe()
     base = _save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
 
-    yield "data"
-    data = cached_data(recipe, model, about["unet"], out / "data.safetensors")
-    times.append(time.perf_counter())
-    # Everything is encoded: only the UNet and what is trained are needed until the pipeline is written.
-    unused = [one for one in (model.vae, *model.text_encoders.values()) if one is not trained]
-    with offload_to_disk(unused, out / "offloaded"):
-        if needs_mask(recipe):
-            yield "mask"
-        mask = cached_mask(recipe, model, data, about["unet"], out / "mask.safetensors")
+    with in_bf16(trained, base) if in_low_precision(recipe) else nullcontext():
+        yield "data"
+        data = cached_data(recipe, model, about["unet"], out / "data.safetensors")
         times.append(time.perf_counter())
-        yield "erase"
-        yield from _train(recipe, model, data, mask, out)
-        times.append(time.perf_counter())
+        # Everything is encoded: only the UNet and what is trained are needed until the pipeline is written.
+        unused = [one for one in (model.vae, *model.text_encoders.values()) if one is not trained]
+        with offload_to_disk(unused, out / "offloaded"):
+            if needs_mask(recipe):
+                yield "mask"
+            mask = cached_mask(recipe, model, data, about["unet"], out / "mask.safetensors")
+            times.append(time.perf_counter())
+            yield "erase"
+            yield from _train(recipe, model, data, mask, out)
+            times.append(time.perf_counter())
 
     yield "export"
     seconds = [round(after - before, 2) for before, after in pairwise(times)]
@@ -190,6 +200,7 @@ def check(recipe: Recipe) -> Mask | None:
     if (count := processes().num_processes) > 1:
         raise RequestError("processes", count, "a run folder is written by one process alone")
     check_data(recipe)
+    check_weights(recipe)
     return check_mask(recipe)
 
 

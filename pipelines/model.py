@@ -183,8 +183,15 @@ class Diffusion:
         return self.family.noise.add(self.components, latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """Return the UNet's prediction for noisy latents, in the model's own prediction type."""
-        return self.family.predict(self.components, noisy, timesteps, embeddings)
+        """Return the UNet's prediction for noisy latents, in the model's own prediction type.
+
+        A UNet in bf16 or fp16 works in that precision; the prediction has the dtype of the latents.
+        """
+        dtype = next(self.unet.parameters()).dtype
+        if dtype == noisy.dtype:
+            return self.family.predict(self.components, noisy, timesteps, embeddings)
+        predicted = self.family.predict(self.components, noisy.to(dtype), timesteps, embeddings.to(dtype))
+        return predicted.to(noisy.dtype)
 
     def cfg(
         self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor, uncond: Tensor, scale: float | Tensor

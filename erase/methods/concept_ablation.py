@@ -73,6 +73,7 @@ def _memory_noise(settings: ConceptAblationSettings) -> tuple[Phase, ...]:
     text_encoder=True,
     memory=_memory,
     check=_check,
+    bf16_weights=True,
 )
 def concept_ablation(
     model: Diffusion,
@@ -107,6 +108,7 @@ def concept_ablation(
     text_encoder=True,
     memory=_memory_noise,
     check=_check,
+    bf16_weights=True,
 )
 def concept_ablation_noise(
     model: Diffusion,

@@ -73,6 +73,7 @@ def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
     title="ESD-full",
     paper="arXiv 2303.07345",
     latents=(),
+    bf16_weights=True,
     memory=_memory,
 )
 @method(
@@ -84,6 +85,7 @@ def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
     trains="all but cross-attention, the time embedding and the last layers",
     latents=(),
     scope="noxattn",
+    bf16_weights=True,
     memory=_memory,
 )
 @method(
@@ -95,6 +97,7 @@ def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
     trains="cross-attention",
     latents=(),
     scope="cross-attention",
+    bf16_weights=True,
     memory=_memory,
 )
 def esd(

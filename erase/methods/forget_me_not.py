@@ -45,6 +45,7 @@ class ForgetMeNotSettings(Training):
     paper="arXiv 2303.17591",
     latents=("forget",),
     memory=lambda settings: (Phase(trained=settings.batch_size, gradients=int(settings.max_grad_norm is not None)),),
+    bf16_weights=True,
 )
 def forget_me_not(
     model: Diffusion,

@@ -36,6 +36,7 @@ def _memory(settings: GradientAscentSettings) -> tuple[Phase, ...]:
     title="Gradient ascent",
     paper="arXiv 2109.13398",
     memory=_memory,
+    bf16_weights=True,
 )
 def gradient_ascent(
     model: Diffusion,

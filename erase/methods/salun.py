@@ -58,6 +58,7 @@ def check_remap(recipe: Recipe) -> None:
     latents=("forget", "anchor", "retain"),
     mask="salient",
     check=check_remap,
+    bf16_weights=True,
 )
 def salun(
     model: Diffusion,

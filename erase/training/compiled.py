@@ -59,6 +59,25 @@ def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def widen(narrow: Any, wide: Any) -> None:
+    """Write bfloat16 values, given as uint16, as float32."""
+    bits = wide.view(np.uint32)
+    for i in range(len(narrow)):
+        bits[i] = np.uint32(narrow[i]) << np.uint32(16)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def round_at_random(wide: Any, narrow: Any, first: Any, seed: Any) -> None:
+    """Write float32 values as bfloat16 in uint16, rounded at random by a hash of place, from ``first`` on, and seed."""
+    bits = wide.view(np.uint32)
+    for i in range(len(wide)):
+        noise = np.uint32((np.uint32(first + i) ^ seed) * np.uint32(0x9E3779B1))
+        noise = np.uint32((noise ^ (noise >> np.uint32(15))) * np.uint32(0x85EBCA77))
+        noise = noise ^ (noise >> np.uint32(13))
+        narrow[i] = (bits[i] + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _find(bits: Any, start: int, stop: int, where: Any) -> int:
     """Write the indices of the salient weights to ``where`` and return how many there are."""
     n = 0

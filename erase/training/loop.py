@@ -34,6 +34,7 @@ Start = Callable[[Diffusion], object]  # changes weights that the mask allows, b
 
 
 _SALUN = "SalUn, arXiv 2310.12508"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @settings
@@ -54,7 +55,11 @@ class Training:
     cycles: Annotated[int, described("Times that it falls, each from the top, where it falls.", ge=1)] = 1
     accumulation: Annotated[int, described("Batches whose gradients are averaged in one step.", ge=1)] = 1
     max_grad_norm: Annotated[float | None, described("Clip the gradient to this norm.", gt=0)] = None
-    precision: Annotated[Literal["no", "bf16"], described("Precision of the arithmetic; weights stay fp32.")] = "no"
+    precision: Annotated[Literal["no", "bf16"], described("Precision of the arithmetic of fp32 weights.")] = "no"
+    weights: Annotated[
+        Literal["fp32", "bf16"],
+        described("Precision of the UNet's weights in training; bf16 is also the arithmetic's, and rounds at random."),
+    ] = "fp32"
     state: Annotated[State, described("Precision of the optimizer's state.")] = "fp32"
     recompute: Annotated[
         bool, described("Compute activations anew in the backward pass: less memory, a third more time, the same bits.")
@@ -133,6 +138,7 @@ def train(
     began, first = time.perf_counter(), steps_done(checkpoint)
     part = "unet" if mask is None else mask.part
     trained: nn.Module = getattr(model, part)
+    _check_dtype(trained, settings)
     targets: dict[tuple[int, int], Tensors] = {}
     generators = _Generators(seed, accelerator.process_index)
     if precompute is not None:
@@ -164,6 +170,13 @@ def train(
         trained.requires_grad_(False)
         trained.zero_grad()
         accelerator.free_memory()
+
+
+def _check_dtype(trained: nn.Module, settings: Training) -> None:
+    """Raise ValueError for weights in another precision than the settings say."""
+    found = {p.dtype for p in trained.parameters()}
+    if found != {_DTYPES[settings.weights]}:
+        raise ValueError(f"weights must be {settings.weights}, as the settings say, and are {found}")
 
 
 def _autocast(model: Diffusion, settings: Training) -> torch.autocast:

@@ -23,6 +23,7 @@ State = Literal["fp32", "bf16", "8bit"]
 STATE_BYTES: dict[State, float] = {"fp32": 8, "bf16": 4, "8bit": 2 * (1 + 4 / 256)}  # of both moments of a weight
 _BLOCK = 256  # salient weights that share a scale in the 8-bit state
 _PIECE = 1 << 20  # weights that one thread updates at a time
+_OF_WEIGHTS = 0x5BD1E995  # makes the noise that rounds weights another than the moments'
 # Gradients that wait to be updated together. torch's threads go on spinning for a moment after each of its own
 # operations, in the way of ours: so we let them come to rest now and then, not for each parameter.
 TOGETHER = 128 << 20
@@ -121,9 +122,12 @@ class MaskedOptimizer:
     once. Both give the same bits. ``max_grad_norm`` clips the norm of the salient gradient, which needs all of it.
     ``lr`` may be changed from step to step.
 
+    Weights are fp32 or bf16. A bf16 weight is updated in fp32 and rounded at random, up with the probability of what is
+    cut off: rounded to the nearest, it would not move at all by steps that are smaller than half of its last bit.
+
     Sets ``requires_grad`` on the parameters with salient weights and clears it on the others. Without a mask every
     weight is salient. Raises RequestError when the mask does not fit the module or the state's package is missing,
-    ValueError when the mask is empty or weights are not fp32.
+    ValueError when the mask is empty or weights are neither fp32 nor bf16.
     """
 
     def __init__(self, module: nn.Module, mask: Mask | None, adam: Adam) -> None:
@@ -134,8 +138,8 @@ class MaskedOptimizer:
         self.count = 0  # steps taken
         self.salient: dict[str, _Salient] = {}
         for key, parameter in module.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise ValueError(f"weights must be fp32 to be trained, and {key} is {parameter.dtype}")
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"weights must be fp32 or bf16 to be trained, and {key} is {parameter.dtype}")
             packed = np.packbits(np.ones(parameter.numel(), bool)) if mask is None else mask.bits[key].numpy()
             spare = 0xFF >> (parameter.numel() % 8 or 8)
             if packed.size and packed[-1] & spare:
@@ -187,7 +191,7 @@ class MaskedOptimizer:
         ready = [one for one in self.salient.values() if one.parameter.grad is not None]
         scale = 1.0
         if self.adam.max_grad_norm is not None:
-            parts = [_flat(one)[1][one.indices()] for one in ready]
+            parts = [_flat(one)[1][one.indices()].float() for one in ready]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
             scale = min(1.0, self.adam.max_grad_norm / (float(norm) + 1e-6))
         self._update(ready, scale)
@@ -260,26 +264,28 @@ def _update_plainly(one: _Salient, numbers: Numbers, seed: int) -> None:
         float, numbers
     )
     indices = one.indices()
-    w = weights[indices]
-    g = gradient[indices] * scale + w * l2
+    w = weights[indices].float()
+    g = gradient[indices].float() * scale + w * l2
     m = one.mean.float().mul_(beta1).add_(g * one_minus_beta1)
     v = one.square.float().mul_(beta2).add_(g * g * one_minus_beta2)
     # In fp64, for the fp32 root of some of torch's builds is not rounded correctly, and bits would differ.
     root_mean_square = v.double().sqrt().float()
-    weights.index_copy_(0, indices, w * factor - m * step_size / (root_mean_square * bias_correction + eps))
+    changed = w * factor - m * step_size / (root_mean_square * bias_correction + eps)
+    if weights.dtype == torch.bfloat16:
+        changed = _rounded(changed, _noise(indices.to(torch.int32), seed ^ _OF_WEIGHTS) & 0xFFFF)
+    weights.index_copy_(0, indices, changed)
     if isinstance(one.mean, Tensor) and one.mean.dtype == torch.bfloat16:
-        noise = _noise(one.count, seed, weights.device)
+        noise = _noise(torch.arange(one.count, dtype=torch.int32, device=weights.device), seed)
         m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16 & 0xFFFF)
     if m is not one.mean:  # in fp32 the moments were updated in place
         one.mean.copy_(m)
         one.square.copy_(v)
 
 
-def _noise(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return 32 random bits for each of the weights as int32, hashed from their places and the seed."""
+def _noise(places: Tensor, seed: int) -> Tensor:
+    """Return 32 random bits for each place int32 as int32, hashed from it and the seed."""
     signed = torch.tensor([seed, 0x9E3779B1, 0x85EBCA77]).to(torch.int32)  # wraps around
-    place = torch.arange(count, dtype=torch.int32, device=device)
-    noise = (place ^ int(signed[0])) * int(signed[1])
+    noise = (places ^ int(signed[0])) * int(signed[1])
     noise = (noise ^ (noise >> 15 & 0x1FFFF)) * int(signed[2])
     return noise ^ (noise >> 13 & 0x7FFFF)
 
@@ -305,12 +311,33 @@ def _compiled(one: _Salient, moments: tuple[Tensor, Tensor], numbers: Numbers, s
 
     narrow = moments[0].dtype == torch.bfloat16
     function: Any = compiled.update_bf16 if narrow else compiled.update
-    weights, gradient = (tensor.numpy() for tensor in _flat(one))
-    given = tuple((moment.view(torch.uint16) if narrow else moment).numpy() for moment in moments)
+    given = tuple(_array(moment) for moment in moments)
     more = (np.uint32(seed),) if narrow else ()
+    weights, gradient = map(_array, _flat(one))
+    if one.parameter.dtype == torch.bfloat16:
+        function = partial(_in_fp32, function, np.uint32(seed ^ _OF_WEIGHTS))
     return [
         partial(function, weights, gradient, given, one.bits.numpy(), piece, numbers, *more) for piece in one.pieces
     ]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor on the CPU as an array that shares its memory, bfloat16 as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _in_fp32(
+    function: Any, seed: np.uint32, weights: np.ndarray, gradient: np.ndarray, given: Any, bits: np.ndarray, *rest: Any
+) -> None:
+    """Update a piece of bf16 weights in fp32, and round at random. What did not move is exact and stays as it is."""
+    from erase_concept.training import compiled
+
+    (first, last, place), *more = rest
+    wide, slope = (np.empty(last - first, np.float32) for _ in range(2))
+    compiled.widen(weights[first:last], wide)
+    compiled.widen(gradient[first:last], slope)
+    function(wide, slope, given, bits[first >> 3 :], (0, last - first, place), *more)
+    compiled.round_at_random(wide, weights[first:last], first, seed)
 
 
 def _flat(one: _Salient) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def test_narrow_state_stays_near_the_exact_one(state: str, near: float, compiled
 
 def test_bf16_state_is_rounded_without_a_bias() -> None:
     value = torch.full((200_000,), 1 + 2**-10)  # an eighth of the way from 1 to the next bfloat16
-    rounded = optim._rounded(value, optim._noise(len(value), 7, value.device) & 0xFFFF).float()
+    rounded = optim._rounded(value, optim._noise(torch.arange(len(value), dtype=torch.int32), 7) & 0xFFFF).float()
     assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}
     assert (rounded > 1).float().mean() == pytest.approx(1 / 8, abs=0.005)
 
@@ -241,8 +241,8 @@ def test_the_step_inside_the_backward_pass_cannot_clip() -> None:
         pass
 
 
-def test_refuses_weights_that_are_not_fp32() -> None:
-    with pytest.raises(ValueError, match="must be fp32"):
+def test_refuses_weights_that_are_neither_fp32_nor_bf16() -> None:
+    with pytest.raises(ValueError, match="must be fp32 or bf16"):
         MaskedOptimizer(module().half(), None, Adam(lr=0.1))
 
 
@@ -253,3 +253,57 @@ def test_refuses_an_empty_mask_and_one_of_another_model() -> None:
         MaskedOptimizer(nn.Linear(2, 2), masks.random(nn.Linear(2, 3), 0.5, seed=0), Adam(lr=0.1))
     with pytest.raises(RequestError, match="does not fit"):
         MaskedOptimizer(nn.Linear(2, 2), Mask({}, {}), Adam(lr=0.1))
+
+
+def bf16_loss(net: nn.Module, step: int) -> torch.Tensor:
+    """A loss of a network in bf16."""
+    x = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+    return net(x).float().square().mean()
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_frozen_bf16_weights_keep_every_bit(name: str, compiled: bool) -> None:
+    net = module().to(torch.bfloat16)
+    before = copy.deepcopy(net)
+    mask = masks.random(net, 0.3, seed=1)
+    masked = MaskedOptimizer(net, mask, Adam(name=name, lr=0.1, weight_decay=0.1))
+    for step in range(3):
+        with masked.in_backward():
+            bf16_loss(net, step).backward()
+    moved = 0
+    for key, p in net.named_parameters():
+        frozen = ~mask.dense(key)
+        assert torch.equal(p[frozen].view(torch.int16), before.get_parameter(key)[frozen].view(torch.int16))
+        moved += int((p != before.get_parameter(key)).sum())
+    assert moved
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_bf16_weights_get_the_same_bits_compiled_and_in_torch(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the compiled update needs numba")
+    monkeypatch.setattr(optim, "_PIECE", 1024)
+    after = []
+    for compiled in (True, False):
+        monkeypatch.setattr(optim, "_COMPILED", compiled)
+        torch.manual_seed(0)
+        net = nn.Linear(64, 65).to(torch.bfloat16)
+        masked = MaskedOptimizer(net, masks.random(net, 0.5, seed=1), Adam(lr=1e-3, state=state, weight_decay=0.1))
+        for step in range(3):
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+            masked.step()
+        after.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*after, strict=True))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_bf16_weights_are_rounded_to_their_neighbours_and_right_on_average(sign: float, compiled: bool) -> None:
+    """Adam's first step is lr: 1 - 1e-3 lies 0.256 of the way from 1 to the bfloat16 below it, 1 - 2^-8."""
+    net = nn.Linear(200_000, 1, bias=False).to(torch.bfloat16)
+    nn.init.constant_(net.weight, sign)
+    masked = MaskedOptimizer(net, None, Adam(lr=1e-3))
+    net.weight.grad = torch.full_like(net.weight, sign)
+    masked.step()
+    assert set((sign * net.weight.detach().float()).unique().tolist()) == {1.0, 1 - 2**-8}
+    share = (net.weight.float() != sign).float().mean().item()
+    assert share == pytest.approx(1e-3 * 2**8, abs=0.005)

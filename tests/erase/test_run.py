@@ -480,3 +480,42 @@ def test_data_and_masks_are_kept_under_all_that_they_depend_on(model: Path, squa
     asked = {"model": str(model), "concept": square, "method": "uce"}
     few, many = (make_recipe(asked | {"data": {"retain": rows}}) for rows in (1, 9))
     assert data_key(few, "base") == data_key(many, "base")
+
+
+def test_a_run_with_bf16_weights_gives_back_the_bits_of_all_that_did_not_move(
+    tiny: Diffusion, model: Path, square: Concept, tmp_path: Path
+) -> None:
+    """Frozen weights are fp32 as before; what moved is a bf16 number; a killed run ends with the same bits."""
+    lean = recipe(model, square, settings={"steps": 4, "batch_size": 2, "lr": 1e-3, "weights": "bf16"})
+    run(lean, tmp_path / "run")
+    erased, mask = load(tmp_path / "run" / "pipeline"), Mask.load(tmp_path / "run" / "mask.safetensors")
+    for name, p in erased.unet.named_parameters():
+        old, dense = tiny.unet.get_parameter(name), mask.dense(name)
+        assert p.dtype == torch.float32
+        assert torch.equal(p[~dense].view(torch.int32), old[~dense].view(torch.int32))
+        moved = p[p != old]
+        assert torch.equal(moved, moved.to(torch.bfloat16).float())
+    assert read_run(tmp_path / "run")["checks"]["changed"] > 0
+    stopped = iter_erase(lean, tmp_path / "again")
+    for event in stopped:
+        if isinstance(event, Record) and event.step == 3:
+            stopped.close()
+            break
+    run(lean, tmp_path / "again")
+    assert weights_hash(load(tmp_path / "again" / "pipeline").unet) == weights_hash(erased.unet)
+
+
+def test_bf16_weights_are_refused_where_they_would_lose_what_is_learnt(model: Path, square: Concept) -> None:
+    for changes in ({"method": "salun-soft"}, {"method": "spm"}):
+        asked = recipe(model, square, settings={"weights": "bf16"}, **changes)
+        with pytest.raises(RequestError, match=r"settings\.weights bf16: goes with"):
+            next(iter_erase(asked, model / "run"))
+    assert recipe_for(str(model), square, memory="low", method="salun").settings.weights == "bf16"
+    assert recipe_for(str(model), square, memory="low", method="spm").settings.weights == "fp32"
+
+
+@pytest.mark.parametrize("name", [name for name, one in METHODS.all().items() if one.bf16_weights])
+def test_methods_take_a_step_with_bf16_weights(model: Path, square: Concept, tmp_path: Path, name: str) -> None:
+    lean = recipe(model, square, method=name, settings={"steps": 1, "batch_size": 2, "lr": 1e-2, "weights": "bf16"})
+    run(lean, tmp_path / "run")
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
