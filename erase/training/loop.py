@@ -137,8 +137,7 @@ def train(
     )
     began, first = time.perf_counter(), steps_done(checkpoint)
     part = "unet" if mask is None else mask.part
-    trained: nn.Module = getattr(model, part)
-    _check_dtype(trained, settings)
+    trained = _trained(model, part, settings)
     targets: dict[tuple[int, int], Tensors] = {}
     generators = _Generators(seed, accelerator.process_index)
     if precompute is not None:
@@ -172,11 +171,13 @@ def train(
         accelerator.free_memory()
 
 
-def _check_dtype(trained: nn.Module, settings: Training) -> None:
-    """Raise ValueError for weights in another precision than the settings say."""
+def _trained(model: Diffusion, part: str, settings: Training) -> nn.Module:
+    """Return the part that is trained; raises ValueError for weights in another precision than the settings say."""
+    trained: nn.Module = getattr(model, part)
     found = {p.dtype for p in trained.parameters()}
     if found != {_DTYPES[settings.weights]}:
         raise ValueError(f"weights must be {settings.weights}, as the settings say, and are {found}")
+    return trained
 
 
 def _autocast(model: Diffusion, settings: Training) -> torch.autocast:
