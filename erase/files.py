@@ -36,7 +36,7 @@ def mistaken_for(file: Path) -> str:
     """Say what a file is where a download brought something else: a Git LFS pointer or an HTML page; otherwise ""."""
     try:
         with file.open("rb") as stream:
-            start = stream.read(256).lstrip().lower()
+            start = stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     except OSError:
         return ""
     if start.startswith(b"version https://git-lfs"):

@@ -34,6 +34,15 @@ def picture_size(file: Path, *, setting: str = "images") -> tuple[int, int]:
         return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE else (width, height)
 
 
+def is_transparent(file: Path) -> bool:
+    """Tell whether a picture's file has an alpha channel or a transparent colour; False where it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return image.has_transparency_data
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
 def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
     """Return the pictures of a folder, or with ``deep`` of all folders in it too, without hidden files."""
     files = folder.rglob("*") if deep else folder.iterdir()

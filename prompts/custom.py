@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from erase_concept.errors import RequestError
+from erase_concept.files import mistaken_for
 from erase_concept.prompts.catalog import Catalog, catalog
 from erase_concept.prompts.concept import Concept, fill, parse, whole_words
 from erase_concept.prompts.kinds import complete, kinds, without_names
@@ -41,6 +42,8 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
     The prompts are forgotten word for word. No prompt that contains one of them is retained. Raises RequestError when
     the file has no prompt or is not readable.
     """
+    if what := mistaken_for(file):
+        raise RequestError("concept", file, what)
     if file.suffix.lower() == ".csv":
         found = [row.prompt for row in read_rows(file, setting="concept")]
     else:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from erase_concept.errors import RequestError
+from erase_concept.files import mistaken_for
 from erase_concept.prompts import custom
 from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine, parse, plain_name
@@ -124,6 +125,8 @@ def _known(catalogs: Sequence[str]) -> dict[str, Concept]:
 
 
 def _read(file: Path) -> Concept:
+    if what := mistaken_for(file):
+        raise RequestError("concept", file, what)
     try:
         return _described(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:

@@ -18,7 +18,7 @@ from torch import Tensor
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
-from erase_concept.make_data import check_data, make_data_for
+from erase_concept.make_data import check_data, hashes_of_images, make_data_for
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
@@ -122,6 +122,7 @@ def mask_key(recipe: Recipe, base_hash: str) -> str:
     """Return the SHA-256 over all that the recipe's mask depends on."""
     kind, data = recipe.mask.kind, asdict(recipe.data)
     rows = {name: data[name] for name in data if name not in ("anchor", "retain", "retain_images")}
+    rows |= hashes_of_images(recipe)
     file = "" if kind in MASK_KINDS else hashlib.sha256(Path(kind).read_bytes()).hexdigest()
     parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.mask), file, rows, recipe.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -28,9 +28,12 @@ def image_bytes(file: Path) -> bytes:
 def read_bgr(file: Path) -> NDArray[np.uint8]:
     """Read any image as OpenCV's uint8 BGR [h, w, 3]; raises RequestError that names the file.
 
-    Without its alpha channel, upright by its EXIF tag and scaled from 16 bits to 8, as NudeNet reads it.
+    Upright by its EXIF tag and scaled from 16 bits to 8, as NudeNet reads it. What is transparent shows white, where
+    NudeNet would judge the colour that nobody sees. What OpenCV cannot read, Pillow may.
     """
     import cv2
+
+    from erase_concept.pipelines.pictures import is_transparent, read_picture
 
     content = image_bytes(file)
     if not content:
@@ -39,8 +42,8 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
         image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:  # such as more pixels than OpenCV reads
         image = None
-    if image is None:
-        raise RequestError("image", file, "is damaged, or no image that OpenCV can read")
+    if image is None or is_transparent(file):
+        image = np.ascontiguousarray(np.asarray(read_picture(file, setting="image"))[:, :, ::-1])
     height, width = image.shape[:2]
     if max(height, width) > LARGEST:
         raise RequestError("image", file, f"has {width} x {height} pixels; at most {LARGEST} on a side are judged")

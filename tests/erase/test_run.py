@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from erase_concept import masks
@@ -162,6 +163,37 @@ def test_a_base_model_that_changed_meanwhile_is_noticed(
     save_pipeline(tiny, model)
     with pytest.raises(RequestError, match="has changed since"):
         run(recipe(model, square), tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["scheduler", "vae", "text_encoder"])
+def test_a_base_model_that_changed_in_another_part_is_noticed(
+    tiny: Diffusion, model: Path, square: Concept, tmp_path: Path, what: str
+) -> None:
+    for event in iter_erase(recipe(model, square), tmp_path / "run"):
+        if event == "mask":
+            break
+    if what == "scheduler":
+        told = type(tiny.scheduler).from_config(tiny.scheduler.config, beta_end=0.02)
+        tiny = tiny.with_components(scheduler=told)
+    else:
+        with torch.no_grad():
+            next(tiny.modules[what].parameters()).add_(1)
+    save_pipeline(tiny, model)
+    with pytest.raises(RequestError, match="has changed since"):
+        run(recipe(model, square), tmp_path / "run")
+
+
+def test_images_that_changed_are_told_by_their_bytes(model: Path, square: Concept, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
+    shown = recipe(model, replace(square, images=str(tmp_path)))
+    keys = [(data_key(shown, "base"), mask_key(shown, "base"))]
+    (tmp_path / "._1.png").write_bytes(b"no picture")
+    keys.append((data_key(shown, "base"), mask_key(shown, "base")))
+    assert keys[0] == keys[1]
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "1.png")
+    after = (data_key(shown, "base"), mask_key(shown, "base"))
+    assert after[0] != keys[0][0]
+    assert after[1] != keys[0][1]
 
 
 @pytest.mark.parametrize("kind", ["none", "random", "least-salient"])

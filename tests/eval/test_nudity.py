@@ -19,6 +19,7 @@ from erase_concept.eval.judges import nudenet as module
 from erase_concept.eval.judges.judge import Detection
 from erase_concept.eval.judges.nudenet import LABEL_SETS, LABELS, THRESHOLDS, counts, detect, v3_label
 from erase_concept.eval.judges.open_nsfw import nsfw
+from erase_concept.eval.judges.opencv import read_bgr
 from erase_concept.eval.metrics.nudity import FEW, nsfw_images, nudity, sweep
 from erase_concept.eval.score import Score, ratio_interval, wilson
 from erase_concept.settings import check_settings
@@ -127,6 +128,13 @@ def test_every_kind_of_image_is_read(pictures: list[Path], tmp_path: Path) -> No
     files = sorted(tmp_path.iterdir())
     for file, image in zip(files, detect(files), strict=True):
         assert [each.label for each in image if each.score > 0.5] == ["FACE_FEMALE"], file.name
+
+
+def test_the_colour_behind_what_is_transparent_is_not_judged(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "hidden.png")
+    assert read_bgr(tmp_path / "hidden.png").min() == 255
+    Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "shown.png")
+    assert read_bgr(tmp_path / "shown.png")[0, 0].tolist() == [0, 0, 255]
 
 
 def _damaged(folder: Path, picture: Path) -> dict[str, Path]:

@@ -391,6 +391,17 @@ def test_a_name_may_hold_a_comma() -> None:
     assert find_concept("character:Foo, the bear").name == "Foo, the bear"
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.yaml"])
+def test_a_download_that_brought_something_else_is_no_concept(tmp_path: Path, name: str) -> None:
+    for content, what in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        ("\ufeff<!DOCTYPE html>\n<html></html>\n", "HTML page"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(RequestError, match=what):
+            find_concept(str(tmp_path / name))
+
+
 def test_a_misspelt_field_is_named() -> None:
     told = {"name": "cat", "kind": "object", "synonims": ["kitten"]}
     with pytest.raises(RequestError, match="no such field as 'synonims'; did you mean synonyms"):
