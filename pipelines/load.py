@@ -15,7 +15,7 @@ from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.folder import load_folder, read_configs, read_family
 from erase_concept.pipelines.formats.single_file import SUFFIXES, load_single_file, single_file_configs
-from erase_concept.pipelines.formats.weights import align_weights
+from erase_concept.pipelines.formats.weights import align_weights, check_finite
 from erase_concept.pipelines.hub import download, silence_hub_logs
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
@@ -34,16 +34,17 @@ def load(
     file has the UNet's weights twice, ``ema`` takes their averages over the training, otherwise the live ones; for any
     other model it changes nothing. A loaded pipeline is copied, so that it stays as it is.
 
-    Raises RequestError when there is no such model, a file of it is damaged, its weights do not fit its configuration,
-    or its components do not fit each other: a model loads whole or not at all. Raises EraseError when there is too
-    little memory for it.
+    Raises RequestError when there is no such model, a file of it is damaged, its weights do not fit its configuration
+    or are not finite, or its components do not fit each other: a model loads whole or not at all. Raises EraseError
+    when there is too little memory for it.
     """
     name = type(model).__name__ if isinstance(model, DiffusionPipeline) else str(model)
     try:
         with silence_hub_logs():
             loaded = _load(model, ema=ema)
-            for module in loaded.modules.values():
+            for part, module in loaded.modules.items():
                 align_weights(module.to(device or processes().device, dtype).eval().requires_grad_(False))
+                check_finite(module, part, name)
     except RequestError:
         raise
     except (MemoryError, OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError) as problem:

@@ -21,6 +21,7 @@ from erase_concept.pipelines.formats.weights import (
     assign_weights,
     check_same,
     dtype_names,
+    is_safetensors,
     published_name,
     read_json,
     read_tensors,
@@ -31,7 +32,9 @@ from erase_concept.pipelines.model import Diffusion
 INDEX = "model_index.json"
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", re.IGNORECASE
+)
 
 
 def read_configs(folder: Path, family: Family) -> Configs:
@@ -88,7 +91,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if match := _WEIGHTS.fullmatch(file.name):
             found.setdefault(match[1] or "", []).append(file)
     files = found[min(found)] if found else []
-    files = [file for file in files if file.suffix == ".safetensors"] or files
+    files = [file for file in files if is_safetensors(file)] or files
     return {key: value for file in files for key, value in read_tensors(file)[0].items()}
 
 

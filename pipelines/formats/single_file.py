@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +22,13 @@ from erase_concept.pipelines.families import family_of_file
 from erase_concept.pipelines.families.family import Configs, Family, SingleFile, State
 from erase_concept.pipelines.formats.folder import INDEX, read_configs
 from erase_concept.pipelines.formats.tokenizer import load_tokenizer
-from erase_concept.pipelines.formats.weights import assign_weights, check_same, dtype_names, read_tensors
+from erase_concept.pipelines.formats.weights import (
+    assign_weights,
+    check_same,
+    dtype_names,
+    is_safetensors,
+    read_tensors,
+)
 from erase_concept.pipelines.model import Diffusion
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -164,7 +170,7 @@ def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype, metada
     when what is read back is not what was written.
     """
     source, file = Path(model.source), Path(file)
-    if source.is_file() and source.suffix == ".safetensors":
+    if source.is_file() and is_safetensors(source):
         replace_unet(source, model.unet.state_dict(), model.family, file, metadata)
     else:
         parts = {part: {name: v.to(dtype) for name, v in state.items()} for part, state in model.states().items()}
@@ -195,18 +201,13 @@ def replace_unet(source: Path, unet: State, family: Family, file: Path, metadata
     Raises RequestError when the source cannot be read, is the file to write, or holds another UNet than one of these
     names and shapes, and ValueError when the given UNet has a tensor without a place.
     """
-    if source.suffix != ".safetensors":
+    if not is_safetensors(source):
         raise RequestError("model", source, "a .safetensors file is needed")
     if file.resolve() == source.resolve():
         raise RequestError("model", source, "is the file to write: a source is never written to")
     layout = _layout(family).layouts["unet"]
     replacing = layout.pack(layout.names(unet), unet)
-    try:
-        with safe_open(source, "pt") as stored:
-            about: dict[str, str] = dict(stored.metadata() or {})
-            tensors: dict[str, Tensor] = {key: stored.get_tensor(key) for key in stored.keys()}
-    except (OSError, SafetensorError) as problem:
-        raise RequestError("model", source, f"is not a readable safetensors file: {problem}") from None
+    tensors, about = read_tensors(source)  # scaled weights come back plain, so that no old scale meets a new weight
     for key in (*replacing, *(key for key in tensors if key.startswith(layout.prefix))):
         have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, replacing))
         if have != want:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
+from erase_concept.pipelines.formats.pickles import unpickle
+from erase_concept.pipelines.formats.quantized import METADATA, dequantized
 
 _ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
 
@@ -23,17 +24,18 @@ _ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return a file's tensors and its metadata; a ``.ckpt`` is unpickled for tensors alone, no code in it is run.
 
-    Raises RequestError when it is damaged or holds anything but tensors.
+    Scaled fp8 weights come back times their scales. Raises RequestError when the file is damaged, is something else
+    than its name says, or has weights that are quantised in another way.
     """
-    if file.stat().st_size == 0:
-        raise RequestError("model", file, "is an empty file")
+    _check_content(file)
+    metadata: dict[str, str] = {}
     try:
-        if file.suffix == ".safetensors":
+        if is_safetensors(file):
             with safe_open(file, "pt") as stored:
-                return {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a pickle's age
-            content = torch.load(file, map_location="cpu", weights_only=True)
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+                metadata = dict(stored.metadata() or {})
+        else:
+            tensors = _state_dict(unpickle(file))
     except Exception as problem:  # unpickling may raise anything for a file that is no pickle
         if out_of_memory(problem):
             raise
@@ -45,8 +47,51 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             first = re.split(r"\. |\n", str(problem).strip() or type(problem).__name__)[0]
             what = f"is damaged or no file of weights: {first}"
         raise RequestError("model", file, what) from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}, {}
+    plain = dequantized(tensors, metadata, file)
+    metadata.pop(METADATA, None)  # what is returned is no longer quantised
+    return plain, metadata
+
+
+def is_safetensors(file: Path) -> bool:
+    """Tell whether a file's name is that of a safetensors file, in small or capital letters."""
+    return file.suffix.lower() == ".safetensors"
+
+
+def _check_content(file: Path) -> None:
+    """Raise RequestError for a file that its first bytes show to be something else than its name says."""
+    with file.open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        raise RequestError("model", file, "is an empty file")
+    no_weights = "is damaged or no file of weights: "
+    pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"))
+    if head.startswith(b"GGUF"):
+        what = "is a GGUF file, whose weights are quantised; a checkpoint in fp32, fp16, bf16 or fp8 is needed"
+    elif head.startswith(b"version https://git-lfs"):
+        what = f"{no_weights}it is a Git LFS pointer; 'git lfs pull' gets the file itself"
+    elif re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        what = f"{no_weights}it is a web page (HTML); download the file itself"
+    elif is_safetensors(file) and pickled:
+        what = f"{no_weights}it is a pickle under the name of a .safetensors; rename it to .ckpt"
+    elif not is_safetensors(file) and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
+        what = f"{no_weights}it is a safetensors file under the name of a {file.suffix}; rename it to .safetensors"
+    else:
+        return
+    raise RequestError("model", file, what)
+
+
+def _state_dict(content: object) -> dict[str, Tensor]:
+    """Return the tensors of what was unpickled, which trainers nest as ``state_dict``, ``model`` or ``module``."""
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        nested = [content[key] for key in ("state_dict", "model", "module") if isinstance(content.get(key), dict)]
+        if not nested:
+            break
+        content = nested[0]
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        return _state_dict(content["state_dict"])
+    if not isinstance(content, dict):
+        return {}
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -80,6 +125,17 @@ def assign_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 raise RuntimeError(f"{name} is in no file, and it is not known how to make it")
             places = torch.arange(buffer.shape[-1]).expand(buffer.shape)
             module.get_submodule(owner).register_buffer(own, places, persistent=False)
+
+
+def check_finite(module: nn.Module, part: str, name: str) -> None:
+    """Raise RequestError naming the first weight of a model's part that holds NaN or infinity."""
+    for key, value in module.state_dict().items():
+        if not value.is_floating_point() or not value.numel():
+            continue
+        least, most = (value.float() if value.itemsize == 1 else value).aminmax()  # NaN where there is any
+        if not (least.isfinite() and most.isfinite()):
+            what = f"{part}: {published_name(module, key)} holds NaN or infinity: the model is broken"
+            raise RequestError("model", name, what)
 
 
 def align_weights(module: nn.Module) -> None:

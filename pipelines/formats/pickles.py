@@ -1,0 +1,68 @@
+"""Pickles of tensors (.ckpt, .pt, .bin): read without running any code that a file asks for."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Modules whose functions and classes reach the machine. No checkpoint needs them.
+_REFUSED = (
+    *("os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "shutil", "socket", "ctypes", "pty", "code"),
+    *("commands", "webbrowser", "pickle", "marshal"),
+)
+_MOST_NAMES = 1000  # in one file; a training's state has some ten
+
+
+class Stub:
+    """Stands in for an object of any class that is no tensor, such as a callback of the training: it holds nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Stub:
+        """Take what any class takes."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Keep nothing."""
+
+
+def unpickle(file: Path) -> Any:
+    """Return what a pickle holds on the CPU: tensors and plain values, and a Stub for any other object.
+
+    PyTorch's restricted reader does it, which calls nothing but what rebuilds tensors. Raises UnpicklingError whose
+    text has "GLOBAL name" when the file asks for a function of Python's that could do harm.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # no zip file: PyTorch's older format, or no pickle at all
+        names = []
+    for _ in range(_MOST_NAMES):
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(_stubs(names)):
+                warnings.simplefilter("ignore")  # a pickle's age
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as problem:
+            name = re.search(r"Unsupported global: GLOBAL (\S+)", str(problem))
+            if name is None or name[1] in names or not _is_harmless(name[1]):
+                raise
+            names = [*names, name[1]]
+    raise ValueError("it asks for too many classes")
+
+
+def _stubs(names: Iterable[str]) -> list[Any]:
+    return [(Stub, name) for name in names if _is_harmless(name)]
+
+
+def _is_harmless(name: str) -> bool:
+    """Tell whether an object of this name is passed over; a stub would run nothing either way, but it says a lot."""
+    module, _, own = name.rpartition(".")
+    if module.partition(".")[0] in _REFUSED:
+        return False
+    return module not in ("", "builtins", "__builtin__") or isinstance(getattr(builtins, own, None), type)
