@@ -33,6 +33,7 @@ def export(
     dtype: str = "fp32",
     rank: int | None = None,
     lora_style: str | None = None,
+    ema: bool | None = None,
 ) -> Fit | None:
     """Write a run's erased model to a folder or file, and read it back; return how well a LoRA fits.
 
@@ -41,6 +42,8 @@ def export(
     "lora" the best fit to the change of a rank (64) with the keys of "kohya" or "diffusers"; "delta" what makes this
     UNet from the base model's in the same dtype. A run that changed the text encoder can only be a folder or a single
     file. Files say in their metadata what was erased and how, the folder says it in its card.
+
+    ``ema`` chooses the base model's weights where the run did not.
 
     Raises RequestError when the request is none of these, the run is not complete, ``file`` exists, or the base model
     is needed and has changed since; EraseError, and leaves nothing behind, when it cannot be written as it is.
@@ -64,7 +67,7 @@ def export(
     elif format == "single-file" and (embedded or not source.is_file()):
         save_original(load(pipeline, dtype=kind), file, kind, metadata)
     else:
-        erased, base = load(pipeline), _base(run, run_info, format)
+        erased, base = load(pipeline), _base(run, run_info, format, ema)
         if format == "lora":
             options: dict[str, Any] = {"rank": rank or 64, "style": lora_style or "kohya", "dtype": kind}
             return save_lora(base.unet, erased.unet, base.family, file, about=metadata, **options)
@@ -101,8 +104,9 @@ def check_out(out: Path, *sources: Path) -> None:
             raise RequestError("out", out, f"lies in {source}, which is never written to; choose another place")
 
 
-def _base(run: Path, run_info: dict[str, Any], format: str) -> Diffusion:
-    base = load(run_info["base"]["source"], ema=read_recipe(run / "recipe.yaml").get("ema", True))
+def _base(run: Path, run_info: dict[str, Any], format: str, ema: bool | None) -> Diffusion:
+    ema = read_recipe(run / "recipe.yaml").get("ema") if ema is None else ema
+    base = load(run_info["base"]["source"], ema=ema)
     if weights_hash(base.unet) != run_info["base"]["unet"]:
         raise RequestError("run", run, f"its base model {base.source} has changed since; {format} needs it")
     return base

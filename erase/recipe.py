@@ -96,8 +96,12 @@ class Recipe:
     data: DataRecipe
     seed: Annotated[int, described("Seed of the whole run.", ge=0)] = 0
     ema: Annotated[
-        bool, described("Of a single file with both, take the UNet's averaged weights and not the live ones.")
-    ] = True
+        bool | None,
+        described(
+            "Of a single file with both, take the UNet's averaged weights (true) or the live ones (false); by default "
+            "the averaged, where both are nearly alike."
+        ),
+    ] = None
     notes: Annotated[tuple[str, ...], described("Where the settings come from, in sentences.")] = ()
 
     @property
@@ -122,13 +126,14 @@ class Recipe:
             "mask": mask,
             "data": _changed(self.data) | anchor,
             "seed": self.seed,
-            "ema": self.ema,
+            **({} if self.ema is None else {"ema": self.ema}),
             **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def fingerprint(self, *more: object) -> str:
         """Return a SHA-256 over the recipe, without its notes, and whatever else is given."""
         told = {key: value for key, value in self.to_dict().items() if key != "notes"}
+        told |= {"ema": self.ema is not False}  # where the default loads anything, it is what "true" loads
         return hashlib.sha256(json.dumps([told, *map(str, more)], sort_keys=True).encode()).hexdigest()
 
     def save(self, file: Path) -> None:

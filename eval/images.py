@@ -88,8 +88,13 @@ def _check_base_model(plan: EvalPlan) -> None:
 
     if plan.baseline is None or plan.run.base_unet is None or is_images(Path(plan.baseline)):
         return
-    if weights_hash(load(plan.baseline, ema=plan.run.ema).unet) != plan.run.base_unet:
+    if weights_hash(load(plan.baseline, ema=_base_ema(plan)).unet) != plan.run.base_unet:
         raise RequestError("baseline", plan.baseline, "is not the model that this run erased from")
+
+
+def _base_ema(plan: EvalPlan) -> bool | None:
+    """Return which weights of the base model's file are taken: those that the run was told, or that are asked for."""
+    return plan.request.ema if plan.run.ema is None else plan.run.ema
 
 
 def _check_base_images(plan: EvalPlan, base: ImageSet) -> None:
@@ -119,8 +124,7 @@ def _images(
         if size is not None:
             _check_size(images, size, setting)
         return images
-    # The run's own choice of weights is for its base model; what a run made holds one kind alone.
-    model = load(source, ema=plan.run.ema) if who == "base" else load(source)
+    model = load(source, ema=_base_ema(plan) if who == "base" else plan.request.ema)
     check_model(plan, model)
     prompts = fitting(prompts, model)
     sampling = sampling_of(plan, guarded=who == "erased")

@@ -42,7 +42,8 @@ class EvalRequest:
     ``judge.NAME.KEY``. What they name is asked for and must be there, while a metric of the benchmark that needs what
     is not installed is left out, which the report says. ``guard`` names a guard against the concept, with which the
     model samples and its baseline, by default the model itself, does not. ``fail_if`` are conditions as
-    ``read_thresholds`` reads them.
+    ``read_thresholds`` reads them. ``ema`` chooses the weights of a file that has averaged and live ones; of a run's
+    base model it counts where the run was not told itself.
     """
 
     model: str | Path
@@ -58,6 +59,7 @@ class EvalRequest:
     fail_if: tuple[str, ...] = ()
     first_seed: int = 10_000
     batch_size: int = 16
+    ema: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class ErasedRun:
         return self.run_info["base"]["unet"] if self.run_info else None
 
     @property
-    def ema(self) -> bool:
-        """Whether the run took the averaged weights of a file that has both."""
-        return bool(self.recipe.get("ema", True))
+    def ema(self) -> bool | None:
+        """Which weights the run was told to take of a file that has averaged and live ones, as ``load`` takes it."""
+        return self.recipe.get("ema")
 
 
 def read_erased_run(model: str | Path) -> ErasedRun:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,13 +28,14 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
 ) -> Diffusion:
     """Load a model of a known family for erasing or sampling, its weights converted to ``dtype``.
 
     ``device`` is by default the one that Accelerate picks: the machine's accelerator where there is one. Where a single
-    file has the UNet's weights twice, ``ema`` takes their averages over the training, otherwise the live ones; for any
-    other model it changes nothing. A loaded pipeline is copied, so that it stays as it is.
+    file has the UNet's weights twice, ``ema`` takes their averages over the training or the live ones; without it the
+    averages are taken where both are nearly alike. Which were taken is logged. For any other model it changes nothing.
+    A loaded pipeline is copied, so that it stays as it is.
 
     Raises RequestError when there is no such model, a file of it is damaged, its weights do not fit its configuration
     or are not finite, or its components do not fit each other: a model loads whole or not at all. Raises EraseError
@@ -51,7 +54,15 @@ def load(
         if out_of_memory(problem):
             raise EraseError(f"{name}: there is too little memory to load it") from problem
         raise RequestError("model", name, f"could not be loaded: {first_line(problem)}") from problem
+    if loaded.taken and processes().is_main_process:
+        _say(f"erase-concept: {name}: {loaded.taken}")
     return loaded
+
+
+@cache
+def _say(text: str) -> None:
+    """Log a line, once in a process; without any other setting of Python's logging it goes to stderr."""
+    logging.getLogger("erase_concept").warning(text)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def configs(model: str | Path) -> ModelConfigs:
     return ModelConfigs(family, read_configs(folder, family))
 
 
-def _load(model: str | Path | DiffusionPipeline, *, ema: bool) -> Diffusion:
+def _load(model: str | Path | DiffusionPipeline, *, ema: bool | None) -> Diffusion:
     """Load a model in the dtypes that it has."""
     if isinstance(model, DiffusionPipeline):
         shared = Diffusion.from_pipeline(model)

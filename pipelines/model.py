@@ -23,6 +23,7 @@ class Diffusion:
 
     ``source`` says where it came from, ``settings`` are those of its diffusers pipeline that the family knows, and
     ``stored`` the dtype that its UNet had there, such as "float16", or "float16, float32" where both are mixed.
+    ``taken`` says which UNet was taken of a single file that holds averaged weights.
     Shapes: latents [n, c, h/f, w/f] with the VAE's factor f, time steps int64 [n] in [0, 1000), prompt embeddings [n,
     tokens, width].
     """
@@ -32,6 +33,7 @@ class Diffusion:
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     stored: str = "unknown"
+    taken: str = ""
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> Diffusion:
@@ -105,13 +107,14 @@ class Diffusion:
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
     def describe(self) -> dict[str, str]:
-        """Return what was loaded: source, SHA-256 of the UNet's weights, family, prediction type and stored dtype."""
+        """Return what was loaded: source, UNet's SHA-256, family, prediction type, stored dtype, choice of weights."""
         return {
             "source": self.source,
             "unet": weights_hash(self.unet),
             "family": self.family.title,
             "prediction_type": str(self.scheduler.config.prediction_type),
             "dtype": self.stored,
+            **({"weights": self.taken} if self.taken else {}),
         }
 
     def states(self) -> dict[str, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from erase_concept.cli.options import ModelArgument, examples
+from erase_concept.cli.options import EmaOption, ModelArgument, examples
 
 EXAMPLES = examples(
     "erase-concept export runs/church -f delta -o church.safetensors",
@@ -24,6 +24,7 @@ def apply(
     transfer: Annotated[
         bool, typer.Option("--transfer", help="MODEL is another one of the same shapes: add the same change to it.")
     ] = False,
+    ema: EmaOption = None,
 ) -> None:
     """Turn a base model into the erased one by a delta, bit for bit, or back again."""
     from erase_concept.card import delta_card
@@ -34,7 +35,7 @@ def apply(
 
     opened = open_delta(delta)
     check_out(out, Path(model), Path(model) / "pipeline")
-    loaded = load(model, dtype=opened.dtype)
+    loaded = load(model, dtype=opened.dtype, ema=ema)
     apply_delta(opened, loaded.unet, revert=revert, transfer=transfer)
     save_pipeline(loaded, out, delta_card(opened, model, revert=revert, transfer=transfer))
     what = "base" if revert else "erased"

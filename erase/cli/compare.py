@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erase_concept.cli.options import JsonOption, OutOption, examples
+from erase_concept.cli.options import EmaOption, JsonOption, OutOption, examples
 from erase_concept.errors import RequestError
 
 _TUNING = "Tuned setting of the methods"
@@ -56,6 +56,7 @@ def compare(
     trials: Annotated[
         int, typer.Option(min=1, metavar="N", help="Multipliers tried for each method.", rich_help_panel=_TUNING)
     ] = 6,
+    ema: EmaOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Erase with many methods, masks and multipliers, and compare forgetting, retention, time and memory."""
@@ -75,6 +76,7 @@ def compare(
             multipliers=tuple(_numbers("multipliers", multipliers)),
             tune_on=_words(tune),
             tuning_steps=trials,
+            ema=ema,
         )
     )
     typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)

@@ -12,6 +12,7 @@ import typer
 from erase_concept.cli.options import (
     SAMPLING,
     BatchOption,
+    EmaOption,
     GuardOption,
     JsonOption,
     OutOption,
@@ -139,6 +140,7 @@ class EvalOptions:
     scheduler: SchedulerOption = None
     guard: GuardOption = None
     batch_size: BatchOption = 16
+    ema: EmaOption = None
 
     def request(self, model: str, out: Path) -> EvalRequest:
         """Return what is asked for, of a model and a folder to write to."""
@@ -164,6 +166,7 @@ class EvalOptions:
             guard=self.guard,
             fail_if=tuple(self.fail_if or ()),
             batch_size=self.batch_size,
+            ema=self.ema,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from erase_concept.cli.options import examples
+from erase_concept.cli.options import EmaOption, examples
 from erase_concept.errors import RequestError
 
 _HUB = "Upload"
@@ -38,6 +38,7 @@ def export(
         str | None,
         typer.Option(metavar="STYLE", help="Its keys: kohya or diffusers. (default: kohya)", rich_help_panel=_LORA),
     ] = None,
+    ema: EmaOption = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +55,7 @@ def export(
         raise RequestError("public", "(given)", "goes with --push-to-hub")
     if push_to_hub is not None:
         check_hub(push_to_hub, public=public)
-    fit = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style)
+    fit = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style, ema=ema)
     typer.echo(f"{format_} ({dtype}) -> {out} (read back and compared)")
     if fit is not None:
         missed = ", ".join(f"{error:.1%} at rank {rank}" for rank, error in fit.errors.items())

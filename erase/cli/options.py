@@ -45,7 +45,8 @@ EmaOption = Annotated[
     bool | None,
     typer.Option(
         "--ema/--no-ema",
-        help="From a single file that holds both: the averaged or the live weights of the UNet. (default: averaged)",
+        help="From a single file that holds both: the averaged or the live weights of the UNet. "
+        "(default: the averaged, where both are nearly alike)",
         rich_help_panel=SETTINGS,
         show_default=False,
     ),

@@ -75,14 +75,22 @@ def sample(
 
     guarded = _guard(guard, concept, model, set_)
     found = find_prompts(prompts)
-    loaded = load(model, ema=ema is not False)
+    loaded = load(model, ema=ema)
     print_dropped(len(found.dropped))
     print_note(cut_note(loaded, found))
     sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
     made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
-        print_json({"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)})
+        print_json(
+            {
+                "out": str(out),
+                "images": len(found.rows),
+                "made": count,
+                "dropped": len(found.dropped),
+                **({"weights": loaded.taken} if loaded.taken else {}),
+            }
+        )
     else:
         typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")
 

@@ -57,8 +57,8 @@ def iter_compare(request: CompareRequest) -> Iterator[CompareProgress | Comparis
     """
     request = check_request(request)
     with processes_for_trials() as processes:  # this process never holds the model
-        weights = processes.submit(base_weights, request.model).result()
-    context = TrialContext(request.model, weights, code_version(), request.benchmark, request.out)
+        weights = processes.submit(base_weights, request.model, request.ema).result()
+    context = TrialContext(request.model, weights, code_version(), request.benchmark, request.out, request.ema)
     for event in run_comparison(request, partial(run_trials, context)):
         if isinstance(event, Comparison):
             write_pages(event, request.out)

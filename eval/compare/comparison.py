@@ -39,6 +39,7 @@ class CompareRequest:
     multipliers: tuple[float, ...] = (1.0,)
     tune_on: tuple[str, ...] = ()
     tuning_steps: int = 6
+    ema: bool | None = None  # which weights of the base model's file, as ``load`` takes it
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,12 @@ def source_hash(folders: Mapping[str, Path]) -> str:
     return total.hexdigest()
 
 
-def base_weights(model: str) -> str:
+def base_weights(model: str, ema: bool | None = None) -> str:
     """Return a hash over all weights of the base model and its noise schedule."""
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import weights_hash
 
-    loaded = load(model)
+    loaded = load(model, ema=ema)
     parts = {"unet": loaded.unet, "vae": loaded.vae, **loaded.text_encoders}
     return digest([{name: weights_hash(part) for name, part in parts.items()}, dict(loaded.scheduler.config)])
 

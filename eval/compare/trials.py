@@ -96,6 +96,7 @@ class TrialContext:
     code: str
     benchmark: str
     folder: Path
+    ema: bool | None = None
 
     @property
     def shared(self) -> Path:
@@ -177,7 +178,7 @@ def prepare_trial(context: TrialContext, trial: Trial) -> None:
 
     recipe = recipe_of(context.model, trial)
     plan = plan_of(context.benchmark, recipe, trial, context.folder)
-    loaded = load(context.model)
+    loaded = load(context.model, ema=context.ema)
     _sampled(loaded, plan, _base_folder(context, recipe), guarded=False)
     if not is_guard(trial.method):
         _data_and_mask(recipe, loaded, context.shared)
@@ -194,7 +195,7 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
     began = time.perf_counter()
     recipe = recipe_of(context.model, trial)
     plan = plan_of(context.benchmark, recipe, trial, context.folder)
-    loaded = load(context.model)
+    loaded = load(context.model, ema=context.ema)
     result = TrialResult(trial, key, context.code, recipe.concept.kind, "", 1.0, 0.0, 0.0)
     if not is_guard(trial.method):
         result = _erase(loaded, recipe, context.shared, result)
@@ -291,7 +292,7 @@ def _on_both_sides(records: Sequence[Metric]) -> bool:
 
 
 def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
-    key = digest([recipe.concept.to_dict(), recipe.seed, recipe.ema, context.benchmark_text])
+    key = digest([recipe.concept.to_dict(), recipe.seed, context.ema is not False, context.benchmark_text])
     return context.shared / "base" / key[:16]
 
 

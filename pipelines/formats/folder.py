@@ -73,7 +73,11 @@ def load_folder(folder: Path, name: str) -> Diffusion:
         part: _load_component(folder / part, family, name) for part, one in family.components.items() if one.make
     }
     stored = dtype_names(modules["unet"].state_dict().values())
-    pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **modules, **family.pipeline_options)
+    # What the index names beside the family's components, such as a safety checker, is not used: it may be gone.
+    unused = {part: None for part, line in read_json(folder / INDEX).items() if isinstance(line, list)}
+    unused = {part: None for part in unused if part not in family.components}
+    given = {**unused, **modules, **family.pipeline_options}
+    pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **given)
     components = {part: getattr(pipeline, part) for part in family.components}
     family.check_fit(components)
     settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}

@@ -20,6 +20,7 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import family_of_file
 from erase_concept.pipelines.families.family import Configs, Family, SingleFile, State
+from erase_concept.pipelines.formats.ema import choose_unet, ema_key
 from erase_concept.pipelines.formats.folder import INDEX, read_configs
 from erase_concept.pipelines.formats.tokenizer import load_tokenizer
 from erase_concept.pipelines.formats.weights import (
@@ -34,14 +35,14 @@ from erase_concept.pipelines.model import Diffusion
 SUFFIXES = (".safetensors", ".ckpt")
 
 
-def load_single_file(file: Path, name: str, *, ema: bool = True) -> Diffusion:
+def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffusion:
     """Load a checkpoint on the CPU, with weights as they are in the file; ``name`` is the one that the user gave.
 
-    Where the file has the UNet's weights twice, live and averaged over the last of the training, ``ema`` takes the
-    averages, with which a model is meant to be used. Where it has them once, either choice takes these.
+    Where the file has the UNet's weights twice, live and averaged over the last of the training, ``ema`` chooses as
+    ``choose_unet`` says. Where it has them once, either choice takes these.
 
-    Raises RequestError when the file cannot be read, is something else than a whole checkpoint of a known family, or
-    when there is no tokenizer.
+    Raises RequestError when the file cannot be read, is something else than a whole checkpoint of a known family, holds
+    two UNets of which one must be chosen, or when there is no tokenizer.
     """
     tensors, metadata = read_tensors(file)
     family = _family(file, tensors)
@@ -49,15 +50,17 @@ def load_single_file(file: Path, name: str, *, ema: bool = True) -> Diffusion:
     configs, own = _configs(file, family, metadata)
     for part, widths in layout.widths(tensors).items():
         configs[part] |= widths
-    if ema:
-        tensors |= {key: tensors[ema_key(key)] for key in tensors if ema_key(key) in tensors}
     components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(configs["scheduler"])}
     makes = {part: one.make for part, one in family.components.items() if one.make}
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {part: make(configs[part]) for part, make in makes.items()}
     try:
         family.check_fit(components | modules)
+        unet_names = layout.layouts["unet"].names(modules["unet"].state_dict()).values()
+        tensors, taken = choose_unet(tensors, unet_names, ema, name)
         states = from_original(tensors, {part: module.state_dict() for part, module in modules.items()}, family)
+    except RequestError:
+        raise
     except ValueError as problem:
         raise RequestError("model", file, str(problem)) from None
     for part, module in modules.items():
@@ -69,7 +72,7 @@ def load_single_file(file: Path, name: str, *, ema: bool = True) -> Diffusion:
     if layout.settle is not None and not own:
         layout.settle(components, metadata)
     stored = dtype_names(states["unet"].values())
-    return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored)
+    return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored, taken=taken)
 
 
 def single_file_configs(file: Path) -> tuple[Family, Configs]:
@@ -147,19 +150,15 @@ def from_original(tensors: State, states: Mapping[str, State], family: Family) -
         layout = _layout(family).layouts[part]
         found[part] = {}
         for name, original in layout.names(state).items():
-            if original not in tensors:
+            present = original if original in tensors else original.replace("text_model.", "", 1)  # as in some merges
+            if present not in tensors:
                 raise ValueError(f"{original} is missing: this is no whole checkpoint of {family.title}")
-            value = layout.unpack(name, original, tensors[original], state[name])
+            value = layout.unpack(name, original, tensors[present], state[name])
             if value.shape != state[name].shape:
                 needed = f"{family.title} needs {list(state[name].shape)}"
                 raise ValueError(f"{original} has shape {list(value.shape)}, {needed}")
             found[part][name] = value
     return found
-
-
-def ema_key(key: str) -> str:
-    """Return the name under which a checkpoint keeps the average over its training of a tensor of its UNet."""
-    return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
@@ -207,9 +206,14 @@ def replace_unet(source: Path, unet: State, family: Family, file: Path, metadata
         raise RequestError("model", source, "is the file to write: a source is never written to")
     layout = _layout(family).layouts["unet"]
     replacing = layout.pack(layout.names(unet), unet)
-    tensors, about = read_tensors(source)  # scaled weights come back plain, so that no old scale meets a new weight
-    for key in (*replacing, *(key for key in tensors if key.startswith(layout.prefix))):
-        have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, replacing))
+    try:  # scaled weights come back plain, so that no old scale meets a new weight
+        tensors, about = read_tensors(source)
+    except (OSError, RequestError) as problem:
+        raise RequestError("model", source, f"is not a readable safetensors file: {problem}") from None
+    averages_alone = not any(key in tensors for key in replacing)
+    places = {ema_key(key): value for key, value in replacing.items()} if averages_alone else replacing
+    for key in (*places, *(key for key in tensors if key.startswith(layout.prefix))):
+        have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, places))
         if have != want:
             raise RequestError("model", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
         if not tensors[key].is_floating_point():

@@ -17,7 +17,7 @@ from erase_concept.errors import RequestError
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.weights import read_tensors
 from erase_concept.pipelines.load import load
-from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.model import Diffusion, weights_hash
 
 FP8 = torch.float8_e4m3fn
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -197,3 +197,22 @@ def test_a_pickle_of_pickles_own_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(RequestError, match="is damaged or no file of weights"):
         read_tensors(tmp_path / "x.ckpt")
+
+
+def test_a_folder_whose_parts_differ_in_variant_and_whose_unused_parts_are_gone(
+    tiny: Diffusion, tmp_path: Path
+) -> None:
+    folder = _saved(tiny, tmp_path)
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.SAFETENSORS")
+    index = json.loads((folder / "model_index.json").read_text())
+    gone = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index | gone | {"requires_safety_checker": True}))
+    found = load(folder)
+    assert {part: weights_hash(module) for part, module in found.modules.items()} == {
+        part: weights_hash(module) for part, module in tiny.modules.items()
+    }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from erase_concept.exports import export
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.families.stable_diffusion import predicts_noise
 from erase_concept.pipelines.formats.folder import save_pipeline
-from erase_concept.pipelines.formats.single_file import ema_key, save_original
+from erase_concept.pipelines.formats.single_file import ema_key, replace_unet, save_original
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept
@@ -104,11 +106,13 @@ def test_an_erased_file_differs_in_its_unet_alone(
 def test_the_averages_of_the_training_are_preferred_to_the_live_weights(family: Diffusion, file: Path) -> None:
     assert weights_hash(load(file, ema=False).unet) == weights_hash(load(file).unet) == weights_hash(family.unet)
     tensors = load_file(file)
-    averages = {ema_key(key): value + 1 for key, value in tensors.items() if key.startswith(UNET)}
+    averages = {ema_key(key): value * 1.001 for key, value in tensors.items() if key.startswith(UNET)}
     save_file(tensors | averages, file)
     back, live = load(file), load(file, ema=False)
+    assert "averaged (EMA) UNet taken; the live one differs by 0.10% at most" in back.describe()["weights"]
+    assert "live UNet taken; the averaged (EMA) one differs by 0.10% at most" in live.describe()["weights"]
     for name, value in family.unet.state_dict().items():
-        assert torch.equal(back.unet.state_dict()[name], value + 1), name
+        assert torch.equal(back.unet.state_dict()[name], value * 1.001), name
     assert weights_hash(live.unet) == weights_hash(family.unet)
     assert weights_hash(back.vae) == weights_hash(live.vae) == weights_hash(family.vae)
 
@@ -120,7 +124,7 @@ def test_the_command_takes_the_weights_that_are_asked_for(
     save_pipeline(tiny, Path("model"))
     save_original(tiny, Path("model.safetensors"), torch.float32, {})
     tensors = load_file("model.safetensors")
-    save_file(tensors | {ema_key(k): v + 1 for k, v in tensors.items() if k.startswith(UNET)}, "model.safetensors")
+    save_file(tensors | {ema_key(k): v * 1.001 for k, v in tensors.items() if k.startswith(UNET)}, "model.safetensors")
     Path("p.csv").write_text("prompt,seed\na,1\n")
     Path("square.yaml").write_text("name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [line]\n")
     small = ["-s", "data.forget=2", "-s", "data.retain=2", "-s", "data.steps=2"]
@@ -141,7 +145,8 @@ def test_the_command_takes_the_weights_that_are_asked_for(
         assert json.loads((Path(folder) / "sampling.json").read_text())["unet"] == expected
         call("mask", "model.safetensors", "-c", "square.yaml", "-o", "mask.safetensors", *small, *option)
         assert Mask.load(Path("mask.safetensors")).provenance["base"] == expected
-        assert json.loads(call("erase", *plan, *option))["ema"] == (expected == averaged)
+        asked = {"--ema": True, "--no-ema": False}.get(*option) if option else None
+        assert json.loads(call("erase", *plan, *option)).get("ema") == asked
     Path("recipe.yaml").write_text("ema: false\n")
     assert json.loads(call("erase", *plan, "--recipe", "recipe.yaml"))["ema"] is False
     assert json.loads(call("erase", *plan, "--recipe", "recipe.yaml", "--ema"))["ema"] is True
@@ -233,3 +238,110 @@ def test_what_is_predicted_shows_in_pure_noise() -> None:
 
     model.unet.forward = velocity
     assert not predicts_noise(model.unet)
+
+
+def two_unets(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Put another UNet into the file, as the averages of its own."""
+    tensors = load_file(file)
+    averages = change({ema_key(key): value.clone() for key, value in tensors.items() if key.startswith(UNET)})
+    save_file(tensors | averages, file)
+
+
+def test_of_two_unets_that_differ_widely_none_is_taken_unasked(
+    tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One matrix of one layer is enough, as of an erased one: an edit of keys and values changes no more."""
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(tiny, Path("model"))
+    save_original(tiny, file := Path("model.safetensors"), torch.float32, {})
+    key = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    two_unets(file, lambda averages: averages | {ema_key(key): averages[ema_key(key)] * 1.05})
+    Path("p.csv").write_text("prompt,seed\na,1\n")
+    Path("square.yaml").write_text("name: square\nkind: custom\nanchor: circle\ntemplates: ['a {O}']\nretain: [line]\n")
+    with pytest.raises(RequestError, match=r"ema \(not given\): model\.safetensors holds two UNets.* differ by 4\.8%"):
+        load(file)
+    for command in (
+        ["sample", str(file), "-p", "p.csv", "-o", "out", "--steps", "1"],
+        ["erase", str(file), "-c", "square.yaml", "-m", "uce", "-o", "out"],
+        ["mask", str(file), "-c", "square.yaml", "-o", "out.safetensors"],
+    ):
+        monkeypatch.setattr("sys.argv", ["erase-concept", *command])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2
+        assert lines[-1].startswith("erase-concept: --ema or --no-ema (not given): model.safetensors holds two UNets")
+    assert not Path("out").exists()
+    assert weights_hash(load(file, ema=False).unet) == weights_hash(tiny.unet)
+    assert weights_hash(load(file, ema=True).unet) != weights_hash(tiny.unet)
+
+
+def test_a_set_that_is_not_whole_or_sound_is_not_taken(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    file = tmp_path / "model.safetensors"
+    nan = torch.tensor(float("nan"))
+    cases: list[tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = [
+        (lambda averages: dict(list(averages.items())[1:]), r"is not whole \(\S+ is missing\)"),
+        (lambda averages: {key: value * nan for key, value in averages.items()}, r"is broken \(\S+ holds NaN or inf"),
+        (lambda averages: {key: value * 0 for key, value in averages.items()}, "is all zeros"),
+    ]
+    for change, problem in cases:
+        save_original(tiny, file, torch.float32, {})
+        two_unets(file, change)
+        back = load(file)
+        assert weights_hash(back.unet) == weights_hash(tiny.unet)
+        assert re.search(f"live UNet taken; the averaged \\(EMA\\) one {problem}", back.taken), back.taken
+        with pytest.raises(RequestError, match=rf"its averaged \(EMA\) UNet {problem}"):
+            load(file, ema=True)
+
+
+def test_a_file_with_averages_alone(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    file = tmp_path / "model.safetensors"
+    save_original(tiny, file, torch.float32, {})
+    save_file({ema_key(k) if k.startswith(UNET) else k: v for k, v in load_file(file).items()}, file)
+    for ema in (None, True, False):
+        back = load(file, ema=ema)
+        assert weights_hash(back.unet) == weights_hash(tiny.unet)
+        assert back.taken == "averaged (EMA) UNet, the only one in the file"
+    erased = {name: value + 1 for name, value in tiny.unet.state_dict().items()}
+    replace_unet(file, erased, tiny.family, tmp_path / "erased.safetensors", {})
+    shutil.copytree(tmp_path / "model", tmp_path / "erased")
+    assert torch.equal(load(tmp_path / "erased.safetensors").unet.conv_in.weight, erased["conv_in.weight"])
+
+
+def test_a_text_encoder_without_its_prefix_is_read_and_written_with_it(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    file = tmp_path / "model.safetensors"
+    save_original(tiny, file, torch.float32, {})
+    written = load_file(file)
+    text = {key for key in written if key.startswith("cond_stage_model.")}
+    assert text
+    assert all(key.startswith("cond_stage_model.transformer.text_model.") for key in text)
+    save_file({key.replace("text_model.", ""): value for key, value in written.items()}, file)
+    assert weights_hash(load(file).text_encoder) == weights_hash(tiny.text_encoder)
+    for folder in (tmp_path / "model", tmp_path / "again"):
+        if not folder.exists():
+            save_pipeline(load(file), folder)
+        names = load_file(folder / "text_encoder" / "model.safetensors").keys()
+        assert all(name.startswith("text_model.") for name in names)
+        assert {"text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.bias"} <= names
+
+
+def test_scaled_fp8_loads_at_its_scale_and_an_erased_copy_has_no_old_scales(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    file = tmp_path / "model.safetensors"
+    save_original(tiny, file, torch.float32, {})
+    tensors = load_file(file)
+    key = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    expected, scale = tensors[key], tensors[key].abs().max() / 448
+    stored = {key: (expected / scale).to(torch.float8_e4m3fn), key.replace(".weight", ".scale_weight"): scale}
+    save_file(tensors | stored | {f"{UNET}scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}, file)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    found = load(file).unet.state_dict()[name]
+    torch.testing.assert_close(found, expected, rtol=2**-4, atol=float(scale) * 2**-9)
+    erased = {one: value + 1 for one, value in tiny.unet.state_dict().items()}
+    replace_unet(file, erased, tiny.family, tmp_path / "erased.safetensors", {})
+    assert not [one for one in load_file(tmp_path / "erased.safetensors") if "scale" in one]
+    shutil.copytree(tmp_path / "model", tmp_path / "erased")
+    assert torch.equal(load(tmp_path / "erased.safetensors").unet.state_dict()[name], erased[name])
