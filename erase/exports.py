@@ -19,7 +19,7 @@ from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
-from erase_concept.run_folder import read_run
+from erase_concept.run_folder import base_source, read_run
 
 EXPORT_FORMATS = ("diffusers", "unet", "single-file", "lora", "delta")
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ def export(
     run, file = Path(run), Path(file)
     _check_options(format, dtype, rank, lora_style)
     run_info = read_run(run)
-    source = Path(run_info["base"]["source"])
+    source = Path(base_source(run_info))
     embedded = "text_encoder" in run_info["erased"]
     if embedded and format not in ("diffusers", "single-file"):
         raise RequestError("format", format, "the run changed the text encoder; allowed: diffusers, single-file")
@@ -106,7 +106,7 @@ def check_out(out: Path, *sources: Path) -> None:
 
 def _base(run: Path, run_info: dict[str, Any], format: str, ema: bool | None) -> Diffusion:
     ema = read_recipe(run / "recipe.yaml").get("ema") if ema is None else ema
-    base = load(run_info["base"]["source"], ema=ema)
+    base = load(base_source(run_info), ema=ema)
     if weights_hash(base.unet) != run_info["base"]["unet"]:
         raise RequestError("run", run, f"its base model {base.source} has changed since; {format} needs it")
     return base

@@ -21,6 +21,7 @@ from erase_concept.presets import Preset, preset
 from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
+from erase_concept.run_folder import base_source
 from erase_concept.settings import check_settings, described, merge, read_assignments, settings
 
 SALUN = "SalUn, arXiv 2310.12508"
@@ -260,7 +261,7 @@ def earlier_runs(model: str) -> list[dict[str, Any]]:
         return []
     run_info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     concept = read_recipe(folder / "recipe.yaml")["concept"]
-    return [*run_info.get("earlier", []), {"concept": concept, "base": run_info["base"]["source"]}]
+    return [*run_info.get("earlier", []), {"concept": concept, "base": base_source(run_info)}]
 
 
 def first_base(model: str) -> str:

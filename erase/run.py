@@ -31,6 +31,7 @@ from erase_concept.make_data import cached_data, check_data
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
 from erase_concept.masks.mask import Mask, Part
 from erase_concept.methods import METHODS
+from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.lora import Fit
 from erase_concept.pipelines.load import load
@@ -182,7 +183,7 @@ def _stages(
     yield "export"
     seconds = [round(after - before, 2) for before, after in pairwise(times)]
     run_info = _describe(recipe, data) | {
-        "base": about,
+        "base": about | _where(about["source"]),
         "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
         "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
         "checks": check_frozen(base, trained, mask),
@@ -214,6 +215,12 @@ def _claimed(recipe: Recipe, out: Path) -> bool:
     if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise RequestError("out", out, "exists and is no run folder; choose another one")
     return False
+
+
+def _where(source: str) -> dict[str, str]:
+    """Return the folder from which a base model's relative path starts; nothing for any other name of a model."""
+    relative = source not in builtin_models() and not Path(source).is_absolute() and Path(source).exists()
+    return {"folder": str(Path.cwd())} if relative else {}
 
 
 def _save_base(trained: nn.Module, file: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +33,13 @@ def only_process(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
+
+
+def base_source(run_info: Mapping[str, Any]) -> str:
+    """Return a run's base model; one that was named by a relative path is looked for where the run began."""
+    source = str(run_info["base"]["source"])
+    there = Path(run_info["base"].get("folder", "")) / source
+    return str(there) if there.exists() else source
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:

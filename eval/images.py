@@ -51,6 +51,8 @@ def gather(plan: EvalPlan) -> Generator[tuple[str, int, int], None, EvalImages]:
 
     Raises RequestError when there are none, or when the two sets differ in more than the model.
     """
+    from erase_concept.pipelines.image_set import check_drawn
+
     began = time.perf_counter()
     made: dict[str, int] = {}
     _check_base_model(plan)
@@ -64,6 +66,9 @@ def gather(plan: EvalPlan) -> Generator[tuple[str, int, int], None, EvalImages]:
         _check_base_images(plan, base)
         erased, base = _in_common(erased, base)
         check_same(erased, base)
+    for images in (erased, base):
+        if images is not None:
+            check_drawn(images.files)
     return EvalImages(erased, base, made, time.perf_counter() - began)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 
+from erase_concept.run_folder import base_source
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ErasedRun:
     @property
     def base(self) -> str | None:
         """The base model that the run erased from."""
-        return self.run_info["base"]["source"] if self.run_info else None
+        return base_source(self.run_info) if self.run_info else None
 
     @property
     def base_unet(self) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.pictures import read_picture
 from erase_concept.prompts.promptset import PromptRow
@@ -119,6 +119,16 @@ def is_intact(folder: Path, line: dict[str, Any]) -> bool:
     """Tell whether the image of a manifest's line is there, with the SHA-256 that the line has."""
     file = folder / line["image"]
     return file.is_file() and _sha256(file) == line.get("sha256")
+
+
+def check_drawn(files: Sequence[Path]) -> None:
+    """Raise EraseError when every image is of one colour: a model that draws nothing must not pass for erased."""
+    for file in files:
+        image = np.asarray(read_picture(file))
+        if (image != image[:1, :1]).any():
+            return
+    if files:
+        raise EraseError(f"{files[0].parent}: every image is of one colour: the model is broken, nothing can be judged")
 
 
 def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.weights import dtype_names, published_name
@@ -177,8 +177,10 @@ class Diffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents to uint8 images [n, h, w, 3]."""
+        """Decode scaled latents to uint8 images [n, h, w, 3]; raises EraseError when they are not finite."""
         images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        if not bool(images.isfinite().all()):
+            raise EraseError(f"{self.source}: the VAE gives NaN or infinity in the place of an image")
         return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.image_set import (
     SETTINGS,
     ImageSet,
+    check_drawn,
     image_name,
     manifest_line,
     manifest_name,
@@ -130,6 +131,8 @@ def sample_latents(
     for step, timestep in enumerate(scheduler.timesteps[:stop]):
         noisy = scheduler.scale_model_input(latents, timestep)
         latents = scheduler.step(predict(noisy, timestep, step), timestep, latents, **options).prev_sample
+    if not bool(latents.isfinite().all()):
+        raise EraseError(f"{model.source}: the model gives NaN or infinity in the place of an image")
     return latents
 
 
@@ -234,7 +237,7 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
     Images are named by their place in the set; ``manifest.jsonl`` gets a line for each, with its row and SHA-256.
     Run again with the same model, prompts and settings, it samples only what is missing or has changed since. Raises
     RequestError when the folder holds images of another model, prompt set or setting, and for a sexual prompt that
-    mentions minors.
+    mentions minors. Raises EraseError at the end when every image is of one colour.
 
     Where Accelerate has started several processes, they share the batches, and each yields the images that it makes.
     When all have finished, the folder is as one process would have made it.
@@ -262,6 +265,7 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
     if state.num_processes > 1 and state.is_main_process:
         merge_manifests(out, prompts.rows)
     state.wait_for_everyone()
+    check_drawn([out / image_name(place) for place in range(len(prompts.rows))])
 
 
 def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> None:

@@ -15,7 +15,7 @@ FLAGS = {
     "what": "WHAT",
     "name": "NAME",
     "set": "--set",
-    "ema": "--ema or --no-ema",
+    "ema": "--ema",
     "metric.reference": "--reference",
     "mask.kind": "--mask",
     "mask.scope": "--scope",

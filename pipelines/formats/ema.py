@@ -44,7 +44,7 @@ def choose_unet(
         sound = [kind for kind in sets if not faults[kind]]
         if len(sound) == 2 and (apart := difference(averaged, live)) > WIDE:
             allowed = f"{file} holds two UNets, averaged (EMA) and live, that differ by {apart:.1%} in a matrix"
-            raise RequestError("ema", "(not given)", f"{allowed}: say which to take")
+            raise RequestError("ema", "(not given)", f"{allowed}: ema takes the averaged one, no-ema the live one")
         kind = sound[0] if sound else "live"
     else:
         kind = "averaged (EMA)" if ema else "live"

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import collections
+import copy
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.weights import read_tensors
+from erase_concept.pipelines.image_set import check_drawn
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.sample import Sampling, iter_sample
+from erase_concept.prompts.promptset import PromptRow, PromptSet
+from erase_concept.run_folder import base_source
 
 FP8 = torch.float8_e4m3fn
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -216,3 +223,44 @@ def test_a_folder_whose_parts_differ_in_variant_and_whose_unused_parts_are_gone(
     assert {part: weights_hash(module) for part, module in found.modules.items()} == {
         part: weights_hash(module) for part, module in tiny.modules.items()
     }
+
+
+def test_a_model_that_draws_one_colour_or_nan_is_a_failure(tiny: Diffusion, tmp_path: Path) -> None:
+    prompts = PromptSet("two", (PromptRow("a", 1), PromptRow("b", 2)))
+    out, vae = tmp_path / "flat", tiny.vae.decoder.conv_out
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    with torch.no_grad():
+        for value in vae.parameters():
+            value.zero_()
+    for _ in range(2):  # the images that are there already are no better
+        with pytest.raises(EraseError, match="every image is of one colour"):
+            list(iter_sample(tiny, prompts, out, Sampling(steps=1)))
+    vae.load_state_dict(weights)
+    list(iter_sample(tiny, prompts, tmp_path / "drawn", Sampling(steps=1)))
+    for part, module in (("the model gives NaN", tiny.unet), ("the VAE gives NaN", tiny.vae)):
+        broken = copy.deepcopy(tiny)
+        own = broken.unet if module is tiny.unet else broken.vae.decoder
+        with torch.no_grad():
+            own.conv_out.bias[0] = float("nan")
+        with pytest.raises(EraseError, match=part):
+            list(iter_sample(broken, prompts, tmp_path / "nan", Sampling(steps=1)))
+        shutil.rmtree(tmp_path / "nan")
+
+
+def test_one_colour_earns_no_verdict(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (4, 4), "black").save(tmp_path / name)
+    with pytest.raises(EraseError, match="every image is of one colour"):
+        check_drawn(sorted(tmp_path.iterdir()))
+    image = Image.new("RGB", (4, 4), "black")
+    image.putpixel((3, 3), (1, 0, 0))
+    image.save(tmp_path / "1.png")
+    check_drawn(sorted(tmp_path.iterdir()))
+
+
+def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").touch()
+    run_info = {"base": {"source": "m.safetensors", "folder": str(tmp_path)}}
+    assert base_source(run_info) == str(tmp_path / "m.safetensors")
+    assert base_source({"base": {"source": "owner/name"}}) == "owner/name"
+    assert base_source({"base": {"source": "gone.ckpt", "folder": str(tmp_path)}}) == "gone.ckpt"

@@ -270,7 +270,7 @@ def test_of_two_unets_that_differ_widely_none_is_taken_unasked(
             cli.main()
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2
-        assert lines[-1].startswith("erase-concept: --ema or --no-ema (not given): model.safetensors holds two UNets")
+        assert lines[-1].startswith("erase-concept: --ema (not given): model.safetensors holds two UNets")
     assert not Path("out").exists()
     assert weights_hash(load(file, ema=False).unet) == weights_hash(tiny.unet)
     assert weights_hash(load(file, ema=True).unet) != weights_hash(tiny.unet)
