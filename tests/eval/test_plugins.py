@@ -89,7 +89,9 @@ def test_what_another_package_adds_is_used_from_the_command(plug_ins: Callable[.
     colours = [(200, 0, 0), (100, 60, 40), (0, 200, 0), (0, 0, 0)]
     (tmp_path / "images").mkdir()
     for place, colour in enumerate(colours):
-        Image.fromarray(np.full((16, 16, 3), colour, np.uint8)).save(tmp_path / "images" / f"{place}.png")
+        image = np.full((16, 16, 3), colour, np.uint8)
+        image[0, 0, 0] += place == 0  # a folder with nothing but plain colours is refused as a broken model's
+        Image.fromarray(image).save(tmp_path / "images" / f"{place}.png")
     (tmp_path / "prompts.csv").write_text("prompt,object\n" + "a red thing,red\n" * 4)
     (tmp_path / "own.yaml").write_text(BENCHMARK)
     command = ("eval", "images", "-b", "own.yaml", "-c", "red", "--json")
