@@ -82,15 +82,8 @@ def sample(
     made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))
     if json_:
-        print_json(
-            {
-                "out": str(out),
-                "images": len(found.rows),
-                "made": count,
-                "dropped": len(found.dropped),
-                **({"weights": loaded.taken} if loaded.taken else {}),
-            }
-        )
+        told = {"out": str(out), "images": len(found.rows), "made": count, "dropped": len(found.dropped)}
+        print_json(told | ({"weights": loaded.taken} if loaded.taken else {}))
     else:
         typer.echo(f"{len(found.rows)} images in {out}, {count} of them new")
 
