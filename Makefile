@@ -18,7 +18,6 @@ SHIPPED := ../tests/test_packaging.py ../tests/prompts ../tests/pipelines/test_e
 # Of these the oldest versions that pyproject.toml allows are asked too: all that depends on what diffusers and
 # transformers call things, from loading to exporting, and the commands.
 LOWEST := .venv-lowest
-PROGRAMS := .venv-programs
 LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py tests/pipelines/test_from_single_file.py \
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
@@ -44,7 +43,7 @@ wheel-test: $(VENV)/installed
 	cd build && $(TESTS) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
 		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" $(WORKERS) $(SHIPPED)
 
-# PyTorch is the one of .venv; every other dependency is at its lower bound, and theirs are what pip chooses.
+# peft is for the rehearsal. PyTorch is the one of .venv; every other dependency is at its lower bound, and theirs are what pip chooses.
 $(LOWEST)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch' > $(LOWEST)/lowest.txt
@@ -73,6 +72,7 @@ docs: $(VENV)/installed-docs  ## build the documentation, and run its notebooks,
 	$(FAST) $(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/build/html
 
 # stable-diffusion.cpp, which is compiled.
+PROGRAMS := .venv-programs
 $(PROGRAMS)/installed:
 	$(PYTHON) -m venv $(PROGRAMS)
 	$(PROGRAMS)/bin/pip install --quiet 'stable-diffusion-cpp-python>=0.4.7'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class RequestError(ValueError):
@@ -34,3 +36,9 @@ def out_of_memory(problem: BaseException | None) -> bool:
 def first_line(problem: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean ...? " with the known name that is nearest, or an empty text where none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""

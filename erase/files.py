@@ -41,6 +41,6 @@ def mistaken_for(file: Path) -> str:
         return ""
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself: 'git lfs pull' gets it"
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "is an HTML page, such as a failed download leaves: get the file again"
     return ""

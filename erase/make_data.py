@@ -21,7 +21,7 @@ from torch import Tensor
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
 from erase_concept.methods import METHODS
-from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.catalog import folder_names
@@ -43,7 +43,9 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
 
     ``base_hash`` is that of the model's UNet. Raises RequestError when the file was made from something else.
     """
-    key = data_key(recipe, _model_key(recipe, model, base_hash))
+    concept = recipe.concept
+    besides = model.besides_unet((*concept.forget_prompts, *concept.anchor_prompts, *concept.retain_prompts))
+    key = data_key(recipe, base_hash, besides)
     data = ForgetRetain.load(file, key)
     if data is None and file.exists():
         raise RequestError("model", recipe.model, f"has changed since {file} was made from it; choose another folder")
@@ -53,10 +55,13 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
     return data
 
 
-def data_key(recipe: Recipe, base_hash: str) -> str:
-    """Return the SHA-256 over all that the recipe's data depend on, the images in its folders included."""
+def data_key(recipe: Recipe, base_hash: str, besides: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 over all that the recipe's data depend on, the images in its folders included.
+
+    ``base_hash`` is that of the model's UNet, and ``besides`` what ``Diffusion.besides_unet`` returns.
+    """
     counted = asdict(recipe.data) | dict.fromkeys({*PARTS} - {*recipe.data_parts}, 0) | hashes_of_images(recipe)
-    parts: list[Any] = [base_hash, recipe.concept.to_dict(), counted, recipe.seed]
+    parts: list[Any] = [base_hash, besides or {}, recipe.concept.to_dict(), counted, recipe.seed]
     if in_low_precision(recipe):
         parts.append("bf16")
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -72,21 +77,6 @@ def hashes_of_images(recipe: Recipe) -> dict[str, str]:
             digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
         found[str(folder)] = digest.hexdigest()
     return found
-
-
-def _model_key(recipe: Recipe, model: Diffusion, base_hash: str) -> str:
-    """Return the SHA-256 over all of a model that data depend on: weights, scheduler, settings, size and tokens."""
-    concept = recipe.concept
-    ids = [model.token_ids(prompts) for prompts in (concept.forget_prompts, concept.anchor_prompts)]
-    parts = {
-        "unet": base_hash,
-        **{name: weights_hash(part) for name, part in (*model.text_encoders.items(), ("vae", model.vae))},
-        "scheduler": {name: value for name, value in model.scheduler.config.items() if name[0] != "_"},
-        "settings": dict(model.settings),
-        "size": recipe.data.size or model.size,
-        "tokens": [part.tolist() for some in ids for part in some],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_data(recipe: Recipe) -> None:

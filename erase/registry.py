@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, Protocol, TypeVar
 
-from erase_concept.errors import EraseError, RequestError
+from erase_concept.errors import EraseError, RequestError, did_you_mean
 
 # Where the records of each kind are kept: the module that holds its registry.
 KINDS = {
@@ -81,7 +80,6 @@ class Registry(Generic[R]):
         """Return the record of that name; raises RequestError when there is none."""
         known = self.all()
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, known)
             raise RequestError(self.setting, name, f"{hint}allowed: {', '.join(known) or 'none'}")
         return known[name]

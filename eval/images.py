@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,22 +178,14 @@ def _check_size(images: ImageSet, size: int, setting: str) -> None:
 
 def _key(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> str:
     """Return the SHA-256 over all that the images of a model depend on."""
-    from erase_concept.pipelines.model import weights_hash
-    from erase_concept.pipelines.sample import tokens_hash
+    from erase_concept.pipelines.sample import made_from
 
-    parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
     parts_of_key = {
-        "weights": {part: weights_hash(module) for part, module in parts.items()},
-        "scheduler": dict(model.scheduler.config),
-        "settings": dict(model.settings),
-        "size": model.size,
-        "tokens": tokens_hash(model, prompts.rows),
-        "rows": [asdict(row) for row in prompts.rows],
-        "options": {key: getattr(sampling, key) for key in ("steps", "guidance", "scheduler", "eta")},
+        "made from": made_from(model, prompts, sampling),
         "versions": {name: importlib.metadata.version(name) for name in ("erase-concept", "torch", "diffusers")},
         "device": model.device.type,
     }
-    return hashlib.sha256(json.dumps(parts_of_key, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts_of_key, sort_keys=True).encode()).hexdigest()
 
 
 def _copy(folder: Path, target: Path) -> None:

@@ -7,9 +7,8 @@ import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import RequestError, did_you_mean
 from erase_concept.eval.report.report import Report
 
 _FORM = re.compile(r"\s*([A-Za-z]\w*)\s*(<=|>=|<|>)\s*(\S+)\s*", re.ASCII)
@@ -81,8 +80,7 @@ def read_thresholds(
         if name not in known:
             if absent and name in absent:
                 raise RequestError("fail_if", repr(text), f"{name} would not be measured: {absent[name]}")
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(name, known)
             raise RequestError("fail_if", repr(text), f"{hint}allowed here: {', '.join(known)}, or retained_ and one")
         if retained and not baseline:
             raise RequestError("fail_if", repr(text), "needs a baseline")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.weights import dtype_names, published_name
+
+_TOKENIZED = 1024  # prompts at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,24 @@ class Diffusion:
     def token_ids(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the token ids of prompts for each text encoder, int64 [n, tokens], padded and truncated."""
         return tuple(self._ids(tokenizer, prompts) for tokenizer in self.tokenizers.values())
+
+    def besides_unet(self, prompts: Iterable[str]) -> dict[str, Any]:
+        """Return all but the UNet's weights on which the images of these prompts depend, to tell results apart by it.
+
+        Hashes of the other weights, the scheduler's configuration, the pipeline's settings, the size, and a hash of the
+        token ids, which depend on the tokenizers.
+        """
+        digest, unique = hashlib.sha256(), list(dict.fromkeys(prompts))
+        for start in range(0, len(unique), _TOKENIZED):
+            for ids in self.token_ids(unique[start : start + _TOKENIZED]):
+                digest.update(ids.cpu().numpy().tobytes())
+        return {
+            **{name: weights_hash(part) for name, part in self.modules.items() if name != "unet"},
+            "scheduler": {name: value for name, value in self.scheduler.config.items() if name[0] != "_"},
+            "settings": dict(self.settings),
+            "size": self.size,
+            "tokens": digest.hexdigest(),
+        }
 
     def cut_prompts(self, prompts: Sequence[str]) -> int:
         """Return how many different prompts have more tokens than the model reads, so that the rest is cut off."""

@@ -70,7 +70,6 @@ class Sampling:
 
 
 DEFAULT = Sampling()
-_TOKENIZED = 1024  # prompts at once
 
 
 def make_scheduler(model: Diffusion, name: str | None, steps: int) -> Any:
@@ -270,21 +269,7 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
 
 def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> None:
     """Write the settings into the folder, or check that they are the same; merge what killed processes left."""
-    modules = dict.fromkeys(("unet", *model.text_encoders, "vae", *model.modules))
-    told = {
-        **{name: weights_hash(model.modules[name]) for name in modules},
-        "prompts": _rows_hash(prompts.rows),
-        "sampler": sampling.scheduler or SAMPLER,
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "eta": sampling.eta,
-        "size": model.size,
-        "tokens": tokens_hash(model, prompts.rows),
-        "settings": dict(model.settings),
-        "scheduler": {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")},
-        **({} if sampling.guard is None else {"guard": str(sampling.guard)}),
-    }
-    told = json.loads(json.dumps(told, default=str))  # as it will be read
+    told = made_from(model, prompts, sampling)
     out.mkdir(parents=True, exist_ok=True)
     about = out / SETTINGS
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != told:
@@ -297,16 +282,6 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
     state.wait_for_everyone()
 
 
-def tokens_hash(model: Diffusion, rows: Sequence[PromptRow]) -> str:
-    """Return the SHA-256 over the token ids of the rows' prompts, which depend on the model's tokenizers."""
-    digest = hashlib.sha256()
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    for start in range(0, len(prompts), _TOKENIZED):
-        for ids in model.token_ids(prompts[start : start + _TOKENIZED]):
-            digest.update(ids.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def cut_note(model: Diffusion, prompts: PromptSet) -> str:
     """Say how many prompts are longer than the model reads; where none is, an empty text."""
     count = model.cut_prompts([row.prompt for row in prompts.rows])
@@ -314,6 +289,22 @@ def cut_note(model: Diffusion, prompts: PromptSet) -> str:
         return ""
     which = "prompt has" if count == 1 else "prompts have"
     return f"{count:,} {which} more than {model.tokenizer.model_max_length} tokens: what is behind them is cut off"
+
+
+def made_from(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> dict[str, Any]:
+    """Return all that the images of a prompt set depend on, as it is read back from JSON."""
+    told = {
+        "unet": weights_hash(model.unet),
+        **model.besides_unet(row.prompt for row in prompts.rows),
+        "prompts": _rows_hash(prompts.rows),
+        "sampler": sampling.scheduler or SAMPLER,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "eta": sampling.eta,
+        **({} if sampling.guard is None else {"guard": str(sampling.guard)}),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return found
 
 
 def _rows_hash(rows: Sequence[PromptRow]) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from itertools import combinations
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import RequestError, did_you_mean
 from erase_concept.prompts.article import with_article
 
 Kind = Literal["object", "style", "person", "character", "brand", "nudity", "unsafe", "custom", "several"]
@@ -253,9 +252,8 @@ def parse(description: Any) -> Concept:
     for part in (description, *(nested if isinstance(nested, list | tuple) else ())):
         for key in part if isinstance(part, Mapping) else ():
             if key not in allowed:
-                near = get_close_matches(str(key), allowed, n=1)
-                what = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
-                raise ValueError(f"no such field as {key!r}; {what}")
+                hint = did_you_mean(str(key), allowed)
+                raise ValueError(f"no such field as {key!r}; {hint}allowed: {', '.join(allowed)}")
     try:
         return TypeAdapter(Concept).validate_python(description)
     except ValidationError as problem:

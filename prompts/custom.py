@@ -42,10 +42,10 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
     The prompts are forgotten word for word. No prompt that contains one of them is retained. Raises RequestError when
     the file has no prompt or is not readable.
     """
-    if what := mistaken_for(file):
-        raise RequestError("concept", file, what)
     if file.suffix.lower() == ".csv":
         found = [row.prompt for row in read_rows(file, setting="concept")]
+    elif what := mistaken_for(file):
+        raise RequestError("concept", file, what)
     else:
         try:
             found = file.read_text(encoding="utf-8-sig").splitlines()

@@ -226,7 +226,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         command(**given)
 
     # Typer reads the options from here; a function has no such attribute of its own.
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # see above
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
 

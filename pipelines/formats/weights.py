@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
+from erase_concept.files import mistaken_for
 from erase_concept.pipelines.formats.pickles import unpickle
 from erase_concept.pipelines.formats.quantized import METADATA, dequantized
 
@@ -67,10 +68,8 @@ def _check_content(file: Path) -> None:
     pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"))
     if head.startswith(b"GGUF"):
         what = "is a GGUF file, whose weights are quantised; a checkpoint in fp32, fp16, bf16 or fp8 is needed"
-    elif head.startswith(b"version https://git-lfs"):
-        what = f"{no_weights}it is a Git LFS pointer; 'git lfs pull' gets the file itself"
-    elif re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        what = f"{no_weights}it is a web page (HTML); download the file itself"
+    elif mistaken := mistaken_for(file):
+        what = mistaken
     elif is_safetensors(file) and pickled:
         what = f"{no_weights}it is a pickle under the name of a .safetensors; rename it to .ckpt"
     elif not is_safetensors(file) and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:

@@ -18,7 +18,7 @@ def serve(address: str) -> None:
     """Run commands until the process is ended."""
     import erase_concept.cli.main
     import erase_concept.eval.evaluate
-    import erase_concept.run  # noqa: F401
+    import erase_concept.run  # noqa: F401 - imported for the children
 
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{address}.new")

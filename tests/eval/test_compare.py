@@ -146,7 +146,7 @@ def test_the_version_is_of_the_code_of_every_floor() -> None:
 
 def result_of(trial: Trial, key: str, **more: object) -> TrialResult:
     score = Score("ua", trial.concept, 0.95, 20, (0.76, 0.99), "fraction", "by a classifier", 0.0, (0.0, 0.16))
-    return replace(TrialResult(trial, key, "1.0", "object", "lr", 1e-4, 1.0, 2.0, scores=(score,)), **more)  # type: ignore[arg-type]
+    return replace(TrialResult(trial, key, "1.0", "object", "lr", 1e-4, 1.0, 2.0, scores=(score,)), **more)
 
 
 def test_a_result_comes_back_from_its_line_and_one_that_a_kill_cut_short_does_not_count(tmp_path: Path) -> None:

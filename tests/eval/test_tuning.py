@@ -111,7 +111,7 @@ def test_another_must_be_as_good_in_all_better_in_one_and_as_quick() -> None:
         "quick": aggregate([done(0.9, 0.9, 0.8, seconds=1.0)]),
         "equal": aggregate([done(1.0, 1.0, 0.8)]),
     }
-    assert dominated(results) == {"worse"}  # type: ignore[arg-type]
+    assert dominated(results) == {"worse"}
 
 
 def test_a_curve_is_straight_between_its_points_and_from_the_base_model_on() -> None:
@@ -210,7 +210,7 @@ class MadeUp:
             try:
                 next(searching)
             except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
+                return end.value
 
 
 def test_the_search_halves_the_gap_between_too_little_and_enough() -> None:
@@ -255,7 +255,7 @@ def test_a_method_is_compared_with_each_other_one() -> None:
         "default": aggregate([done(1.0, 1.0, 0.8), done(0.9, 0.9, 0.8, "dog")]),
         "x": aggregate([done(0.9, 1.0, 0.6, seconds=1.0), done(0.7, 0.95, 0.9, "dog", seconds=1.0)]),
     }
-    header, _, row = method_differences_table(found, "default").splitlines()  # type: ignore[arg-type]
+    header, _, row = method_differences_table(found, "default").splitlines()
     assert header == (
         "| default minus | forgotten | In-domain retain accuracy (IRA) | Cross-domain retain accuracy (CRA) | seconds |"
     )
@@ -272,7 +272,7 @@ def test_the_table_of_methods_says_what_collapsed_and_what_no_other_beats() -> N
         "timid": [done(0.1, 1.0, 0.8), done(0.2, 1.0, 0.8, "dog")],
         "guard": [done(0.5, 1.0, 0.8, changed=0.0, seconds=0.0)],
     }
-    table = methods_table({name: aggregate(some) for name, some in results.items()}, ("broken",))  # type: ignore[misc]
+    table = methods_table({name: aggregate(some) for name, some in results.items()}, ("broken",))
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert [row[0] for row in rows[2:]] == ["kind", "cruel", "timid", "guard", "broken"]  # first those at the goal
     low, high = wilson(40, 40)

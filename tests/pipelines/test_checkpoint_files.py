@@ -168,8 +168,8 @@ def test_a_file_is_told_what_it_is(tmp_path: Path) -> None:
     safe, pickled = (tmp_path / "a.safetensors").read_bytes(), (tmp_path / "a.ckpt").read_bytes()
     both = [
         (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer; 'git lfs pull'"),
-        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer, not the file itself"),
+        (b"<!DOCTYPE html><html>", "is an HTML page"),
     ]
     cases = [(suffix, *one) for one in both for suffix in (".safetensors", ".ckpt")]
     cases += [
