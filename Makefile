@@ -43,7 +43,8 @@ wheel-test: $(VENV)/installed
 	cd build && $(TESTS) PYTHONPATH=site WHEEL_SITE=$(CURDIR)/build/site ../$(BIN)/python -m pytest \
 		-c ../pyproject.toml --rootdir=.. -p no:cacheprovider -m "not slow" $(WORKERS) $(SHIPPED)
 
-# peft is for the rehearsal. PyTorch is the one of .venv; every other dependency is at its lower bound, and theirs are what pip chooses.
+# PyTorch is the one of .venv; every other dependency is at its lower bound, and theirs are what pip chooses. peft is for
+# the rehearsal.
 $(LOWEST)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_-]*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml | grep -v '^torch' > $(LOWEST)/lowest.txt

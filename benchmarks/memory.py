@@ -34,18 +34,18 @@ def predicted(family: str, memory: str, *, size: int | None = None, batch: int =
 
 def table() -> str:
     """Return the predictions for GPUs as a Markdown table."""
-    names = {"sd1": "SD 1.x, 512 px", "sd2-v": "SD 2.x, 768 px", "sdxl": "SD XL, 1024 px"}
+    names = {"sd1": ("SD 1.x", 512), "sd2": ("SD 2.x", 768), "sdxl": ("SD XL", 1024)}
     lines = [
         "| model | batch | fast | balanced | low | fits 8 GB | 12 GB | 24 GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for family, name in names.items():
+    for family, (name, size) in names.items():
         for batch in (1, 2, 4):
-            peaks = {memory: predicted(family, memory, batch=batch) + 0.6 for memory in MEMORY}
+            peaks = {memory: predicted(family, memory, size=size, batch=batch) + 0.6 for memory in MEMORY}
             # A card of so many GB has as many GiB, less what the system takes of it.
             fits = [next((m for m, peak in peaks.items() if peak <= card - 0.5), "no") for card in (8, 12, 24)]
             shown = [f"{peak:.1f} GiB" for peak in peaks.values()]
-            lines.append(f"| {' | '.join([name, f'{batch} + {batch}', *shown, *fits])} |")
+            lines.append(f"| {' | '.join([f'{name}, {size} px', f'{batch} + {batch}', *shown, *fits])} |")
     return "\n".join(lines)
 
 

@@ -69,7 +69,7 @@ def _check_content(file: Path) -> None:
     if head.startswith(b"GGUF"):
         what = "is a GGUF file, whose weights are quantised; a checkpoint in fp32, fp16, bf16 or fp8 is needed"
     elif mistaken := mistaken_for(file):
-        what = mistaken
+        what = f"{no_weights}it {mistaken}"
     elif is_safetensors(file) and pickled:
         what = f"{no_weights}it is a pickle under the name of a .safetensors; rename it to .ckpt"
     elif not is_safetensors(file) and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
