@@ -28,7 +28,7 @@ from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import ModelConfigs, configs
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
-from erase_concept.recipe import MaskRecipe, Recipe
+from erase_concept.recipe import MaskRecipe, Recipe, in_low_precision
 from erase_concept.training.adapters import Adapters
 from erase_concept.training.loop import Training
 from erase_concept.training.optimizer import STATE_BYTES, TOGETHER
@@ -147,7 +147,7 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     else:
         stages["edit"] = predict_edit(make)
     if recipe.mask.kind in ("salient", "least-salient"):
-        stages["mask, each batch"] = predict_saliency(make, recipe.mask, size=size)
+        stages["mask, each batch"] = predict_saliency(make, recipe.mask, size=size, bf16=in_low_precision(recipe))
     process = psutil.Process().memory_info().rss if device.type == "cpu" else _CONTEXT
     speed = operations_per_second(device)
     return {

@@ -18,7 +18,7 @@ from erase_concept.methods.salun import SalUnSettings
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.load import ModelConfigs, configs, load
 from erase_concept.prompts.concept import Concept
-from erase_concept.recipe import MaskRecipe, make_recipe
+from erase_concept.recipe import MaskRecipe, make_recipe, recipe_for
 from erase_concept.settings import settings_of
 from erase_concept.training.loop import Training
 
@@ -147,3 +147,10 @@ def test_every_family_at_full_size(family: str, millions: float) -> None:
     assert expected.bytes["weights"] / 4e6 == pytest.approx(millions, abs=0.1)
     assert expected.peak == sum(expected.bytes.values())
     assert math.isfinite(expected.operations)
+
+
+def test_bf16_weights_are_bf16_in_the_masks_plan_too() -> None:
+    plans = [expect(recipe_for("emojinette", "church", memory=memory)) for memory in ("balanced", "low")]
+    wide, narrow = (plan["mask, each batch"]["of_which_gib"] for plan in plans)
+    assert (wide["weights"], narrow["weights"]) == (0.02, 0.01)
+    assert narrow["sums"] in (wide["sums"], 0)  # in fp32 either way, or not on the device
