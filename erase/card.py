@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from erase_concept.exports import public_recipe
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.delta import Delta
+from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.prompts.concept import in_words
 
 
@@ -33,7 +35,7 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [concept-erasure, machine-unlearning]
 ---
-# {_plain(run_info["base"]["source"])} without {_plain(run_info["concept"])}
+# {_base(run_info)} without {_plain(run_info["concept"])}
 
 {_erased(run_info)} {_parts(run_info)}
 {checks["weights"]:,} weights {checks["changed"]:,} changed. {masked}{_earlier(run_info)}
@@ -52,20 +54,20 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 
 | | |
 |---|---|
-| base | {_plain(run_info["base"]["source"])} |
+| base | {_base(run_info)} |
 {_loaded(run_info["base"])}| base UNet, SHA-256 | `{run_info["base"]["unet"]}` |
-{_hashes(run_info["erased"])}| seed | {run_info["seed"]} |
+{_hashes(run_info["erased"])}{_files(run_info)}| seed | {run_info["seed"]} |
 | versions | {", ".join(f"{name} {number}" for name, number in run_info["versions"].items())} |
 
 ```yaml
-{recipe.rstrip().replace("```", "` ` `")}
+{public_recipe(recipe).rstrip().replace("```", "` ` `")}
 ```
 """
 
 
 def delta_card(delta: Delta, model: str, *, revert: bool, transfer: bool) -> str:
     """Return the Markdown of the card of a model that a delta was applied to, from what the delta says of itself."""
-    source, concept = _plain(model), _plain(delta.about.get("concept", "a concept"))
+    source, concept = _plain(model_name(model)), _plain(delta.about.get("concept", "a concept"))
     title = f"{source}, {concept} given back" if revert else f"{source} without {concept}"
     method = f" with `{_plain(delta.about['method'])}` of erase-concept" if "method" in delta.about else ""
     way = "took the steps of that erasing back" if revert else "made the same steps, float by float,"
@@ -115,6 +117,16 @@ def _hashes(erased: dict[str, str]) -> str:
     return "".join(f"| erased {words[part]}, SHA-256 | `{sha256}` |\n" for part, sha256 in erased.items())
 
 
+def _base(run_info: dict[str, Any]) -> str:
+    return _plain(model_name(run_info["base"]["source"]))
+
+
+def _files(run_info: dict[str, Any]) -> str:
+    """Return the table's lines with the hashes of the files; AutoV2 is what model managers show of one."""
+    files = run_info.get("files", {}).items()
+    return "".join(f"| {_plain(name)}, SHA-256 (AutoV2 `{value[:10]}`) | `{value}` |\n" for name, value in files)
+
+
 def _erased(run_info: dict[str, Any]) -> str:
     """Say what was erased, by which method, and what its prompts were remapped to."""
     how = f"erased from this model with `{run_info['method']}` of erase-concept"
@@ -127,7 +139,10 @@ def _erased(run_info: dict[str, Any]) -> str:
 
 def _earlier(run_info: dict[str, Any]) -> str:
     """Say what earlier runs erased, and from which model."""
-    runs = [f"*{_plain(run['concept']['name'])}* (from {_plain(run['base'])})" for run in run_info.get("earlier", ())]
+    runs = [
+        f"*{_plain(run['concept']['name'])}* (from {_plain(model_name(run['base']))})"
+        for run in run_info.get("earlier", ())
+    ]
     if not runs:
         return ""
     return f"\n\nEarlier runs erased from the base model, one after the other: {'; '.join(runs)}."

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import yaml
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.files import file_sha256
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
+from erase_concept.pipelines.formats.modelspec import model_name, modelspec
+from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.single_file import save_original
+from erase_concept.pipelines.formats.weights import dtype_names, read_dtypes
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
-from erase_concept.run_folder import base_source, read_run
+from erase_concept.run_folder import base_source, read_run, write_json
 
 EXPORT_FORMATS = ("diffusers", "unet", "single-file", "lora", "delta")
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the dtype in the file, its SHA-256 (a folder has none), and how well a LoRA fits.
+
+    ``survives`` is the share of changed weights that still differ from the base model's in that dtype, where known.
+    """
+
+    path: Path
+    format: str
+    dtype: str
+    sha256: str | None
+    survives: float | None
+    fit: Fit | None
+
+    @property
+    def autov2(self) -> str | None:
+        """The first ten digits of the SHA-256, by which model managers know a file."""
+        return self.sha256 and self.sha256[:10]
 
 
 def export(
@@ -30,23 +56,25 @@ def export(
     file: str | Path,
     format: str = "unet",
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     rank: int | None = None,
     lora_style: str | None = None,
     ema: bool | None = None,
-) -> Fit | None:
-    """Write a run's erased model to a folder or file, and read it back; return how well a LoRA fits.
+) -> Exported:
+    """Write a run's erased model to a folder or file, read it back, and note it in ``run.json``.
 
     Formats: "diffusers" is a folder with the whole pipeline; "unet" the UNet alone; "single-file" everything in the
-    original layout (where the base model was such a file and its UNet was changed, a copy of it with its own dtypes);
-    "lora" the best fit to the change of a rank (64) with the keys of "kohya" or "diffusers"; "delta" what makes this
-    UNet from the base model's in the same dtype. A run that changed the text encoder can only be a folder or a single
-    file. Files say in their metadata what was erased and how, the folder says it in its card.
+    original layout (where the base model was such a file and its UNet was changed, a copy of it, by default with its
+    own dtypes); "lora" the best fit to the change of a rank (64) with the keys of "kohya" or "diffusers"; "delta"
+    what makes this UNet from the base model's in the same dtype. A run that changed the text encoder can only be a folder or a single
+    file. Where no ``dtype`` is given, it is fp32. Files say in their metadata what was erased and how, the folder says
+    it in its card.
 
     ``ema`` chooses the base model's weights where the run did not.
 
-    Raises RequestError when the request is none of these, the run is not complete, ``file`` exists, or the base model
-    is needed and has changed since; EraseError, and leaves nothing behind, when it cannot be written as it is.
+    Raises RequestError when the request is none of these, the run is not complete, ``file`` exists, the base model is
+    needed and has changed since, or rounding to the dtype would leave no weight changed; EraseError, and leaves nothing
+    behind, when it cannot be written as it is.
     """
     run, file = Path(run), Path(file)
     _check_options(format, dtype, rank, lora_style)
@@ -58,33 +86,89 @@ def export(
     if format != "diffusers" and file.suffix != ".safetensors":
         raise RequestError("out", file, "a file's name must end in .safetensors, by which others know what it is")
     check_out(file, run / "pipeline", source)
-    kind, pipeline = EXPORT_DTYPES[dtype], str(run / "pipeline")
-    metadata = unet_metadata(run_info, (run / "recipe.yaml").read_text(encoding="utf-8"))
+    copied = format == "single-file" and source.is_file() and not embedded
+    kind = None if copied and dtype is None else EXPORT_DTYPES[dtype or "fp32"]
+    survives = _survives(run_info, kind) if format != "lora" else None
+    fit = _write(run, run_info, file, format, kind, copied, ema, {"rank": rank or 64, "style": lora_style or "kohya"})
+    written = read_dtypes(file) if file.is_file() and format != "delta" else dtype_names([torch.zeros(0, dtype=kind)])
+    exported = Exported(file, format, written, file_sha256(file) if file.is_file() else None, survives, fit)
+    note = {"file": file.name, "format": format, "dtype": written, "sha256": exported.sha256, "autov2": exported.autov2}
+    write_json(run / "run.json", run_info | {"exports": [*run_info.get("exports", ()), note]})
+    return exported
+
+
+def _write(
+    run: Path,
+    run_info: dict[str, Any],
+    file: Path,
+    format: str,
+    kind: torch.dtype | None,
+    copied: bool,
+    ema: bool | None,
+    lora: dict[str, Any],
+) -> Fit | None:
+    """Write one format; without a dtype (``kind``) a copy of the base model's file keeps its own."""
+    erased = load(str(run / "pipeline"), dtype=kind or torch.float32)
     if format == "diffusers":
-        save_pipeline(load(pipeline, dtype=kind), file, (run / "pipeline" / "README.md").read_text(encoding="utf-8"))
-    elif format == "unet":
-        save_unet(load(pipeline, dtype=kind).unet, file, kind, metadata)
-    elif format == "single-file" and (embedded or not source.is_file()):
-        save_original(load(pipeline, dtype=kind), file, kind, metadata)
+        save_pipeline(erased, file, (run / "pipeline" / "README.md").read_text(encoding="utf-8"))
+        return None
+    metadata = unet_metadata(run_info, (run / "recipe.yaml").read_text(encoding="utf-8"))
+    metadata |= _modelspec(run_info, erased, lora=format == "lora")
+    if format in ("unet", "single-file") and kind not in (None, torch.float32):
+        metadata["erased_unet_sha256"] = weights_hash(erased.unet)
+    if format == "unet":
+        save_unet(erased.unet, file, erased.unet.dtype, metadata)
+    elif format == "single-file" and not copied:
+        save_original(erased, file, kind, metadata)
     else:
-        erased, base = load(pipeline), _base(run, run_info, format, ema)
+        base = _base(run, run_info, format, ema)
         if format == "lora":
-            options: dict[str, Any] = {"rank": rank or 64, "style": lora_style or "kohya", "dtype": kind}
-            return save_lora(base.unet, erased.unet, base.family, file, about=metadata, **options)
+            erased = load(str(run / "pipeline")) if kind != torch.float32 else erased  # rounded once, at the end
+            prediction = prediction_of(base.scheduler)
+            return save_lora(
+                base.unet, erased.unet, base.family, file, about=metadata, dtype=kind, prediction=prediction, **lora
+            )
         if format == "single-file":
             base.unet.load_state_dict(erased.unet.state_dict())
-            save_original(base, file, kind, metadata)
+            save_original(base, file, kind, metadata, at_least=1)
         else:
             with silence_hub_logs():
                 save_delta(base.unet.to(kind), erased.unet.to(kind), file, metadata)
     return None
 
 
-def _check_options(format: str, dtype: str, rank: int | None, lora_style: str | None) -> None:
+def _survives(run_info: dict[str, Any], kind: torch.dtype | None) -> float | None:
+    """Return the share of changed weights that still differ after rounding to a dtype; None where it is not known.
+
+    Raises RequestError when none would.
+    """
+    checks = run_info["checks"]
+    if kind in (None, torch.float32):
+        return 1.0 if kind is not None else None
+    left = checks.get("surviving", {}).get(str(kind).removeprefix("torch."))
+    if left is None:  # an earlier version's run
+        return None
+    if not left:
+        name = next(name for name, one in EXPORT_DTYPES.items() if one == kind)
+        what = f"rounds all {checks['changed']:,} changed weights back to the base model's: nothing would be erased"
+        raise RequestError("dtype", name, f"{what}; choose a finer one, such as fp32")
+    return float(left / checks["changed"])
+
+
+def _modelspec(run_info: dict[str, Any], model: Diffusion, *, lora: bool) -> dict[str, str]:
+    base, concept = model_name(run_info["base"]["source"]), run_info["concept"]
+    title = f"{base} without {concept}" if not lora else f"Erases {concept} from {base}"
+    description = f"The concept '{concept}' was erased from {base} with the method {run_info['method']}."
+    prediction = prediction_of(model.scheduler)
+    told = {"title": title, "description": description, "base": base}
+    return modelspec(model.family, prediction, model.size, lora=lora, **told)
+
+
+def _check_options(format: str, dtype: str | None, rank: int | None, lora_style: str | None) -> None:
     """Raise RequestError for options that are unknown or do not go together."""
     if format not in EXPORT_FORMATS:
         raise RequestError("format", format, f"allowed: {', '.join(EXPORT_FORMATS)}")
-    if dtype not in EXPORT_DTYPES:
+    if dtype not in (None, *EXPORT_DTYPES):
         raise RequestError("dtype", dtype, f"allowed: {', '.join(EXPORT_DTYPES)}")
     for setting, value in (("rank", rank), ("lora_style", lora_style)):
         if value is not None and format != "lora":
@@ -120,8 +204,24 @@ def unet_metadata(run_info: dict[str, Any], recipe: str) -> dict[str, str]:
         "mask_sha256": run_info["mask"]["sha256"] if run_info["mask"] else "none",
         "base_unet_sha256": run_info["base"]["unet"],
         "erased_unet_sha256": run_info["erased"]["unet"],
-        "recipe": recipe,
+        "recipe": public_recipe(recipe),
     }
+
+
+def public_recipe(recipe: str) -> str:
+    """Return a recipe in YAML without the folders of this machine: of paths the last name is left."""
+    values = yaml.safe_load(recipe)
+    if "model" in values:
+        values["model"] = model_name(str(values["model"]))
+    return str(yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True))
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return model_name(value) if isinstance(value, str) and re.match(r"(/|~[\\/]|[A-Za-z]:[\\/])", value) else value
 
 
 def check_hub(repo: str, *, public: bool = False) -> None:

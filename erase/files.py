@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -44,3 +46,17 @@ def mistaken_for(file: Path) -> str:
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "is an HTML page, such as a failed download leaves: get the file again"
     return ""
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file; its first ten digits are the AutoV2 of model managers."""
+    with file.open("rb") as stream:
+        return stream_sha256(stream)
+
+
+def stream_sha256(stream: BinaryIO) -> str:
+    """Return the SHA-256 of what is left of a stream."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from erase_concept import masks
 from erase_concept.card import write_card
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.exports import export
+from erase_concept.exports import Exported, export
 from erase_concept.files import atomic_write
 from erase_concept.make_data import cached_data, check_data
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
@@ -33,7 +33,6 @@ from erase_concept.masks.mask import Mask, Part
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
-from erase_concept.pipelines.formats.lora import Fit
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
@@ -48,11 +47,13 @@ from erase_concept.recipe import (
     read_recipe,
     recipe_for,
 )
-from erase_concept.run_folder import LOCK, complete, only_process, read_run, versions, write_json
+from erase_concept.run_folder import LOCK, complete, only_process, read_run, versions, weights_files, write_json
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16
 from erase_concept.training.loop import Record, TargetProgress, steps_done
 from erase_concept.training.offload import offload_to_disk
+
+ROUNDED_TO = ("float16", "bfloat16", "float8_e4m3fn")  # in which models are shared
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Run(os.PathLike[str]):
         """Return the erased model as an ordinary diffusers pipeline."""
         return load(str(self.path / "pipeline")).pipeline()
 
-    def export(self, file: str | Path, format: str = "unet", **options: Any) -> Fit | None:
+    def export(self, file: str | Path, format: str = "unet", **options: Any) -> Exported:
         """Write the erased model as a folder or a file; see ``export`` for the formats and options."""
         return export(self, file, format, **options)
 
@@ -191,6 +192,7 @@ def _stages(
         "versions": versions(),
     }
     save_pipeline(model, out / "pipeline")
+    run_info["files"] = weights_files(out / "pipeline")
     write_card(out, run_info)
     base.unlink()
     write_json(out / "run.json", run_info)  # last: it says that the run is complete
@@ -277,14 +279,21 @@ def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:
 def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, Any]:
     """Compare weights bit by bit with a file of the base model's, and count what changed, in all and outside the mask.
 
+    ``surviving`` says how many changed weights still differ when both models are rounded to a dtype.
+
     Raises EraseError when a weight outside the mask changed, or none at all.
     """
     changed = outside = total = 0
+    surviving = dict.fromkeys(ROUNDED_TO, 0)
     with safe_open(base, "pt") as stored:
         for name, after in erased.named_parameters():
             before = stored.get_tensor(name)
             differs = before.view(torch.int32) != after.detach().cpu().view(torch.int32)
             changed += int(differs.sum())
+            old, new = before[differs], after.detach().cpu()[differs]
+            for name_of_dtype in surviving:
+                kind = getattr(torch, name_of_dtype)
+                surviving[name_of_dtype] += int((old.to(kind).float() != new.to(kind).float()).sum())
             total += differs.numel()
             if mask is not None:
                 outside += int((differs & ~mask.dense(name)).sum())
@@ -292,4 +301,4 @@ def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, 
         raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
     if not changed:
         raise EraseError("no weight changed: nothing was erased and nothing was exported")
-    return {"weights": total, "changed": changed, "changed_outside_mask": outside}
+    return {"weights": total, "changed": changed, "changed_outside_mask": outside, "surviving": surviving}

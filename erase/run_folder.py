@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, file_sha256
 
 LOCK = ".lock"  # held by the process that works in the folder
 
@@ -54,6 +54,12 @@ def write_json(file: Path, value: Any) -> None:
     """Write a value as JSON."""
     with atomic_write(file) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weights_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a pipeline's files of weights, by their names in its folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def versions() -> dict[str, str]:

@@ -29,14 +29,21 @@ def export(
         ),
     ] = "unet",
     dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="fp32, fp16 or bf16; a single file keeps its base model's.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            metavar="DTYPE", help="fp32, fp16 or bf16. (default: fp32, or those of the base model's single file)"
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(metavar="N", help="Its rank. (default: 64)", rich_help_panel=_LORA)
     ] = None,
     lora_style: Annotated[
         str | None,
-        typer.Option(metavar="STYLE", help="Its keys: kohya or diffusers. (default: kohya)", rich_help_panel=_LORA),
+        typer.Option(
+            metavar="STYLE",
+            help="Its keys: kohya, or diffusers (for diffusers alone). (default: kohya)",
+            rich_help_panel=_LORA,
+        ),
     ] = None,
     ema: EmaOption = None,
     push_to_hub: Annotated[
@@ -55,11 +62,19 @@ def export(
         raise RequestError("public", "(given)", "goes with --push-to-hub")
     if push_to_hub is not None:
         check_hub(push_to_hub, public=public)
-    fit = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style, ema=ema)
-    typer.echo(f"{format_} ({dtype}) -> {out} (read back and compared)")
-    if fit is not None:
+    done = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style, ema=ema)
+    typer.echo(f"{format_} ({done.dtype}) -> {out} (read back and compared)")
+    if done.survives is not None:
+        typer.echo(f"{done.survives:.1%} of the changed weights still differ from the base model's in this dtype.")
+    if done.sha256 is not None:
+        typer.echo(f"SHA-256 {done.sha256} (AutoV2 {done.autov2})")
+    if (fit := done.fit) is not None:
         missed = ", ".join(f"{error:.1%} at rank {rank}" for rank, error in fit.errors.items())
         typer.echo(f"Of the change, by its Frobenius norm, a LoRA misses {missed}.")
         typer.echo(f"{fit.left_out:.1%} of it is in biases and norms, which no LoRA carries.")
+        found = ", ".join(f"{program} {count} of {fit.layers}" for program, count in fit.found.items())
+        typer.echo(f"Layers in the file that each program finds: {found}.")
+        if lora_style == "diffusers":
+            typer.echo("These keys are for diffusers alone: ComfyUI, A1111 and InvokeAI drop or refuse them.")
     if push_to_hub is not None:
         typer.echo(f"Uploaded to {push(out, push_to_hub, public=public)}")

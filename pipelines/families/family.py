@@ -92,6 +92,7 @@ class SingleFile:
     configs: Callable[[Mapping[str, str]], Configs]  # from the file's metadata: a file holds no configurations
     widths: Callable[[State], Configs]  # values of configurations that the file's tensors show
     pad_tokens: Mapping[str, str] = field(default_factory=dict)  # by tokenizer, where not CLIP's own
+    architectures: Mapping[str, str] = field(default_factory=dict)  # ModelSpec's name by prediction type; "": any
     # Given the loaded components and the metadata, settle what only the weights show. The scheduler may be replaced.
     settle: Callable[[dict[str, Any], Mapping[str, str]], None] | None = None
     # What A1111 reads in a LoRA's metadata to tell its base model, and whether LoRAs count blocks as this file does.

@@ -47,6 +47,7 @@ FAMILIES.add(
             layouts={"unet": UNET, "vae": VAE, "text_encoder": clip(_TEXT_ENCODER)},
             configs=_configs,
             widths=shared.widths_in_file,
+            architectures={"": "stable-diffusion-v1"},
             lora_metadata={"ss_base_model_version": "sd_v1", "ss_v2": "False"},
         ),
     )

@@ -45,7 +45,7 @@ def _configs(metadata: Mapping[str, str]) -> Configs:
 
 def _settle(components: dict[str, Any], metadata: Mapping[str, str]) -> None:
     """Find out which of the two models it is where the metadata does not say so."""
-    if metadata.get(_PREDICTION_TYPE) or shared.predicts_noise(components["unet"]):
+    if shared.predicts_noise(components["unet"]):
         return
     components["scheduler"] = DDIMScheduler.from_config(shared.SCHEDULER | VELOCITY["scheduler"])
     for part in ("unet", "vae"):
@@ -74,6 +74,7 @@ FAMILIES.add(
             widths=shared.widths_in_file,
             pad_tokens={"tokenizer": "!"},
             settle=_settle,
+            architectures={"": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"},
             lora_metadata={"ss_base_model_version": "sd_v2", "ss_v2": "True"},
         ),
     )

@@ -108,6 +108,7 @@ FAMILIES.add(
             configs=_configs,
             widths=shared.widths_in_file,
             pad_tokens={"tokenizer_2": "!"},
+            architectures={"": "stable-diffusion-xl-v1-base"},
             lora_metadata={"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
             lora_names=True,
         ),

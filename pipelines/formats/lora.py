@@ -1,14 +1,16 @@
 """LoRA files: the change of a UNet in low rank, as A1111, ComfyUI and diffusers add it to the base model.
 
 A LoRA adds ``up @ down`` to a layer's weight. Of all pairs of a given rank, the change's leading singular vectors come
-nearest to it (Eckart and Young 1936). A LoRA can change only the weights of linear and convolutional layers. Changes
-of biases and norms are left out, and their share is reported.
+nearest to it (Eckart and Young 1936). In large layers they are found by a randomised decomposition (Halko and others
+2009), whose error is a little above the least one. A LoRA can change only the weights of linear and convolutional
+layers. Changes of biases and norms are left out, and their share is reported.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +21,25 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families.family import Family
+from erase_concept.pipelines.formats.modelspec import kohya_metadata, write_content_hash
+from erase_concept.pipelines.formats.prediction import Prediction
 from erase_concept.pipelines.formats.weights import check_same
+from erase_concept.pipelines.progress import progress
 
 Style = Literal["kohya", "diffusers"]
+_EXACT = 256  # up to so many rows or columns a layer is decomposed exactly
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 3
+
+# Which programs find which of the UNet's layers, by diffusers' names. sd-scripts (networks/lora.py) looks inside
+# transformers, residual blocks and samplers alone; the others look at every linear and convolutional layer.
+_SD_SCRIPTS = (".attentions.", ".resnets.", ".downsamplers.", ".upsamplers.")
+PROGRAMS: dict[str, Callable[[str], bool]] = {
+    "diffusers": lambda layer: True,
+    "ComfyUI": lambda layer: True,
+    "A1111": lambda layer: True,
+    "InvokeAI": lambda layer: True,
+    "sd-scripts": lambda layer: any(part in layer for part in _SD_SCRIPTS),
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +47,14 @@ class Fit:
     """The relative error of a LoRA: the Frobenius norm of what it misses over that of the whole change.
 
     ``errors`` has it by rank: of the written file at its own rank, and of the best LoRA at lower ones. ``left_out`` is
-    the part in biases and norms, which is the least error of any rank.
+    the part in biases and norms, which is the least error of any rank. ``layers`` counts the layers in the file,
+    and ``found`` how many of them each program finds; with diffusers' keys only diffusers does.
     """
 
     errors: dict[int, float]
     left_out: float
+    layers: int = 0
+    found: Mapping[str, int] = field(default_factory=dict)
 
 
 def save_lora(
@@ -46,6 +67,7 @@ def save_lora(
     style: Style,
     dtype: torch.dtype,
     about: dict[str, str],
+    prediction: Prediction | None = None,
 ) -> Fit:
     """Write the LoRA of a rank that is nearest to the change from ``base`` to ``erased``, and read it back.
 
@@ -63,9 +85,10 @@ def save_lora(
     all_change = left_out = 0.0
     tensors: dict[str, Tensor] = {}
     after = dict(erased.named_parameters())
-    for name, before in base.named_parameters():
-        change = after[name].detach().cpu().double() - before.detach().cpu().double()
-        size = float(change.square().sum())
+    written: list[str] = []
+    for name, before in progress(list(base.named_parameters()), "LoRA", len(after)):
+        change = _change(before, after[name])
+        size = float(change.square().sum(dtype=torch.float64))
         if not math.isfinite(size):
             raise EraseError(f"{name} changed to or from values that are no numbers: there is no LoRA of that")
         all_change += size
@@ -75,34 +98,45 @@ def save_lora(
             up, down, squares = factors(change.flatten(1), rank)
             up, down = up.to(dtype), down.to(dtype)
             for low in lower:
-                missed[low] += float(squares[low:].sum())
-            missed[rank] += float((change.flatten(1) - up.double() @ down.double()).square().sum())
+                missed[low] += max(size - float(squares[:low].sum()), 0.0)
+            missed[rank] += float((change.flatten(1) - up.to(change) @ down.to(change)).square().sum())
+            written.append(name)
             up, down = up.reshape(len(change), rank, *[1] * (change.ndim - 2)), down.reshape(rank, *change.shape[1:])
             tensors |= _named(kohya_names.get(name, name), up.contiguous(), down.contiguous(), style)
     if not tensors:
         raise EraseError("no linear or convolutional layer changed: there is nothing that a LoRA could carry")
     errors = {r: ((left_out + square) / all_change) ** 0.5 for r, square in missed.items()}
-    fit = Fit(errors, (left_out / all_change) ** 0.5)
+    found = {program: sum(map(finds, written)) for program, finds in PROGRAMS.items()}
+    if style == "diffusers":
+        found = {"diffusers": found["diffusers"]}
+    fit = Fit(errors, (left_out / all_change) ** 0.5, len(written), found)
     told = {"relative_error": f"{fit.errors[rank]:.6f}", "left_out": f"{fit.left_out:.6f}"}
-    base_model = family.single_file.lora_metadata if family.single_file else {}
-    kohya = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    kohya = kohya_metadata(family, prediction or Prediction(), rank)
     with atomic_write(Path(file)) as partial:
-        save_file(tensors, partial, {"format": "pt", **about, **told, **kohya, **base_model})
+        save_file(tensors, partial, {"format": "pt", **about, **told, **kohya})
+        write_content_hash(partial)
         check_same(tensors, load_file(partial), Path(file))
     return fit
 
 
 def factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the nearest up [m, rank] and down [rank, n] to a float64 matrix [m, n], and its squared singular values.
+    """Return the nearest up [m, rank] and down [rank, n] to a matrix [m, n], and its leading squared singular values.
 
-    The squared singular values come in falling order. They are the eigenvalues of the smaller Gram matrix: for Stable
-    Diffusion's largest layers this takes a tenth of the time of a singular value decomposition, and in float64 it is
-    exact to some 1e-8 of the largest. Each side gets the root of each singular value, so that neither holds numbers
-    too small for fp16. A rank beyond the matrix's own is filled up with zeros.
+    The squared singular values come in falling order. Of a float64 matrix they are the eigenvalues of the smaller Gram
+    matrix, exact to some 1e-8 of the largest. A large matrix in float32 is decomposed at random, always with the same
+    numbers, unless the rank is near to its own. Each side gets the root of each singular value, so that neither holds
+    numbers too small for fp16. A rank beyond the matrix's own is filled up with zeros.
     """
     matrix = change if change.shape[0] <= change.shape[1] else change.T
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
-    near = vectors.flip(1)[:, :rank]
+    if matrix.dtype == torch.float32 and 2 * (rank + _OVERSAMPLING) < len(matrix):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, _ = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+        near, squares = left[:, :rank], values.double().square().flip(0)
+    else:
+        matrix = matrix.double()
+        squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        near = vectors.flip(1)[:, :rank]
     far = near.T @ matrix
     root = far.norm(dim=1).sqrt()
     near, far = near * root, far / root.clamp(min=torch.finfo(root.dtype).tiny)[:, None]
@@ -110,6 +144,13 @@ def factors(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     near, far = nn.functional.pad(near, (0, fill)), nn.functional.pad(far, (0, 0, 0, fill))
     up, down = (near, far) if matrix is change else (far.T, near.T)
     return up, down, squares.flip(0).clamp(min=0)
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """Return a weight's change: in float64, but in float32 where it is large and decomposed at random."""
+    large = before.ndim > 1 and min(before.flatten(1).shape) > _EXACT
+    kind = torch.float32 if large else torch.float64
+    return after.detach().to("cpu", kind) - before.detach().to("cpu", kind)
 
 
 def _layers(unet: nn.Module) -> dict[str, Tensor]:

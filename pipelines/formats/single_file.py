@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
@@ -22,6 +22,16 @@ from erase_concept.pipelines.families import family_of_file
 from erase_concept.pipelines.families.family import Configs, Family, SingleFile, State
 from erase_concept.pipelines.formats.ema import choose_unet, ema_key
 from erase_concept.pipelines.formats.folder import INDEX, read_configs
+from erase_concept.pipelines.formats.modelspec import of_any_model, write_content_hash
+from erase_concept.pipelines.formats.prediction import (
+    V_PRED,
+    ZTSNR,
+    Prediction,
+    marks,
+    prediction_metadata,
+    prediction_of,
+    read_prediction,
+)
 from erase_concept.pipelines.formats.tokenizer import load_tokenizer
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
@@ -47,7 +57,7 @@ def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffu
     tensors, metadata = read_tensors(file)
     family = _family(file, tensors)
     layout = _layout(family)
-    configs, own = _configs(file, family, metadata)
+    configs, told = _configs(file, family, tensors, metadata)
     for part, widths in layout.widths(tensors).items():
         configs[part] |= widths
     components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(configs["scheduler"])}
@@ -69,7 +79,7 @@ def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffu
     for part in family.components:
         if part.startswith("tokenizer"):
             components[part] = load_tokenizer(file, part, layout.pad_tokens.get(part))
-    if layout.settle is not None and not own:
+    if layout.settle is not None and not told:
         layout.settle(components, metadata)
     stored = dtype_names(states["unet"].values())
     return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored, taken=taken)
@@ -80,22 +90,36 @@ def single_file_configs(file: Path) -> tuple[Family, Configs]:
     tensors, metadata = read_tensors(file)
     family = _family(file, tensors)
     layout = _layout(family)
-    configs, own = _configs(file, family, metadata)
+    configs, told = _configs(file, family, tensors, metadata)
     for part, widths in layout.widths(tensors).items():
         configs[part] |= widths
-    if layout.settle is not None and not own:  # only its weights tell which model it is
+    if layout.settle is not None and not told:  # only its weights tell which model it is
         del tensors
         components = load_single_file(file, str(file)).components
         configs |= {part: dict(components[part].config) for part in ("unet", "vae", "scheduler")}
     return family, configs
 
 
-def _configs(file: Path, family: Family, metadata: Mapping[str, str]) -> tuple[Configs, bool]:
-    """Return the configurations, and whether they come from a folder of the file's name."""
-    folder = file.with_suffix("")
+def _configs(file: Path, family: Family, tensors: State, metadata: Mapping[str, str]) -> tuple[Configs, bool]:
+    """Return the configurations, and whether the file or a folder of its name tells the prediction type.
+
+    Raises RequestError where the two contradict each other.
+    """
+    folder, marked = file.with_suffix(""), read_prediction(file, tensors, metadata)
     if (folder / INDEX).is_file():
-        return read_configs(folder, family), True
-    return _layout(family).configs(metadata), folder.is_dir()
+        configs = read_configs(folder, family)
+        own = configs["scheduler"].get("prediction_type", "epsilon")
+        if marked.type not in (None, own):
+            what = f"is marked as {marked.type}, but {folder / 'scheduler'} says {own}"
+            raise RequestError("model", file, f"{what}: correct that, or say it in {file.stem}.yaml")
+        if marked.zero_snr and not configs["scheduler"].get("rescale_betas_zero_snr"):
+            what = f"is marked as one with zero terminal SNR, but {folder / 'scheduler'} has no rescale_betas_zero_snr"
+            raise RequestError("model", file, what)
+        return configs, True
+    told = {} if marked.type is None else {**metadata, **prediction_metadata(marked)}
+    configs = _layout(family).configs(told)
+    configs["scheduler"] |= marked.scheduler()
+    return configs, marked.type is not None
 
 
 def _family(file: Path, tensors: State) -> Family:
@@ -161,44 +185,74 @@ def from_original(tensors: State, states: Mapping[str, State], family: Family) -
     return found
 
 
-def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+def save_original(
+    model: Diffusion, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str], *, at_least: int = 0
+) -> None:
     """Write the model as one safetensors file in the original layout, and read it back.
 
-    A model that came from such a file gets its UNet put into a copy of it, in the dtypes that are there; everything
-    else stays as it was, bit for bit. Any other model is written in ``dtype``. Raises EraseError, and leaves no file,
-    when what is read back is not what was written.
+    A model that came from such a file gets its UNet put into a copy of it; everything else stays as it was, bit for
+    bit. Without ``dtype`` the copy keeps its dtypes, and any other model is written in fp32. The file is marked with
+    the model's prediction type and zero terminal SNR. Raises EraseError, and leaves no file, when what is read back is
+    not what was written, or fewer than ``at_least`` weights differ from those of the file that was copied.
     """
     source, file = Path(model.source), Path(file)
+    prediction = prediction_of(model.scheduler)
+    metadata = metadata | prediction_metadata(prediction)
     if source.is_file() and is_safetensors(source):
-        replace_unet(source, model.unet.state_dict(), model.family, file, metadata)
+        unet = model.unet.state_dict()
+        replace_unet(source, unet, model.family, file, metadata, prediction=prediction, dtype=dtype, at_least=at_least)
     else:
-        parts = {part: {name: v.to(dtype) for name, v in state.items()} for part, state in model.states().items()}
-        save_single_file(parts, model.family, file, metadata)
+        kind = dtype or torch.float32
+        parts = {part: {name: v.to(kind) for name, v in state.items()} for part, state in model.states().items()}
+        save_single_file(parts, model.family, file, metadata, prediction)
     states = model.states()
     try:
-        for part, found in from_original(load_file(file), states, model.family).items():
+        tensors, stored = read_tensors(file)
+        if read_prediction(file, tensors, stored) != prediction:
+            raise EraseError(f"{prediction.type} was not written as it is; what was written is removed")
+        for part, found in from_original(tensors, states, model.family).items():
             check_same(states[part], found, file)
-    except (EraseError, SafetensorError, ValueError) as problem:
+    except (EraseError, RequestError, SafetensorError, ValueError) as problem:
         file.unlink()
         raise EraseError(f"{file} could not be read back: {problem}") from None
 
 
-def save_single_file(parts: Mapping[str, State], family: Family, file: Path, metadata: Mapping[str, str]) -> None:
+def save_single_file(
+    parts: Mapping[str, State],
+    family: Family,
+    file: Path,
+    metadata: Mapping[str, str],
+    prediction: Prediction | None = None,
+) -> None:
     """Write an original checkpoint as safetensors, each tensor in its present dtype; raises as ``to_original`` does."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(parts, family).items()}
+    tensors |= marks(prediction or Prediction())
     with atomic_write(file) as partial:
         save_file(tensors, partial, {"format": "pt", **metadata})
+        write_content_hash(partial)
 
 
-def replace_unet(source: Path, unet: State, family: Family, file: Path, metadata: Mapping[str, str]) -> None:
+def replace_unet(
+    source: Path,
+    unet: State,
+    family: Family,
+    file: Path,
+    metadata: Mapping[str, str],
+    *,
+    prediction: Prediction | None = None,
+    dtype: torch.dtype | None = None,
+    at_least: int = 0,
+) -> None:
     """Write ``source``, an original checkpoint, with the given UNet (diffusers' names) in the place of its own.
 
     The new UNet takes the dtypes of the old one, and the place of its average (EMA) too, so that no loader brings back
     what was erased. All other tensors stay as they are, bit for bit, and so does the source's metadata where ours does
-    not say otherwise.
+    not say otherwise; what names the source itself (its title, author, hashes) is left out. With ``dtype`` all parts of
+    the model take that one, and with ``prediction`` its marks replace those of the source.
 
     Raises RequestError when the source cannot be read, is the file to write, or holds another UNet than one of these
-    names and shapes, and ValueError when the given UNet has a tensor without a place.
+    names and shapes, and ValueError when the given UNet has a tensor without a place. Raises EraseError, and writes
+    nothing, when fewer than ``at_least`` weights of the UNet would differ from the source's.
     """
     if not is_safetensors(source):
         raise RequestError("model", source, "a .safetensors file is needed")
@@ -218,9 +272,23 @@ def replace_unet(source: Path, unet: State, family: Family, file: Path, metadata
             raise RequestError("model", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
         if not tensors[key].is_floating_point():
             raise RequestError("model", source, f"does not fit: {key} is {tensors[key].dtype}, no kind of float")
+    if dtype is not None:
+        prefixes = (*(one.prefix for one in _layout(family).layouts.values()), ema_key(layout.prefix))
+        own = (key for key, value in tensors.items() if key.startswith(prefixes) and value.is_floating_point())
+        tensors |= {key: tensors[key].to(dtype) for key in own}
+    survived = 0
     for key, value in replacing.items():
-        for place in (key, ema_key(key)):
-            if place in tensors:
-                tensors[place] = value.detach().to("cpu", tensors[place].dtype, copy=True).contiguous()
+        for place in (place for place in (key, ema_key(key)) if place in tensors):
+            new = value.detach().to("cpu", tensors[place].dtype, copy=True).contiguous()
+            survived += int((new.float() != tensors[place].float()).sum()) if at_least else 0
+            tensors[place] = new
+    if survived < at_least:
+        names = dtype_names(tensors[key] for key in replacing)
+        what = f"{names} is too coarse: rounded to it, no weight differs from {source.name}'s, and nothing is erased"
+        raise EraseError(f"{file} was not written: {what}; choose another dtype")
+    if prediction is not None:
+        kept = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
+        tensors = kept | {key: tensors.get(key, mark) for key, mark in marks(prediction).items()}
     with atomic_write(file) as partial:
-        save_file(tensors, partial, {"format": "pt", **about, **metadata})
+        save_file(tensors, partial, {"format": "pt", **of_any_model(about), **metadata})
+        write_content_hash(partial)

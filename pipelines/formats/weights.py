@@ -162,5 +162,16 @@ def dtype_names(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted(names))
 
 
+def read_dtypes(file: Path) -> str:
+    """Return the dtypes of a safetensors file's weights in words, as ``dtype_names`` does, without reading them."""
+    with safe_open(file, "pt") as stored:
+        sizes = {key: stored.get_slice(key) for key in stored.keys()}
+        kinds = {(one.get_dtype(), key) for key, one in sizes.items() if 0 not in one.get_shape()}
+    words = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    words |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+    found = {words[kind] for kind, key in kinds if kind in words and not key.endswith(".alpha")}
+    return ", ".join(sorted(found))
+
+
 def _bits(value: Tensor) -> Tensor:
     return value.contiguous().view(-1).view(torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -91,7 +92,7 @@ def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str
     with silence_hub_logs():
         state = {name: value.to(kind) for name, value in erased.unet.state_dict().items()}
     fits = {name: export(Path("run"), place(name), name, dtype=dtype) for name in EXPORT_FORMATS}
-    assert {name for name, fit in fits.items() if fit is not None} == {"lora"}
+    assert {name for name, done in fits.items() if done.fit is not None} == {"lora"}
 
     with silence_hub_logs():
         pipeline = StableDiffusionPipeline.from_pretrained("diffusers", torch_dtype=kind, local_files_only=True)
@@ -119,7 +120,17 @@ def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str
         assert "circle" in about["recipe"]
         if name != "delta":  # a delta's hashes are of the models in its own dtype
             assert about["base_unet_sha256"] == account["base"]["unet"]
-    assert {name: value for name, value in content(folder).items() if name in before} == before
+        if name in ("unet", "single-file"):  # the hash is of the UNet as it was rounded
+            assert about["erased_unet_sha256"] == weights_hash(theirs.unet)
+    info = read_run(Path("run"))
+    assert [(one["file"], one["sha256"]) for one in info.pop("exports")] == [
+        (place(name).name, None if name == "diffusers" else hashlib.sha256(place(name).read_bytes()).hexdigest())
+        for name in EXPORT_FORMATS
+    ]
+    assert info == account  # the exports are noted, and nothing else is touched
+    note = str(Path("run/run.json"))
+    after = {name: value for name, value in content(folder).items() if name in before and name != note}
+    assert after == {name: value for name, value in before.items() if name != note}
     assert not [name for name in content(folder) if "partial" in name]
 
 
@@ -270,7 +281,7 @@ def test_a_lora_tells_what_it_misses(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = call(monkeypatch, capsys, "export", "run", "-f", "lora", "--rank", "3", "-o", "a.safetensors")
-    fit = export(Path("run"), Path("b.safetensors"), "lora", rank=3)
+    fit = export(Path("run"), Path("b.safetensors"), "lora", rank=3).fit
     assert fit is not None
     assert code == 0
     assert f"{fit.errors[1]:.1%} at rank 1, {fit.errors[2]:.1%} at rank 2, {fit.errors[3]:.1%} at rank 3" in out
