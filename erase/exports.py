@@ -17,7 +17,7 @@ from erase_concept.files import file_sha256
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
-from erase_concept.pipelines.formats.modelspec import model_name, modelspec
+from erase_concept.pipelines.formats.modelspec import kohya_base, model_name, modelspec
 from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.single_file import save_original
 from erase_concept.pipelines.formats.weights import dtype_names, read_dtypes
@@ -124,10 +124,8 @@ def _write(
         base = _base(run, run_info, format, ema)
         if format == "lora":
             erased = load(str(run / "pipeline")) if kind != torch.float32 else erased  # rounded once, at the end
-            prediction = prediction_of(base.scheduler)
-            return save_lora(
-                base.unet, erased.unet, base.family, file, about=metadata, dtype=kind, prediction=prediction, **lora
-            )
+            metadata |= kohya_base(base.family, prediction_of(base.scheduler))
+            return save_lora(base.unet, erased.unet, base.family, file, about=metadata, dtype=kind, **lora)
         if format == "single-file":
             base.unet.load_state_dict(erased.unet.state_dict())
             save_original(base, file, kind, metadata, at_least=1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families.family import Family
-from erase_concept.pipelines.formats.modelspec import kohya_metadata, write_content_hash
+from erase_concept.pipelines.formats.modelspec import kohya_base, kohya_network, write_content_hash
 from erase_concept.pipelines.formats.prediction import Prediction
 from erase_concept.pipelines.formats.weights import check_same
 from erase_concept.pipelines.progress import progress
@@ -67,7 +67,6 @@ def save_lora(
     style: Style,
     dtype: torch.dtype,
     about: dict[str, str],
-    prediction: Prediction | None = None,
 ) -> Fit:
     """Write the LoRA of a rank that is nearest to the change from ``base`` to ``erased``, and read it back.
 
@@ -111,9 +110,9 @@ def save_lora(
         found = {"diffusers": found["diffusers"]}
     fit = Fit(errors, (left_out / all_change) ** 0.5, len(written), found)
     told = {"relative_error": f"{fit.errors[rank]:.6f}", "left_out": f"{fit.left_out:.6f}"}
-    kohya = kohya_metadata(family, prediction or Prediction(), rank)
+    kohya = kohya_base(family, Prediction()) | kohya_network(rank)
     with atomic_write(Path(file)) as partial:
-        save_file(tensors, partial, {"format": "pt", **about, **told, **kohya})
+        save_file(tensors, partial, {"format": "pt", **kohya, **about, **told})
         write_content_hash(partial)
         check_same(tensors, load_file(partial), Path(file))
     return fit

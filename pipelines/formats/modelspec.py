@@ -50,15 +50,19 @@ def modelspec(
     return {f"modelspec.{key}": value for key, value in values.items()} | prediction_metadata(prediction)
 
 
-def kohya_metadata(family: Family, prediction: Prediction, rank: int) -> dict[str, str]:
-    """Return kohya's keys of a LoRA: its network, its base model (``sd_v2_v``: with v-prediction), and its hash."""
+def kohya_base(family: Family, prediction: Prediction) -> dict[str, str]:
+    """Return kohya's keys of a LoRA for its base model; ``sd_v2_v`` is one with v-prediction."""
     base = dict(family.single_file.lora_metadata) if family.single_file else {}
     version = base.get("ss_base_model_version", "")
     if prediction.type == "v_prediction" and version.startswith("sd_v"):
         base["ss_base_model_version"] = f"{version}_v"
-    network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{rank}"}
-    marked = {"ss_zero_terminal_snr": str(prediction.zero_snr)}
-    return network | base | marked | {KOHYA_HASH: _UNKNOWN}
+    return base | {"ss_zero_terminal_snr": str(prediction.zero_snr)}
+
+
+def kohya_network(rank: int) -> dict[str, str]:
+    """Return kohya's keys of a LoRA for its network, and for a hash of its tensors."""
+    network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    return network | {KOHYA_HASH: _UNKNOWN}
 
 
 def of_any_model(metadata: Mapping[str, str]) -> dict[str, str]:

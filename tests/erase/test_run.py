@@ -63,6 +63,8 @@ def test_a_run_changes_the_masked_unet_weights_and_nothing_else(
         assert not bool((differs & ~mask.dense(name)).any())
         changed += int(differs.sum())
     run_info = read_run(tmp_path / "run")
+    surviving = run_info["checks"].pop("surviving")
+    assert changed >= surviving["float16"] >= surviving["bfloat16"] >= surviving["float8_e4m3fn"] > 0
     assert run_info["checks"] == {"weights": mask.total, "changed": changed, "changed_outside_mask": 0}
     assert mask.count == round(mask.total / 2)
     assert run_info["base"]["unet"] == weights_hash(tiny.unet)

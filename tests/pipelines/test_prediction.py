@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.families import FAMILIES
-from erase_concept.pipelines.formats.modelspec import kohya_metadata, model_name, modelspec
+from erase_concept.pipelines.formats.modelspec import kohya_base, model_name, modelspec
 from erase_concept.pipelines.formats.prediction import Prediction, read_prediction
 from erase_concept.pipelines.formats.single_file import save_original, single_file_configs
 from erase_concept.pipelines.model import Diffusion
@@ -36,7 +36,7 @@ SAID = {
     "sgm": (
         [],
         {},
-        "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.modules.denoiser_scaling.VScaling}}}}}",
+        "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.modules.VScaling}}}}}",
         V,
     ),
 }
@@ -70,8 +70,7 @@ def test_marks_that_cannot_be_believed_are_refused(tmp_path: Path, case: str) ->
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_a_velocity_model_of_every_family_comes_back_as_one(family: Diffusion, tmp_path: Path, zero: bool) -> None:
-    config = dict(family.scheduler.config) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero}
-    model = family.with_components(scheduler=DDIMScheduler.from_config(config))
+    model = family.with_components(scheduler=DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=zero))
     file = tmp_path / "m.safetensors"
     save_original(model, file, torch.float32, {})
     scheduler = DDIMScheduler.from_config(single_file_configs(file)[1]["scheduler"])
@@ -89,7 +88,7 @@ def test_marks_that_contradict_the_folder_of_the_name_are_refused(tiny: Diffusio
     save_original(tiny, file, torch.float32, {})
     save_file(load_file(file) | {"v_pred": torch.zeros(0)}, file)
     save_pipeline(tiny, tmp_path / "m")
-    with pytest.raises(RequestError, match="is marked as v_prediction, but .*scheduler says epsilon"):
+    with pytest.raises(RequestError, match=r"is marked as v_prediction, but .*scheduler says epsilon"):
         single_file_configs(file)
 
 
@@ -121,6 +120,6 @@ def test_names_leave_this_machines_folders_out() -> None:
 def test_a_lora_names_its_base_as_kohya_does() -> None:
     for name, version in (("sd1", "sd_v1"), ("sd2", "sd_v2"), ("sdxl", "sdxl_base_v1-0")):
         record = FAMILIES.find(name)
-        assert kohya_metadata(record, Prediction("epsilon"), 4)["ss_base_model_version"] == version
+        assert kohya_base(record, Prediction("epsilon"))["ss_base_model_version"] == version
         velocity = version + "_v" if name != "sdxl" else version
-        assert kohya_metadata(record, V, 4)["ss_base_model_version"] == velocity
+        assert kohya_base(record, V)["ss_base_model_version"] == velocity
