@@ -66,9 +66,9 @@ def export(
     Formats: "diffusers" is a folder with the whole pipeline; "unet" the UNet alone; "single-file" everything in the
     original layout (where the base model was such a file and its UNet was changed, a copy of it, by default with its
     own dtypes); "lora" the best fit to the change of a rank (64) with the keys of "kohya" or "diffusers"; "delta"
-    what makes this UNet from the base model's in the same dtype. A run that changed the text encoder can only be a folder or a single
-    file. Where no ``dtype`` is given, it is fp32. Files say in their metadata what was erased and how, the folder says
-    it in its card.
+    what makes this UNet from the base model's in the same dtype. A run that changed the text encoder can only be a
+    folder or a single file. Where no ``dtype`` is given, it is fp32. Files say in their metadata what was erased and
+    how, the folder says it in its card.
 
     ``ema`` chooses the base model's weights where the run did not.
 
@@ -125,7 +125,9 @@ def _write(
         if format == "lora":
             erased = load(str(run / "pipeline")) if kind != torch.float32 else erased  # rounded once, at the end
             metadata |= kohya_base(base.family, prediction_of(base.scheduler))
-            return save_lora(base.unet, erased.unet, base.family, file, about=metadata, dtype=kind, **lora)
+            return save_lora(
+                base.unet, erased.unet, base.family, file, about=metadata, dtype=kind or torch.float32, **lora
+            )
         if format == "single-file":
             base.unet.load_state_dict(erased.unet.state_dict())
             save_original(base, file, kind, metadata, at_least=1)
