@@ -210,7 +210,7 @@ def unet_metadata(run_info: dict[str, Any], recipe: str) -> dict[str, str]:
 
 def public_recipe(recipe: str) -> str:
     """Return a recipe in YAML without the folders of this machine: of paths the last name is left."""
-    values = yaml.safe_load(recipe)
+    values = yaml.safe_load(recipe) or {}
     if "model" in values:
         values["model"] = model_name(str(values["model"]))
     return str(yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

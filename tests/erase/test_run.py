@@ -425,7 +425,9 @@ def test_one_concept_after_the_other(tiny: Diffusion, model: Path, square: Conce
     assert run_infos[2]["earlier"] == told
     assert run_infos[1]["earlier"] == told[:1]
     card = (tmp_path / "third" / "pipeline" / "README.md").read_text()
-    assert f"one after the other: *square* (from {model}); *star* (from {bases[1]})" in card.replace("\\", "")
+    assert f"one after the other: *square* (from {model.name}); *star* (from {Path(bases[1]).name})" in card.replace(
+        "\\", ""
+    )
 
 
 def test_a_run_of_the_built_in_model_has_its_presets(tmp_path: Path) -> None:
