@@ -20,6 +20,7 @@ from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
+from erase_concept.latents_cache import LatentsCache, cache_folder
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
@@ -50,7 +51,7 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
     if data is None and file.exists():
         raise RequestError("model", recipe.model, f"has changed since {file} was made from it; choose another folder")
     if data is None:
-        data = make_data_for(recipe, model)
+        data = make_data_for(recipe, model, base_hash)
         data.save(file, key)
     return data
 
@@ -122,14 +123,24 @@ def _check_images(recipe: Recipe) -> None:
             image_files(Path(one.images), one, part="forget", setting="concept")
 
 
-def make_data_for(recipe: Recipe, model: Diffusion) -> ForgetRetain:
-    """Make the recipe's data with the recipe's seed."""
-    seed = stage_seed(recipe.seed, "data")
-    return make_data(model, recipe.concept, recipe.data, seed=seed, parts=recipe.data_parts)
+def make_data_for(recipe: Recipe, model: Diffusion, base_hash: str | None = None) -> ForgetRetain:
+    """Make the recipe's data with the recipe's seed.
+
+    With the hash of the model's UNet, latents are taken from those that were sampled before, and kept for later.
+    """
+    seed, folder = stage_seed(recipe.seed, "data"), cache_folder()
+    cache = LatentsCache(folder, base_hash) if folder and base_hash else None
+    return make_data(model, recipe.concept, recipe.data, seed=seed, parts=recipe.data_parts, cache=cache)
 
 
 def make_data(
-    model: Diffusion, concept: Concept, settings: DataRecipe, *, seed: int, parts: Collection[str] = PARTS
+    model: Diffusion,
+    concept: Concept,
+    settings: DataRecipe,
+    *,
+    seed: int,
+    parts: Collection[str] = PARTS,
+    cache: LatentsCache | None = None,
 ) -> ForgetRetain:
     """Make the named parts of the data; of the others there are no rows.
 
@@ -138,7 +149,7 @@ def make_data(
     rows. Raises RequestError when a folder has no images, or not in the order that ``image_files`` asks for, or the
     UNet cannot halve images of that size as often as it must.
     """
-    maker = _Maker(model, concept, settings, seed, parts)
+    maker = _Maker(model, concept, settings, seed, parts, cache)
     forgotten = maker.forgotten
     rows = {part: _joined(maker.rows(part)) for part in PARTS}
     names = min(len(prompts.remapped) for prompts in forgotten)  # that the prompts of all concepts can become
@@ -188,6 +199,7 @@ class _Maker:
     settings: DataRecipe
     seed: int
     parts: Collection[str]
+    cache: LatentsCache | None
 
     def rows(self, part: str) -> list[Rows]:
         """Return the rows of a part, of one concept after the other."""
@@ -282,17 +294,27 @@ class _Maker:
         """Sample latents, which are the data as they are: decoding and encoding them would only blur them."""
         which = draw(len(embeddings), count, stage_generator(seed, part, "prompts"))
         seeds = [stage_seed(seed, part, row) for row in range(count)]
-        model, size, settings = self.model, self.size, self.settings
-        sampling = Sampling(steps=settings.steps, scheduler=settings.scheduler, eta=settings.eta)
-        side = size // model.factor
-        found = [torch.empty(0, model.unet.config.in_channels, side, side)]
+        side = self.size // self.model.factor
+        found = [torch.empty(0, self.model.unet.config.in_channels, side, side)]
         for i in range(0, count, _BATCH):
-            batch, rows = seeds[i : i + _BATCH], embeddings[which[i : i + _BATCH]].to(model.device)
-            scales = [settings.guidance] * len(batch)
-            uncond = self.uncond.to(model.device)
-            made = sample_latents(model, rows, uncond, batch, scales, sampling, size=(size, size))
-            found.append(made.cpu())
+            found.append(self._batch(embeddings[which[i : i + _BATCH]], seeds[i : i + _BATCH]))
         return torch.cat(found), which
+
+    def _batch(self, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Sample the latents of some rows, or take them from those that were sampled before."""
+        model, settings = self.model, self.settings
+        sampling = Sampling(steps=settings.steps, scheduler=settings.scheduler, eta=settings.eta)
+
+        def make() -> Tensor:
+            rows, uncond = (tensor.to(model.device) for tensor in (embeddings, self.uncond))
+            scales = [settings.guidance] * len(seeds)
+            return sample_latents(model, rows, uncond, seeds, scales, sampling, size=(self.size, self.size)).cpu()
+
+        if self.cache is None:
+            return make()
+        asked = {"embeddings": embeddings, "uncond": self.uncond, "seeds": seeds, "size": self.size}
+        how = {name: getattr(settings, name) for name in ("steps", "scheduler", "eta", "guidance")}
+        return self.cache.find_or_make(model, asked | how, make)
 
     def _encoded(self, part: str, files: Mapping[Path, str], captions: Mapping[str, Sequence[int]], seed: int) -> Rows:
         """Encode images. Each gets one of the prompts that are captions of what it shows."""

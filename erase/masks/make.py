@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from erase_concept import masks
@@ -25,9 +28,10 @@ from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.find import ConceptSource
-from erase_concept.recipe import Recipe, recipe_for
+from erase_concept.recipe import Recipe, in_low_precision, recipe_for
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import own_tokens
+from erase_concept.training.bf16 import in_bf16
 
 MASK_KINDS = ("salient", "none", "random", "least-salient")
 
@@ -98,7 +102,13 @@ def compute_mask(recipe: Recipe, model: Diffusion | None = None) -> Mask:
     model = model or load(recipe.model, ema=recipe.ema)
     if given is not None:
         given.check(model.unet)
-    return make_mask(recipe, model, make_data_for(recipe, model), weights_hash(model.unet))
+    base_hash = weights_hash(model.unet)
+    with ExitStack() as held:
+        if in_low_precision(recipe):  # as in the run
+            base = Path(held.enter_context(TemporaryDirectory())) / "base.safetensors"
+            save_file(model.unet.state_dict(), base)
+            held.enter_context(in_bf16(model.unet, base))
+        return make_mask(recipe, model, make_data_for(recipe, model, base_hash), base_hash)
 
 
 def needs_mask(recipe: Recipe) -> bool:

@@ -72,7 +72,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         process.terminate()
 
 
-def run(block: Block, folder: Path, commands: Path) -> None:
+def run(block: Block, folder: Path, commands: Path, cache: Path) -> None:
     plugins = folder / "plugins"  # where `pip install .` of a page's own package goes
     environment = os.environ | {
         "PATH": os.pathsep.join((str(commands), str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -83,6 +83,7 @@ def run(block: Block, folder: Path, commands: Path) -> None:
         "PIP_QUIET": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "HF_HUB_OFFLINE": "1",
+        "ERASE_CONCEPT_CACHE": str(cache),  # most pages learn from the same pictures
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
@@ -98,6 +99,7 @@ def run(block: Block, folder: Path, commands: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if runs(p)], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_page_runs_as_printed(page: Path, demo_run: Path, commands: Path, tmp_path: Path) -> None:
+    cache = demo_run.parent / "cache"
     for name in ("demo-church", "church"):
         shutil.copytree(demo_run, tmp_path / "runs" / name)
     for block in blocks(page):
@@ -106,7 +108,7 @@ def test_the_page_runs_as_printed(page: Path, demo_run: Path, commands: Path, tm
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
         elif block.language in RUN and block.mark != "not run":
-            run(block, tmp_path, commands)
+            run(block, tmp_path, commands, cache)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -488,11 +488,20 @@ def test_a_run_is_its_folder_and_gives_the_erased_model(
         Run(tmp_path / "absent")
 
 
-def test_a_mask_without_a_run_is_the_run_s_own(model: Path, square: Concept, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_a_mask_without_a_run_is_the_run_s_own(model: Path, square: Concept, tmp_path: Path, weights: str) -> None:
+    settings = {"steps": 1, "batch_size": 2, "weights": weights}
+    asked, loaded = recipe(model, square, settings=settings), load(str(model))
+    before = weights_hash(loaded.unet)
+    made = compute_mask(asked, loaded)
+    assert weights_hash(loaded.unet) == before
+    run(asked, tmp_path / "run")
+    assert made.sha256() == Mask.load(tmp_path / "run" / "mask.safetensors").sha256()
+
+
+def test_a_mask_by_plain_names(model: Path, square: Concept) -> None:
     data = {"forget": 4, "retain": 4, "steps": 2}
     made = compute_mask(recipe(model, square), None)
-    run(recipe(model, square), tmp_path / "run")
-    assert made.sha256() == Mask.load(tmp_path / "run" / "mask.safetensors").sha256()
     assert mask(model, square.to_dict(), method="salun", data=data, mask={"guidance": 0.0}).sha256() == made.sha256()
     with pytest.raises(RequestError, match=r"mask\.kind none: nothing to compute"):
         compute_mask(recipe(model, square, mask={"kind": "none"}))
