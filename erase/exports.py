@@ -17,10 +17,10 @@ from erase_concept.files import file_sha256
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
-from erase_concept.pipelines.formats.modelspec import kohya_base, model_name, modelspec
+from erase_concept.pipelines.formats.modelspec import model_name, modelspec
 from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.single_file import save_original
-from erase_concept.pipelines.formats.weights import dtype_names, read_dtypes
+from erase_concept.pipelines.formats.weights import is_safetensors, read_dtypes
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -35,14 +35,15 @@ EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 class Exported:
     """What was written: the dtype in the file, its SHA-256 (a folder has none), and how well a LoRA fits.
 
-    ``survives`` is the share of changed weights that still differ from the base model's in that dtype, where known.
+    ``surviving`` is the share of the changed weights that still differ from the base model's in that dtype, where it is
+    known.
     """
 
     path: Path
     format: str
     dtype: str
     sha256: str | None
-    survives: float | None
+    surviving: float | None
     fit: Fit | None
 
     @property
@@ -79,72 +80,78 @@ def export(
     run, file = Path(run), Path(file)
     _check_options(format, dtype, rank, lora_style)
     run_info = read_run(run)
-    source = Path(base_source(run_info))
-    embedded = "text_encoder" in run_info["erased"]
+    source, embedded = Path(base_source(run_info)), "text_encoder" in run_info["erased"]
     if embedded and format not in ("diffusers", "single-file"):
         raise RequestError("format", format, "the run changed the text encoder; allowed: diffusers, single-file")
     if format != "diffusers" and file.suffix != ".safetensors":
         raise RequestError("out", file, "a file's name must end in .safetensors, by which others know what it is")
     check_out(file, run / "pipeline", source)
-    copied = format == "single-file" and source.is_file() and not embedded
+    copied = format == "single-file" and not embedded and source.is_file() and is_safetensors(source)
     kind = None if copied and dtype is None else EXPORT_DTYPES[dtype or "fp32"]
-    survives = _survives(run_info, kind) if format != "lora" else None
-    fit = _write(run, run_info, file, format, kind, copied, ema, {"rank": rank or 64, "style": lora_style or "kohya"})
-    written = read_dtypes(file) if file.is_file() and format != "delta" else dtype_names([torch.zeros(0, dtype=kind)])
-    exported = Exported(file, format, written, file_sha256(file) if file.is_file() else None, survives, fit)
-    note = {"file": file.name, "format": format, "dtype": written, "sha256": exported.sha256, "autov2": exported.autov2}
-    write_json(run / "run.json", run_info | {"exports": [*run_info.get("exports", ()), note]})
+    surviving, fit = None if format == "lora" else _surviving_share(run_info, kind), None
+    # A LoRA is rounded once, at the end.
+    erased = load(str(run / "pipeline"), dtype=torch.float32 if format == "lora" else kind or torch.float32)
+    if format == "diffusers":
+        save_pipeline(erased, file, (run / "pipeline" / "README.md").read_text(encoding="utf-8"))
+    elif copied:
+        changed = _save_copy(_base(run, run_info, format, ema), erased, file, kind, _metadata(run, run_info, erased))
+        surviving = changed / run_info["checks"]["changed"]
+    elif format == "single-file":
+        save_original(erased, file, kind, _metadata(run, run_info, erased))
+    elif format == "unet":
+        save_unet(erased.unet, file, _metadata(run, run_info, erased))
+    elif format == "lora":
+        options: dict[str, Any] = {"rank": rank or 64, "style": lora_style or "kohya", "dtype": kind}
+        options["about"] = _metadata(run, run_info, erased, lora=True)
+        fit = save_lora(_base(run, run_info, format, ema), erased.unet, file, **options)
+    else:
+        base = _base(run, run_info, format, ema)
+        with silence_hub_logs():
+            save_delta(base.unet.to(kind), erased.unet, file, _about(run, run_info))
+    written = read_dtypes(file) if file.is_file() and format != "delta" else str(kind).removeprefix("torch.")
+    exported = Exported(file, format, written, file_sha256(file) if file.is_file() else None, surviving, fit)
+    _note(run, run_info, exported)
     return exported
 
 
-def _write(
-    run: Path,
-    run_info: dict[str, Any],
-    file: Path,
-    format: str,
-    kind: torch.dtype | None,
-    copied: bool,
-    ema: bool | None,
-    lora: dict[str, Any],
-) -> Fit | None:
-    """Write one format; without a dtype (``kind``) a copy of the base model's file keeps its own."""
-    erased = load(str(run / "pipeline"), dtype=kind or torch.float32)
-    if format == "diffusers":
-        save_pipeline(erased, file, (run / "pipeline" / "README.md").read_text(encoding="utf-8"))
-        return None
-    metadata = unet_metadata(run_info, (run / "recipe.yaml").read_text(encoding="utf-8"))
-    metadata |= _modelspec(run_info, erased, lora=format == "lora")
-    if format in ("unet", "single-file") and kind not in (None, torch.float32):
-        metadata["erased_unet_sha256"] = weights_hash(erased.unet)
-    if format == "unet":
-        save_unet(erased.unet, file, erased.unet.dtype, metadata)
-    elif format == "single-file" and not copied:
-        save_original(erased, file, kind, metadata)
-    else:
-        base = _base(run, run_info, format, ema)
-        if format == "lora":
-            erased = load(str(run / "pipeline")) if kind != torch.float32 else erased  # rounded once, at the end
-            metadata |= kohya_base(base.family, prediction_of(base.scheduler))
-            return save_lora(
-                base.unet, erased.unet, base.family, file, about=metadata, dtype=kind or torch.float32, **lora
-            )
-        if format == "single-file":
-            base.unet.load_state_dict(erased.unet.state_dict())
-            save_original(base, file, kind, metadata, at_least=1)
-        else:
-            with silence_hub_logs():
-                save_delta(base.unet.to(kind), erased.unet.to(kind), file, metadata)
-    return None
+def _note(run: Path, run_info: dict[str, Any], done: Exported) -> None:
+    """Note an export in ``run.json``."""
+    told: dict[str, str | None] = {"file": done.path.name, "format": done.format, "dtype": done.dtype}
+    told |= {"sha256": done.sha256, "autov2": done.autov2}
+    write_json(run / "run.json", run_info | {"exports": [*run_info.get("exports", ()), told]})
 
 
-def _survives(run_info: dict[str, Any], kind: torch.dtype | None) -> float | None:
+def _save_copy(
+    base: Diffusion, erased: Diffusion, file: Path, kind: torch.dtype | None, metadata: dict[str, str]
+) -> int:
+    """Write a copy of the base model's file with the erased UNet; return how many of its weights differ in it.
+
+    Without ``kind`` the copy keeps its dtypes. Where the UNet has several, no one hash is that of its weights. Raises
+    RequestError, and leaves no file, when no weight differs.
+    """
+    written = kind or getattr(torch, base.stored, None)
+    base.unet.load_state_dict(erased.unet.state_dict())
+    del metadata["erased_unet_sha256"]
+    if written is not None:
+        with silence_hub_logs():
+            base.unet.to(written)
+        metadata["erased_unet_sha256"] = weights_hash(base.unet)
+    changed = save_original(base, file, kind, metadata)
+    if not changed:
+        file.unlink()
+        what = f"rounded to it, no weight differs from those of {model_name(base.source)}: nothing would be erased"
+        raise RequestError("dtype", str(kind or base.stored).removeprefix("torch."), f"{what}; choose fp32")
+    return changed
+
+
+def _surviving_share(run_info: dict[str, Any], kind: torch.dtype | None) -> float | None:
     """Return the share of changed weights that still differ after rounding to a dtype; None where it is not known.
 
     Raises RequestError when none would.
     """
     checks = run_info["checks"]
     if kind in (None, torch.float32):
-        return 1.0 if kind is not None else None
+        return None if kind is None else 1.0
     left = checks.get("surviving", {}).get(str(kind).removeprefix("torch."))
     if left is None:  # an earlier version's run
         return None
@@ -155,13 +162,33 @@ def _survives(run_info: dict[str, Any], kind: torch.dtype | None) -> float | Non
     return float(left / checks["changed"])
 
 
+def _metadata(run: Path, run_info: dict[str, Any], model: Diffusion, *, lora: bool = False) -> dict[str, str]:
+    """Return the metadata of a file with a model's UNet in it, or of a LoRA that makes it."""
+    metadata = _about(run, run_info) | _modelspec(run_info, model, lora=lora)
+    if not lora:
+        metadata["erased_unet_sha256"] = weights_hash(model.unet)  # as it was rounded
+    return metadata
+
+
+def _about(run: Path, run_info: dict[str, Any]) -> dict[str, str]:
+    """Return what an export says of its run: method, concept, hashes of mask, base and erased UNet, and the recipe."""
+    return {
+        "method": run_info["method"],
+        "concept": run_info["concept"],
+        "mask_sha256": run_info["mask"]["sha256"] if run_info["mask"] else "none",
+        "base_unet_sha256": run_info["base"]["unet"],
+        "erased_unet_sha256": run_info["erased"]["unet"],
+        "recipe": public_recipe((run / "recipe.yaml").read_text(encoding="utf-8")),
+    }
+
+
 def _modelspec(run_info: dict[str, Any], model: Diffusion, *, lora: bool) -> dict[str, str]:
     base, concept = model_name(run_info["base"]["source"]), run_info["concept"]
-    title = f"{base} without {concept}" if not lora else f"Erases {concept} from {base}"
+    title = f"Erases {concept} from {base}" if lora else f"{base} without {concept}"
     description = f"The concept '{concept}' was erased from {base} with the method {run_info['method']}."
     prediction = prediction_of(model.scheduler)
-    told = {"title": title, "description": description, "base": base}
-    return modelspec(model.family, prediction, model.size, lora=lora, **told)
+    named = {"title": title, "description": description, "base": base}
+    return modelspec(model.family, prediction, model.size, lora=lora, **named)
 
 
 def _check_options(format: str, dtype: str | None, rank: int | None, lora_style: str | None) -> None:
@@ -194,18 +221,6 @@ def _base(run: Path, run_info: dict[str, Any], format: str, ema: bool | None) ->
     if weights_hash(base.unet) != run_info["base"]["unet"]:
         raise RequestError("run", run, f"its base model {base.source} has changed since; {format} needs it")
     return base
-
-
-def unet_metadata(run_info: dict[str, Any], recipe: str) -> dict[str, str]:
-    """Return what an exported UNet says of itself: method, concept, hashes of mask and base, and the recipe."""
-    return {
-        "method": run_info["method"],
-        "concept": run_info["concept"],
-        "mask_sha256": run_info["mask"]["sha256"] if run_info["mask"] else "none",
-        "base_unet_sha256": run_info["base"]["unet"],
-        "erased_unet_sha256": run_info["erased"]["unet"],
-        "recipe": public_recipe(recipe),
-    }
 
 
 def public_recipe(recipe: str) -> str:

@@ -64,8 +64,8 @@ def export(
         check_hub(push_to_hub, public=public)
     done = export_run(run, out, format_, dtype=dtype, rank=rank, lora_style=lora_style, ema=ema)
     typer.echo(f"{format_} ({done.dtype}) -> {out} (read back and compared)")
-    if done.survives is not None:
-        typer.echo(f"{done.survives:.1%} of the changed weights still differ from the base model's in this dtype.")
+    if done.surviving is not None:
+        typer.echo(f"{done.surviving:.1%} of the changed weights still differ from the base model's in this dtype.")
     if done.sha256 is not None:
         typer.echo(f"SHA-256 {done.sha256} (AutoV2 {done.autov2})")
     if (fit := done.fit) is not None:

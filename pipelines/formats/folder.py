@@ -16,6 +16,7 @@ from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
+from erase_concept.pipelines.formats.modelspec import write_content_hash
 from erase_concept.pipelines.formats.tokenizer import write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
@@ -181,12 +182,13 @@ def _save_components(model: Diffusion, folder: Path) -> None:
     pipeline.save_config(folder)
 
 
-def save_unet(unet: nn.Module, file: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+def save_unet(unet: nn.Module, file: str | Path, metadata: dict[str, str]) -> None:
     """Write the UNet's weights under diffusers' names as one safetensors file, and read it back.
 
     Raises EraseError, and leaves no file, when what is read back is not what was written.
     """
-    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in unet.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
     with atomic_write(Path(file)) as partial:
         save_file(tensors, partial, {"format": "pt", **metadata})
+        write_content_hash(partial)
         check_same(tensors, load_file(partial), Path(file))

@@ -15,7 +15,6 @@ from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.prediction import Prediction, prediction_metadata
 
 _UNKNOWN = "0" * 64  # stands for a hash until the tensors are written
-HASH, KOHYA_HASH = "modelspec.hash_sha256", "sshs_model_hash"
 # What an erased model shares with its base: everything else of ModelSpec names the base itself.
 _OF_ANY = {f"modelspec.{key}" for key in ("license", "usage_hint", "trigger_phrase", "timestep_range", "encoder_layer")}
 
@@ -32,7 +31,10 @@ def model_name(source: str) -> str:
 def modelspec(
     family: Family, prediction: Prediction, size: int, *, title: str, description: str, base: str, lora: bool = False
 ) -> dict[str, str]:
-    """Return ModelSpec's keys of an erased model, or of a LoRA that erases; ``size`` is the images' side in pixels."""
+    """Return ModelSpec's keys of an erased model, or of a LoRA that erases; ``size`` is the images' side in pixels.
+
+    ``hash_sha256`` is all zeros until ``write_content_hash`` puts in the true one.
+    """
     names = family.single_file.architectures if family.single_file else {}
     architecture = names.get(prediction.type or "", names.get("", family.name))
     now = datetime.now(timezone.utc).replace(microsecond=0, tzinfo=None)
@@ -62,11 +64,11 @@ def kohya_base(family: Family, prediction: Prediction) -> dict[str, str]:
 def kohya_network(rank: int) -> dict[str, str]:
     """Return kohya's keys of a LoRA for its network, and for a hash of its tensors."""
     network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    return network | {KOHYA_HASH: _UNKNOWN}
+    return network | {"sshs_model_hash": _UNKNOWN}
 
 
 def of_any_model(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a base model's metadata say that holds of the erased one too: no title, author, picture or hash."""
+    """Return the part of a base model's metadata that is true of the erased one: no title, author, picture or hash."""
     return {
         key: value
         for key, value in metadata.items()
@@ -75,9 +77,9 @@ def of_any_model(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_content_hash(file: Path) -> None:
-    """Put the SHA-256 of all tensors' bytes, as they lie in the file, where its metadata have a place for it.
+    """Put the SHA-256 of all tensors' bytes, as they lie in the file, in the place of the zeros in its metadata.
 
-    Both keys are defined so: ModelSpec's ``hash_sha256``, and kohya's ``sshs_model_hash``.
+    Both ModelSpec's ``hash_sha256`` and kohya's ``sshs_model_hash`` are this hash.
     """
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")

@@ -185,22 +185,22 @@ def from_original(tensors: State, states: Mapping[str, State], family: Family) -
     return found
 
 
-def save_original(
-    model: Diffusion, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str], *, at_least: int = 0
-) -> None:
+def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> int:
     """Write the model as one safetensors file in the original layout, and read it back.
 
     A model that came from such a file gets its UNet put into a copy of it; everything else stays as it was, bit for
     bit. Without ``dtype`` the copy keeps its dtypes, and any other model is written in fp32. The file is marked with
-    the model's prediction type and zero terminal SNR. Raises EraseError, and leaves no file, when what is read back is
-    not what was written, or fewer than ``at_least`` weights differ from those of the file that was copied.
+    the model's prediction type and zero terminal SNR. Returns how many weights of the UNet differ from those of the
+    file that was copied; 0 where none was.
+
+    Raises EraseError, and leaves no file, when what is read back is not what was written.
     """
-    source, file = Path(model.source), Path(file)
+    source, file, changed = Path(model.source), Path(file), 0
     prediction = prediction_of(model.scheduler)
     metadata = metadata | prediction_metadata(prediction)
     if source.is_file() and is_safetensors(source):
         unet = model.unet.state_dict()
-        replace_unet(source, unet, model.family, file, metadata, prediction=prediction, dtype=dtype, at_least=at_least)
+        changed = replace_unet(source, unet, model.family, file, metadata, prediction=prediction, dtype=dtype)
     else:
         kind = dtype or torch.float32
         parts = {part: {name: v.to(kind) for name, v in state.items()} for part, state in model.states().items()}
@@ -215,6 +215,7 @@ def save_original(
     except (EraseError, RequestError, SafetensorError, ValueError) as problem:
         file.unlink()
         raise EraseError(f"{file} could not be read back: {problem}") from None
+    return changed
 
 
 def save_single_file(
@@ -241,18 +242,17 @@ def replace_unet(
     *,
     prediction: Prediction | None = None,
     dtype: torch.dtype | None = None,
-    at_least: int = 0,
-) -> None:
+) -> int:
     """Write ``source``, an original checkpoint, with the given UNet (diffusers' names) in the place of its own.
 
     The new UNet takes the dtypes of the old one, and the place of its average (EMA) too, so that no loader brings back
     what was erased. All other tensors stay as they are, bit for bit, and so does the source's metadata where ours does
     not say otherwise; what names the source itself (its title, author, hashes) is left out. With ``dtype`` all parts of
-    the model take that one, and with ``prediction`` its marks replace those of the source.
+    the model take that one, and with ``prediction`` its marks replace those of the source. Returns how many weights of
+    the UNet differ from the source's, in the dtype that was written.
 
     Raises RequestError when the source cannot be read, is the file to write, or holds another UNet than one of these
-    names and shapes, and ValueError when the given UNet has a tensor without a place. Raises EraseError, and writes
-    nothing, when fewer than ``at_least`` weights of the UNet would differ from the source's.
+    names and shapes, and ValueError when the given UNet has a tensor without a place.
     """
     if not is_safetensors(source):
         raise RequestError("model", source, "a .safetensors file is needed")
@@ -264,31 +264,37 @@ def replace_unet(
         tensors, about = read_tensors(source)
     except (OSError, RequestError) as problem:
         raise RequestError("model", source, f"is not a readable safetensors file: {problem}") from None
-    averages_alone = not any(key in tensors for key in replacing)
-    places = {ema_key(key): value for key, value in replacing.items()} if averages_alone else replacing
-    for key in (*places, *(key for key in tensors if key.startswith(layout.prefix))):
-        have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, places))
-        if have != want:
-            raise RequestError("model", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
-        if not tensors[key].is_floating_point():
-            raise RequestError("model", source, f"does not fit: {key} is {tensors[key].dtype}, no kind of float")
+    if not any(key in tensors for key in replacing):  # a file with averages alone
+        replacing = {ema_key(key): value for key, value in replacing.items()}
+    _check_places(tensors, replacing, layout.prefix, source)
     if dtype is not None:
         prefixes = (*(one.prefix for one in _layout(family).layouts.values()), ema_key(layout.prefix))
         own = (key for key, value in tensors.items() if key.startswith(prefixes) and value.is_floating_point())
         tensors |= {key: tensors[key].to(dtype) for key in own}
-    survived = 0
+    changed = 0
     for key, value in replacing.items():
-        for place in (place for place in (key, ema_key(key)) if place in tensors):
-            new = value.detach().to("cpu", tensors[place].dtype, copy=True).contiguous()
-            survived += int((new.float() != tensors[place].float()).sum()) if at_least else 0
-            tensors[place] = new
-    if survived < at_least:
-        names = dtype_names(tensors[key] for key in replacing)
-        what = f"{names} is too coarse: rounded to it, no weight differs from {source.name}'s, and nothing is erased"
-        raise EraseError(f"{file} was not written: {what}; choose another dtype")
+        new = value.detach().to("cpu", tensors[key].dtype, copy=True).contiguous()
+        changed += int((new.float() != tensors[key].float()).sum())
+        tensors[key] = new
+        if (average := ema_key(key)) in tensors:
+            tensors[average] = value.detach().to("cpu", tensors[average].dtype, copy=True).contiguous()
     if prediction is not None:
         kept = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
         tensors = kept | {key: tensors.get(key, mark) for key, mark in marks(prediction).items()}
     with atomic_write(file) as partial:
         save_file(tensors, partial, {"format": "pt", **of_any_model(about), **metadata})
         write_content_hash(partial)
+    return changed
+
+
+def _check_places(tensors: State, replacing: State, prefix: str, source: Path) -> None:
+    """Raise RequestError for the first tensor of a file's UNet that is not of the name, shape and kind of the new one.
+
+    ``prefix`` is that of the file's live UNet.
+    """
+    for key in (*replacing, *(key for key in tensors if key.startswith(prefix))):
+        have, want = (list(side[key].shape) if key in side else "nothing" for side in (tensors, replacing))
+        if have != want:
+            raise RequestError("model", source, f"does not fit: {key} is {have} in the file, {want} in the UNet")
+        if not tensors[key].is_floating_point():
+            raise RequestError("model", source, f"does not fit: {key} is {tensors[key].dtype}, no kind of float")

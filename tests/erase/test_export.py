@@ -118,8 +118,14 @@ def test_every_format_is_the_erased_model_in_that_dtype(folder: Path, dtype: str
         assert (about["method"], about["concept"]) == ("salun", "square")
         assert about["mask_sha256"] == account["mask"]["sha256"]
         assert "circle" in about["recipe"]
-        if name != "delta":  # a delta's hashes are of the models in its own dtype
+        spec = {key for key in about if key.startswith("modelspec.")}
+        if name == "delta":  # its hashes are of the models in its own dtype, and it is no model
+            assert not spec
+        else:
             assert about["base_unet_sha256"] == account["base"]["unet"]
+            written = place(name).read_bytes()
+            tensors = written[8 + int.from_bytes(written[:8], "little") :]
+            assert about["modelspec.hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
         if name in ("unet", "single-file"):  # the hash is of the UNet as it was rounded
             assert about["erased_unet_sha256"] == weights_hash(theirs.unet)
     info = read_run(Path("run"))

@@ -179,7 +179,7 @@ def test_what_is_fused_is_what_was_trained_and_of_rank_one(tiny: Diffusion, squa
             assert values[1] < 1e-3 * values[0], name  # what is left is the rounding of the sum
     assert changed == {n for n, p in before.named_parameters() if "attentions" in n and p.ndim > 1}
     options = {"rank": 1, "style": "kohya", "dtype": torch.float32, "about": {}}
-    fit = save_lora(before, tiny.unet, tiny.family, tmp_path / "adapter.safetensors", **options)
+    fit = save_lora(tiny.with_components(unet=before), tiny.unet, tmp_path / "adapter.safetensors", **options)
     assert fit.left_out == 0
     assert fit.errors[1] < 1e-3
 

@@ -194,7 +194,7 @@ def test_unet_alone_opens_in_diffusers(tiny: Diffusion, tmp_path: Path, dtype: t
     from diffusers import UNet2DConditionModel
     from safetensors import safe_open
 
-    save_unet(tiny.unet, tmp_path / WEIGHTS, dtype, {"concept": "church"})
+    save_unet(tiny.unet.to(dtype), tmp_path / WEIGHTS, {"concept": "church"})
     tiny.unet.save_config(tmp_path)
     back = UNet2DConditionModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     for name, value in tiny.unet.state_dict().items():

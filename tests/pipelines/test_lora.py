@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,9 +39,7 @@ def erased_from(unet: nn.Module) -> nn.Module:
 def save(
     model: Diffusion, erased: nn.Module, file: Path, *, rank: int, style: Style = "kohya", dtype: Any = torch.float32
 ) -> Fit:
-    return save_lora(
-        model.unet, erased, model.family, file, rank=rank, style=style, dtype=dtype, about={"concept": "x"}
-    )
+    return save_lora(model, erased, file, rank=rank, style=style, dtype=dtype, about={"concept": "x"})
 
 
 def fused(model: Diffusion, file: Path) -> nn.Module:
@@ -75,6 +73,77 @@ def test_factors_are_the_nearest_of_their_rank(shape: tuple[int, int], rank: int
     assert torch.allclose(up @ down, nearest(change, rank), atol=1e-12)
     assert torch.allclose(squares, torch.linalg.svdvals(change) ** 2)
     assert torch.allclose(up.norm(dim=0), down.norm(dim=1))
+
+
+def of_spectrum(shape: tuple[int, int], values: Tensor) -> Tensor:
+    """A matrix in float32 with these singular values, between random orthogonal ones."""
+    generator = torch.Generator().manual_seed(1)
+    bases = (torch.linalg.qr(torch.randn(side, len(values), generator=generator).double())[0] for side in shape)
+    left, right = bases
+    return ((left * values) @ right.T).float()
+
+
+SPECTRA = {
+    "geometric": 0.9 ** torch.arange(300.0),
+    "slow": 1 / (1 + torch.arange(300.0)),
+    "flat": torch.linspace(1, 0.5, 300),  # the hardest: the first are hardly larger than the rest
+    "low rank": torch.cat([torch.ones(8), torch.zeros(292)]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(300, 340), (340, 300), (300, 300)])
+def test_large_factors_at_random_miss_hardly_more_than_the_nearest(shape: tuple[int, int], spectrum: str) -> None:
+    values = SPECTRA[spectrum].double()
+    change, rank = of_spectrum(shape, values), 16
+    before = torch.get_rng_state()
+    up, down, squares = factors(change, rank)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(*pair) for pair in zip((up, down, squares), factors(change, rank), strict=True))
+    assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
+    missed = (change.double() - up.double() @ down.double()).norm() / values.norm()
+    least = values[rank:].norm() / values.norm()
+    assert least - 1e-6 <= missed <= 1.005 * least + 1e-6
+    assert bool((squares[:rank] <= values[:rank] ** 2 * (1 + 1e-5) + 1e-9).all())  # never more than there is
+    assert bool((squares[:-1] >= squares[1:]).all())
+
+
+@pytest.mark.parametrize("shape", [(300, 340), (340, 300), (300, 300)])
+@pytest.mark.parametrize("rank", [140, 299, 300, 320])
+def test_large_factors_of_a_high_rank_are_exact(shape: tuple[int, int], rank: int) -> None:
+    change = of_spectrum(shape, SPECTRA["flat"])
+    up, down, _ = factors(change, rank)
+    assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
+    assert torch.allclose(up @ down, nearest(change, rank), atol=1e-6)
+
+
+def test_large_layers_of_every_kind_get_the_nearest_change(tmp_path: Path) -> None:
+    kinds = {"linear": nn.Linear(340, 300), "one": nn.Conv2d(300, 340, 1), "three": nn.Conv2d(34, 300, 3, padding=1)}
+    base = nn.ModuleDict(kinds).requires_grad_(False)
+    erased = erased_from(base)
+    model = Diffusion(FAMILIES.find("sd1"), {"unet": base, "scheduler": DDIMScheduler()}, source="layers")
+    for rank in (8, 300):
+        file = tmp_path / f"{rank}.safetensors"
+        fit = save_lora(model, erased, file, rank=rank, style="kohya", dtype=torch.float32, about={})
+        tensors, missed = load_file(file), 0.0
+        for name in kinds:
+            change = erased.get_parameter(f"{name}.weight") - base.get_parameter(f"{name}.weight")
+            up, down = (tensors[f"lora_unet_{name}.lora_{side}.weight"] for side in ("up", "down"))
+            found = (up.flatten(1) @ down.flatten(1)).view(change.shape)
+            least = (change - nearest(change, rank)).norm()
+            assert (change - found).norm() <= 1.005 * least + 1e-5, name
+            missed += float((change - found).double().square().sum())
+            if change.ndim == 4:  # as programs apply it without merging: one convolution after the other
+                x, padding = torch.randn(1, change.shape[1], 5, 5), change.shape[2] // 2
+                both = nn.functional.conv2d(nn.functional.conv2d(x, down, padding=padding), up)
+                assert torch.allclose(both, nn.functional.conv2d(x, found, padding=padding), atol=1e-5)
+        moved = [
+            (n, float((e - b).double().square().sum()))
+            for (n, b), e in zip(base.named_parameters(), erased.parameters(), strict=True)
+        ]
+        left_out, every = sum(size for name, size in moved if name.endswith("bias")), sum(size for _, size in moved)
+        assert fit.errors[max(fit.errors)] == pytest.approx(((missed + left_out) / every) ** 0.5, rel=1e-4)
+        assert fit.layers == 3
 
 
 def test_factors_of_little_and_of_nothing_are_finite() -> None:
@@ -177,16 +246,15 @@ KOHYA = {
         "lora_unet_input_blocks_3_0_op",
     ),
 }
-BASES = {"sd1": ("sd_v1", "False"), "sd2": ("sd_v2", "True"), "sdxl": ("sdxl_base_v1-0", "False")}
+BASES = {"sd1": ("sd_v1", "False"), "sd2": ("sd_v2_v", "True"), "sdxl": ("sdxl_base_v1-0", "False")}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_kohya_keys_are_the_published_ones_and_diffusers_finds_every_layer(family: Any, tmp_path: Path) -> None:
     unet = small_unet(family)
     file = tmp_path / "l.safetensors"
-    save_lora(
-        unet, erased_from(unet), FAMILIES.find(family), file, rank=2, style="kohya", dtype=torch.float16, about={}
-    )
+    base = Diffusion(FAMILIES.find(family), {"unet": unet, "scheduler": DDIMScheduler()}, source="small")
+    save_lora(base, erased_from(unet), file, rank=2, style="kohya", dtype=torch.float16, about={})
     tensors = load_file(file)
     modules = {key.partition(".")[0] for key in tensors}
     assert modules >= set(KOHYA[family])
