@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from erase_concept.latents_cache import LatentsCache, cache_folder
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
+from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
@@ -296,7 +298,7 @@ class _Maker:
         seeds = [stage_seed(seed, part, row) for row in range(count)]
         side = self.size // self.model.factor
         found = [torch.empty(0, self.model.unet.config.in_channels, side, side)]
-        for i in range(0, count, _BATCH):
+        for i in progress(range(0, count, _BATCH), f"sampling: {part}", math.ceil(count / _BATCH)):
             found.append(self._batch(embeddings[which[i : i + _BATCH]], seeds[i : i + _BATCH]))
         return torch.cat(found), which
 

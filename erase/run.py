@@ -117,8 +117,12 @@ def run_recipe(recipe: Recipe, out: Path, *, model: Diffusion | None = None) -> 
     with bar() as shown:
         task = shown.add_task("start", total=None)
         for event in iter_erase(recipe, out, model=model):
-            if isinstance(event, str):
-                shown.update(task, description=event, completed=0, total=None)
+            if event in ("data", "mask"):
+                shown.stop()  # they show bars of their own
+            elif isinstance(event, str):
+                shown.start()
+                shown.remove_task(task)
+                task = shown.add_task(event, total=None)
             else:
                 text = f"erase  loss {event.loss:.4f}" if isinstance(event, Record) else "targets of the base model"
                 shown.update(task, description=text, completed=event.step, total=event.steps)

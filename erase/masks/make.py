@@ -27,6 +27,7 @@ from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.progress import progress
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import Recipe, in_low_precision, recipe_for
 from erase_concept.seed import stage_generator, stage_seed
@@ -214,6 +215,8 @@ def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: Tensor
     if settings.recompute:
         model.unet.enable_gradient_checkpointing()
     try:
-        return accumulate(model.unet, losses(), settings.accumulate, offload=settings.offload)
+        batches = settings.passes * math.ceil(len(among) / settings.batch_size)
+        seen = progress(losses(), "mask", batches)
+        return accumulate(model.unet, seen, settings.accumulate, offload=settings.offload)
     finally:
         model.unet.disable_gradient_checkpointing()
