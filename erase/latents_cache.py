@@ -24,6 +24,7 @@ from torch import Tensor
 
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.scheduler import stated
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.run_folder import LOCK, versions
 
@@ -61,9 +62,9 @@ class LatentsCache:
 
     def _key(self, model: Diffusion, asked: Mapping[str, Any]) -> str:
         """Return the SHA-256 over what is asked, and the model, its dtype, device and the libraries' versions."""
-        parts = (model.unet, model.scheduler)
-        configs = [{name: value for name, value in part.config.items() if name[0] != "_"} for part in parts]
-        about = [self.unet, str(model.unet.dtype), model.device.type, configs, dict(model.settings), versions()]
+        unet = {name: value for name, value in model.unet.config.items() if name[0] != "_"}
+        configs = [unet, stated(model.scheduler), dict(model.settings)]
+        about = [self.unet, str(model.unet.dtype), model.device.type, configs, versions()]
         plain = {name: _sha256(value) if isinstance(value, Tensor) else value for name, value in asked.items()}
         return hashlib.sha256(json.dumps([about, plain], sort_keys=True, default=str).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Family
+from erase_concept.pipelines.formats.scheduler import stated
 from erase_concept.pipelines.formats.weights import dtype_names, published_name
 
 _TOKENIZED = 1024  # prompts at once
@@ -163,7 +164,7 @@ class Diffusion:
                 digest.update(ids.cpu().numpy().tobytes())
         return {
             **{name: weights_hash(part) for name, part in self.modules.items() if name != "unet"},
-            "scheduler": {name: value for name, value in self.scheduler.config.items() if name[0] != "_"},
+            "scheduler": stated(self.scheduler),
             "settings": dict(self.settings),
             "size": self.size,
             "tokens": digest.hexdigest(),

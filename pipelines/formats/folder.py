@@ -17,6 +17,7 @@ from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
+from erase_concept.pipelines.formats.scheduler import write_stated
 from erase_concept.pipelines.formats.tokenizer import write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
@@ -177,6 +178,7 @@ def _save_components(model: Diffusion, folder: Path) -> None:
             part.save_pretrained(folder / name, state_dict=state, save_original_format=False)
         elif part is not None:
             part.save_pretrained(folder / name)
+    write_stated(model.scheduler, folder / "scheduler")
     for name, tokenizer in model.tokenizers.items():
         write_vocabulary(tokenizer, folder / name)
     pipeline.save_config(folder)
