@@ -1,40 +1,32 @@
 """What a run will take before it is begun: memory and time, from a model's configuration alone.
 
-A step is carried out on tensors without data, by the very UNet, while the bytes that live at once and the operations
-are counted. No weights are read; a full-size model takes some seconds.
+Each stage's passes through the UNet are carried out on tensors without data, and what lives at once is counted.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from erase_concept.counting import Passes, count_passes, empty_model, empty_part
 from erase_concept.masks import TEXT_ENCODER, in_scope
 from erase_concept.method import Phase
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import ModelConfigs, configs
-from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import processes
 from erase_concept.recipe import MaskRecipe, Recipe, in_low_precision
-from erase_concept.training.adapters import Adapters
 from erase_concept.training.loop import Training
 from erase_concept.training.optimizer import STATE_BYTES, TOGETHER
 
 GIB = 2**30
-_TOKENS = 77
 _CONTEXT = 600 << 20  # what CUDA takes for itself
 
 
@@ -78,16 +70,16 @@ def _predict_phase(
 ) -> Prediction:
     at_once = settings.accumulation == 1 and settings.max_grad_norm is None
     with FakeTensorMode():
-        model = _model(make, bf16=settings.weights == "bf16")
+        model = empty_model(make, bf16=settings.weights == "bf16")
         sizes = {name: p.nbytes for name, p in model.unet.named_parameters()}
         counts = {name: p.numel() for name, p in model.unet.named_parameters()}
         moving = {} if scope == TEXT_ENCODER else {name: sizes[name] for name in in_scope(model.unet, scope)}
         encoder, table = _text_encoder(make) if scope == TEXT_ENCODER else (0, 0)
         for name, p in model.unet.named_parameters():
             p.requires_grad_(name in moving and phase.adapted is None)
-        passes = _Passes(phase.frozen, phase.trained, size, settings.recompute, settings.precision)
+        passes = Passes(phase.frozen, phase.trained, size, settings.recompute, settings.precision)
         window = 0 if phase.gradients else TOGETHER
-        measured = _measure(model, passes, window, adapted=phase.adapted)
+        measured = count_passes(model, passes, window, adapted=phase.adapted)
     weights, largest = sum(sizes.values()), max(sizes.values())
     free = 0 if phase.adapted else sum(moving.values())  # adapters are few beside the weights
     optimized = 0 if phase.adapted else sum(counts[name] for name in moving)
@@ -110,7 +102,7 @@ def _predict_phase(
 def predict_edit(make: ModelConfigs) -> Prediction:
     """Predict what a closed form takes, whose matrices are small beside the weights."""
     with FakeTensorMode():
-        sizes = [p.nbytes for p in _model(make).unet.parameters()]
+        sizes = [p.nbytes for p in empty_model(make).unet.parameters()]
     return Prediction({"weights": sum(sizes), "workspace": 3 * max(sizes)}, 0)
 
 
@@ -119,10 +111,10 @@ def predict_saliency(
 ) -> Prediction:
     """Predict a batch of the saliency's sums of gradients, which are made before the training's state is."""
     with FakeTensorMode():
-        model = _model(make, bf16=bf16)
+        model = empty_model(make, bf16=bf16)
         sizes = [p.nbytes for p in model.unet.requires_grad_(True).parameters()]
         rows = settings.batch_size * (2 if settings.guidance else 1)
-        measured = _measure(model, _Passes(0, rows, size, settings.recompute, "no"), 0)
+        measured = count_passes(model, Passes(0, rows, size, settings.recompute))
     elsewhere = settings.offload and torch.cuda.is_available()
     sums = 0 if elsewhere else 4 * sum(p.numel() for p in model.unet.parameters())  # in fp32
     found = {"weights": sum(sizes), "sums": sums, "activations": measured.activations}
@@ -175,117 +167,8 @@ def operations_per_second(device: torch.device) -> float:
     return counter.get_total_flops() / best
 
 
-def _model(make: ModelConfigs, *, bf16: bool = False) -> Diffusion:
-    """Return a model without weights, text encoder and tokenizer, its UNet in fp32 or bf16."""
-    components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(make.components["scheduler"])}
-    components |= {part: _built(make, part).eval().requires_grad_(False) for part in ("unet", "vae")}
-    if bf16:
-        for module in components["unet"].modules():
-            for name, p in module.named_parameters(recurse=False):  # in place it does not work without data
-                setattr(module, name, nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
-    return Diffusion(make.family, components, source="")
-
-
-def _built(make: ModelConfigs, part: str) -> nn.Module:
-    build = make.family.components[part].make
-    assert build is not None  # the parts that are asked for have weights in every family
-    return build(make.components[part])
-
-
 def _text_encoder(make: ModelConfigs) -> tuple[int, int]:
     """Return the bytes of a text encoder's weights and of the gradient of its token embeddings, which are trained."""
-    encoder: Any = _built(make, "text_encoder")
+    encoder: Any = empty_part(make, "text_encoder")
     table = encoder.get_input_embeddings().weight
     return sum(p.nbytes for p in encoder.parameters()), table.nbytes
-
-
-class _Passes(NamedTuple):
-    """The passes of a step: rows without and with gradient, the images' size, and how they are computed."""
-
-    frozen: int
-    trained: int
-    size: int | None
-    recompute: bool
-    precision: str
-
-
-class _Measured(NamedTuple):
-    """The most bytes of activations, what waiting gradients add to them, and the operations."""
-
-    activations: int
-    gradients: int
-    operations: int
-
-
-def _measure(
-    model: Diffusion, passes: _Passes, window: int, *, adapted: Callable[[str], bool] | None = None
-) -> _Measured:
-    """Carry the passes out, beside the weights. Gradients wait until so many bytes have come together."""
-    side = (passes.size or model.size) // model.factor
-    tokens = _TOKENS + model.family.extra_tokens
-    trained = any(p.requires_grad for p in model.unet.parameters())
-
-    def predicted(rows: int, *, embedded: bool = False) -> Tensor:
-        latents = torch.randn(rows, model.unet.config.in_channels, side, side)
-        embeddings = torch.randn(rows, tokens, model.unet.config.cross_attention_dim, requires_grad=embedded)
-        return model.predict(latents, torch.zeros(rows, dtype=torch.int64), embeddings)
-
-    if passes.recompute:
-        model.unet.enable_gradient_checkpointing()
-    changed = Adapters(model.unet, None, torch.Generator(), adapted) if adapted else None
-    waiting: list[Tensor] = []
-
-    def wait(parameter: Tensor) -> None:
-        waiting.append(parameter)
-        living.waiting += parameter.nbytes
-        if living.waiting >= window:
-            for each in waiting:
-                each.grad = None
-            waiting.clear()
-            living.waiting = 0
-
-    for p in (changed or model.unet).parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(wait)
-    lower = torch.autocast(model.device.type, torch.bfloat16, enabled=passes.precision == "bf16")
-    attached = changed.attached() if changed else nullcontext()
-    with attached, FlopCounterMode(display=False) as counter, LivingBytes(model.unet) as living:
-        with lower:
-            if passes.frozen:
-                with torch.no_grad():
-                    predicted(passes.frozen)
-            if passes.trained:
-                loss = predicted(passes.trained, embedded=not (trained or adapted)).square().mean()
-        if passes.trained:
-            loss.backward()
-    return _Measured(living.most, living.peak - living.most, counter.get_total_flops())
-
-
-class LivingBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that come to be and go, beside a module's parameters.
-
-    ``peak`` is the most bytes at once, and ``most`` the same without the gradients that are ``waiting``.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = self.most = self.waiting = 0
-        self.sizes = dict.fromkeys((p.untyped_storage()._cdata for p in module.parameters()), 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._born(tensor.untyped_storage())
-        return out
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak, self.most = max(self.peak, self.now), max(self.most, self.now - self.waiting)
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)

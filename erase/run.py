@@ -146,7 +146,7 @@ def iter_erase(
         return
     if model is None:
         yield "load"
-        model = load(recipe.model, ema=recipe.ema)
+        model = load(recipe.model, ema=recipe.ema, keep_unet=in_low_precision(recipe))
     if given is not None:
         given.check(model.unet)
     part: Part = "text_encoder" if recipe.mask.scope == masks.TEXT_ENCODER else "unet"
@@ -170,7 +170,8 @@ def _stages(
     about = model.describe()
     base = _save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
 
-    with in_bf16(trained, base) if in_low_precision(recipe) else nullcontext():
+    device = next(model.vae.parameters()).device  # a UNet that becomes bf16 is not there yet
+    with in_bf16(trained, base, device) if in_low_precision(recipe) else nullcontext():
         yield "data"
         data = cached_data(recipe, model, about["unet"], out / "data.safetensors")
         times.append(time.perf_counter())
@@ -291,7 +292,7 @@ def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, 
     surviving = dict.fromkeys(ROUNDED_TO, 0)
     with safe_open(base, "pt") as stored:
         for name, after in erased.named_parameters():
-            before = stored.get_tensor(name)
+            before = stored.get_tensor(name).float()  # it may be kept as the base model's file has it
             differs = before.view(torch.int32) != after.detach().cpu().view(torch.int32)
             changed += int(differs.sum())
             old, new = before[differs], after.detach().cpu()[differs]

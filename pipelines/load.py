@@ -29,13 +29,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     ema: bool | None = None,
+    keep_unet: bool = False,
 ) -> Diffusion:
     """Load a model of a known family for erasing or sampling, its weights converted to ``dtype``.
 
     ``device`` is by default the one that Accelerate picks: the machine's accelerator where there is one. Where a single
     file has the UNet's weights twice, ``ema`` takes their averages over the training or the live ones; without it the
     averages are taken where both are nearly alike. Which were taken is logged. For any other model it changes nothing.
-    A loaded pipeline is copied, so that it stays as it is.
+    A loaded pipeline is copied, so that it stays as it is. With ``keep_unet`` the UNet stays in main memory as it is
+    stored, for whoever converts it: the largest part is then never there in another dtype.
 
     Raises RequestError when there is no such model, a file of it is damaged, its weights do not fit its configuration
     or are not finite, or its components do not fit each other: a model loads whole or not at all. Raises EraseError
@@ -46,7 +48,9 @@ def load(
         with silence_hub_logs():
             loaded = _load(model, ema=ema)
             for part, module in loaded.modules.items():
-                align_weights(module.to(device or processes().device, dtype).eval().requires_grad_(False))
+                module.eval().requires_grad_(False)
+                if part != "unet" or not keep_unet:
+                    align_weights(module.to(device or processes().device, dtype))
                 check_finite(module, part, name)
     except RequestError:
         raise

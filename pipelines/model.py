@@ -113,7 +113,7 @@ class Diffusion:
         """Return what was loaded: source, UNet's SHA-256, family, prediction type, stored dtype, choice of weights."""
         return {
             "source": self.source,
-            "unet": weights_hash(self.unet),
+            "unet": weights_hash(self.unet, torch.float32),
             "family": self.family.title,
             "prediction_type": str(self.scheduler.config.prediction_type),
             "dtype": self.stored,
@@ -246,13 +246,15 @@ def _config(part: Any) -> dict[str, Any]:
     return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256 over names, types, shapes and bytes of all weights, in the order of their names.
 
-    The names are the published ones, so that a model has the same hash with every version of the libraries.
+    The names are the published ones, so that a model has the same hash with every version of the libraries. ``dtype``
+    is the one in which floating point weights count; by default each counts in its own.
     """
     digest = hashlib.sha256()
     for name, value in sorted((published_name(module, name), value) for name, value in module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        counted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        digest.update(f"{name} {counted.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(counted.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

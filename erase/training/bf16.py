@@ -12,13 +12,15 @@ from torch import nn
 
 
 @contextmanager
-def in_bf16(unet: nn.Module, base: Path) -> Iterator[None]:
-    """Hold a UNet's weights in bf16, and in fp32 again when the context ends; ``base`` holds them as they were.
+def in_bf16(unet: nn.Module, base: Path, device: torch.device) -> Iterator[None]:
+    """Hold a UNet's weights in bf16 on a device, and where they were in fp32 when the context ends.
 
-    A weight that did not move gets the bits that it had before. One that moved is what it was trained to.
+    ``base`` holds them as they were, in any dtype. A weight that did not move gets the value that it had before. One
+    that moved is what it was trained to.
     """
+    place = next(unet.parameters()).device
     for p in unet.parameters():
-        p.data = p.data.to(torch.bfloat16)
+        p.data = p.data.float().to(device, torch.bfloat16)  # never in the memory of a file
     try:
         yield
     finally:
@@ -26,4 +28,4 @@ def in_bf16(unet: nn.Module, base: Path) -> Iterator[None]:
             for name, p in unet.named_parameters():
                 before, after = stored.get_tensor(name), p.detach().cpu()
                 moved = after != before.to(torch.bfloat16)
-                p.data = torch.where(moved, after.float(), before).to(p.device)
+                p.data = torch.where(moved, after.float(), before.float()).to(place)

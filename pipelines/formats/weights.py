@@ -20,6 +20,7 @@ from erase_concept.pipelines.formats.pickles import unpickle
 from erase_concept.pipelines.formats.quantized import METADATA, dequantized
 
 _ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
+_MAPPED = 512 << 20  # bytes of tensors that are mapped together
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -32,9 +33,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata: dict[str, str] = {}
     try:
         if is_safetensors(file):
-            with safe_open(file, "pt") as stored:
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}
-                metadata = dict(stored.metadata() or {})
+            tensors, metadata = _read_safetensors(file)
         else:
             tensors = _state_dict(unpickle(file))
     except Exception as problem:  # unpickling may raise anything for a file that is no pickle
@@ -51,6 +50,25 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     plain = dequantized(tensors, metadata, file)
     metadata.pop(METADATA, None)  # what is returned is no longer quantised
     return plain, metadata
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors, which are mapped to it, and its metadata.
+
+    The file is opened again for every so many bytes of tensors, so that they are mapped apart: each part of it takes no
+    more memory as soon as its tensors have been converted.
+    """
+    with safe_open(file, "pt") as stored:
+        left, metadata = list(stored.keys()), dict(stored.metadata() or {})
+    tensors: dict[str, Tensor] = {}
+    while left:
+        size = 0
+        with safe_open(file, "pt") as stored:
+            while left and size < _MAPPED:
+                key = left.pop(0)
+                tensors[key] = stored.get_tensor(key)
+                size += tensors[key].nbytes
+    return tensors, metadata
 
 
 def is_safetensors(file: Path) -> bool:

@@ -6,12 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from erase_concept import masks
-from erase_concept.dry_run import LivingBytes, expect, predict_saliency, predict_step
+from erase_concept.counting import LivingBytes
+from erase_concept.dry_run import expect, predict_saliency, predict_step
 from erase_concept.make_data import make_data_for
 from erase_concept.methods import METHODS
 from erase_concept.methods.salun import SalUnSettings
@@ -48,43 +47,9 @@ def test_weights_and_state_are_counted(make: ModelConfigs) -> None:
     assert predict_step(make, replace(CONFIG, accumulation=2), 0.5).bytes["gradients"] == 4 * weights
 
 
-def test_operations_are_those_of_a_real_step(make: ModelConfigs) -> None:
-    unet = UNet2DConditionModel.from_config(make.components["unet"])
-    side, width = unet.config.sample_size, unet.config.cross_attention_dim
-
-    def rows(n: int) -> tuple[torch.Tensor, ...]:
-        return torch.randn(n, 4, side, side), torch.zeros(n, dtype=torch.int64), torch.randn(n, 77, width)
-
-    with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            unet(*rows(2))
-        unet(*rows(4)).sample.square().mean().backward()
-    assert predict_step(make, CONFIG, 0.5).operations == counter.get_total_flops()
-
-
-def test_activations_are_what_autograd_saves(make: ModelConfigs) -> None:
-    unet = UNet2DConditionModel.from_config(make.components["unet"])
-    side, width = unet.config.sample_size, unet.config.cross_attention_dim
-    saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = unet(torch.randn(4, 4, side, side), torch.zeros(4, dtype=torch.int64), torch.randn(4, 77, width)).sample
-    expected = predict_step(make, CONFIG, 0.5).bytes["activations"]
-    assert out.requires_grad
-    # Beside what is saved, something is always being worked on.
-    assert sum(saved.values()) < expected < 1.3 * sum(saved.values())
-
-
 def test_recomputing_takes_less_memory_and_more_operations(make: ModelConfigs) -> None:
     plain, lean = (predict_step(make, replace(CONFIG, recompute=recompute), 0.5) for recompute in (False, True))
-    assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
+    assert lean.bytes["activations"] < 0.45 * plain.bytes["activations"]
     assert 1.1 * plain.operations < lean.operations < 1.5 * plain.operations
     plain, lean = (predict_saliency(make, MaskRecipe(recompute=recompute)) for recompute in (False, True))
     assert lean.bytes["activations"] < 0.7 * plain.bytes["activations"]
