@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +32,7 @@ from erase_concept.masks.mask import Mask, Part
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.weights import each_tensor
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
@@ -290,18 +290,18 @@ def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, 
     """
     changed = outside = total = 0
     surviving = dict.fromkeys(ROUNDED_TO, 0)
-    with safe_open(base, "pt") as stored:
-        for name, after in erased.named_parameters():
-            before = stored.get_tensor(name).float()  # it may be kept as the base model's file has it
-            differs = before.view(torch.int32) != after.detach().cpu().view(torch.int32)
-            changed += int(differs.sum())
-            old, new = before[differs], after.detach().cpu()[differs]
-            for name_of_dtype in surviving:
-                kind = getattr(torch, name_of_dtype)
-                surviving[name_of_dtype] += int((old.to(kind).float() != new.to(kind).float()).sum())
-            total += differs.numel()
-            if mask is not None:
-                outside += int((differs & ~mask.dense(name)).sum())
+    parameters = dict(erased.named_parameters())
+    for name, stored in each_tensor(base):
+        before, after = stored.float(), parameters[name].detach().cpu()  # kept in the dtype of the base model's file
+        differs = before.view(torch.int32) != after.view(torch.int32)
+        changed += int(differs.sum())
+        old, new = before[differs], after[differs]
+        for name_of_dtype in surviving:
+            kind = getattr(torch, name_of_dtype)
+            surviving[name_of_dtype] += int((old.to(kind).float() != new.to(kind).float()).sum())
+        total += differs.numel()
+        if mask is not None:
+            outside += int((differs & ~mask.dense(name)).sum())
     if outside:
         raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
     if not changed:

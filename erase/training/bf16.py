@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
+
+from erase_concept.pipelines.formats.weights import each_tensor
 
 
 @contextmanager
@@ -24,8 +25,8 @@ def in_bf16(unet: nn.Module, base: Path, device: torch.device) -> Iterator[None]
     try:
         yield
     finally:
-        with safe_open(base, "pt") as stored:
-            for name, p in unet.named_parameters():
-                before, after = stored.get_tensor(name), p.detach().cpu()
-                moved = after != before.to(torch.bfloat16)
-                p.data = torch.where(moved, after.float(), before.float()).to(place)
+        parameters = dict(unet.named_parameters())
+        for name, before in each_tensor(base):
+            p, after = parameters[name], parameters[name].detach().cpu()
+            moved = after != before.to(torch.bfloat16)
+            p.data = torch.where(moved, after.float(), before.float()).to(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata: dict[str, str] = {}
     try:
         if is_safetensors(file):
-            tensors, metadata = _read_safetensors(file)
+            tensors = dict(each_tensor(file))
+            with safe_open(file, "pt") as stored:
+                metadata = dict(stored.metadata() or {})
         else:
             tensors = _state_dict(unpickle(file))
     except Exception as problem:  # unpickling may raise anything for a file that is no pickle
@@ -52,23 +54,22 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return plain, metadata
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a file's tensors, which are mapped to it, and its metadata.
+def each_tensor(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a safetensors file's tensors by name, mapped to the file.
 
     The file is opened again for every so many bytes of tensors, so that they are mapped apart: each part of it takes no
     more memory as soon as its tensors have been converted.
     """
     with safe_open(file, "pt") as stored:
-        left, metadata = list(stored.keys()), dict(stored.metadata() or {})
-    tensors: dict[str, Tensor] = {}
+        left = list(stored.keys())[::-1]
     while left:
         size = 0
         with safe_open(file, "pt") as stored:
             while left and size < _MAPPED:
-                key = left.pop(0)
-                tensors[key] = stored.get_tensor(key)
-                size += tensors[key].nbytes
-    return tensors, metadata
+                key = left.pop()
+                tensor = stored.get_tensor(key)
+                size += tensor.nbytes
+                yield key, tensor
 
 
 def is_safetensors(file: Path) -> bool:

@@ -24,7 +24,7 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
-from erase_concept.run import Run, check_frozen, erase, iter_erase
+from erase_concept.run import Run, check_frozen, erase, iter_erase, run_recipe
 from erase_concept.run_folder import read_run
 from erase_concept.training.loop import Record, Training
 from erase_concept.training.offload import offload_to_disk
@@ -548,6 +548,25 @@ def test_a_run_with_bf16_weights_gives_back_the_bits_of_all_that_did_not_move(
             break
     run(lean, tmp_path / "again")
     assert weights_hash(load(tmp_path / "again" / "pipeline").unet) == weights_hash(erased.unet)
+
+
+def test_a_run_with_bf16_weights_takes_them_as_they_are_stored(
+    tiny: Diffusion, square: Concept, tmp_path: Path
+) -> None:
+    """From fp16 weights straight to bf16 gives the bits, and the hashes, of a model that was loaded in fp32."""
+    halved = copy.deepcopy(tiny)
+    save_pipeline(halved.with_components(unet=halved.unet.half()), tmp_path / "half")
+    kept = load(tmp_path / "half", keep_unet=True)
+    assert (kept.unet.dtype, kept.vae.dtype) == (torch.float16, torch.float32)
+    wide = load(tmp_path / "half")
+    assert kept.describe() == wide.describe()
+    lean = recipe(tmp_path / "half", square, settings={"steps": 2, "batch_size": 2, "lr": 1e-3, "weights": "bf16"})
+    run(lean, tmp_path / "kept")
+    run_recipe(lean, tmp_path / "wide", model=wide)
+    accounts = [read_run(tmp_path / name) for name in ("kept", "wide")]
+    assert accounts[0]["erased"] == accounts[1]["erased"]
+    assert accounts[0]["checks"] == accounts[1]["checks"]
+    assert {p.dtype for p in wide.unet.parameters()} == {torch.float32}
 
 
 def test_bf16_weights_are_refused_where_they_would_lose_what_is_learnt(model: Path, square: Concept) -> None:

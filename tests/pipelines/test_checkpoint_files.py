@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.pipelines.formats import weights
 from erase_concept.pipelines.formats.folder import save_pipeline
-from erase_concept.pipelines.formats.weights import read_tensors
+from erase_concept.pipelines.formats.weights import each_tensor, read_tensors
 from erase_concept.pipelines.image_set import check_drawn
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -264,3 +265,15 @@ def test_a_relative_base_is_found_from_another_folder(tmp_path: Path) -> None:
     assert base_source(run_info) == str(tmp_path / "m.safetensors")
     assert base_source({"base": {"source": "owner/name"}}) == "owner/name"
     assert base_source({"base": {"source": "gone.ckpt", "folder": str(tmp_path)}}) == "gone.ckpt"
+
+
+def test_a_file_is_mapped_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor comes once and unchanged, and no two pieces share memory."""
+    tensors = {f"{i}": torch.full((i + 1, 8), float(i)) for i in range(5)} | {"empty": torch.empty(0)}
+    save_file(tensors, tmp_path / "x.safetensors", {"title": "x"})
+    monkeypatch.setattr(weights, "_MAPPED", 100)
+    found = list(each_tensor(tmp_path / "x.safetensors"))
+    assert sorted(name for name, _ in found) == sorted(tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in found)
+    assert len({value.untyped_storage().data_ptr() for _, value in found if value.numel()}) > 2
+    assert read_tensors(tmp_path / "x.safetensors")[1]["title"] == "x"
