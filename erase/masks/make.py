@@ -100,15 +100,15 @@ def compute_mask(recipe: Recipe, model: Diffusion | None = None) -> Mask:
     given = check_mask(recipe)
     if not needs_mask(recipe):
         raise RequestError("mask.kind", recipe.mask.kind, "nothing to compute; allowed: salient, random, least-salient")
-    model = model or load(recipe.model, ema=recipe.ema)
+    model = model or load(recipe.model, ema=recipe.ema, keep_unet=in_low_precision(recipe))
     if given is not None:
         given.check(model.unet)
-    base_hash = weights_hash(model.unet)
+    base_hash, device = weights_hash(model.unet, torch.float32), next(model.vae.parameters()).device
     with ExitStack() as held:
         if in_low_precision(recipe):  # as in the run
             base = Path(held.enter_context(TemporaryDirectory())) / "base.safetensors"
             save_file(model.unet.state_dict(), base)
-            held.enter_context(in_bf16(model.unet, base))
+            held.enter_context(in_bf16(model.unet, base, device))
         return make_mask(recipe, model, make_data_for(recipe, model, base_hash), base_hash)
 
 
