@@ -181,6 +181,8 @@ def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
     layers = model.family.layers
     shapes = masks.in_scope(model.unet, settings.scope, layers)
     total = sum(math.prod(shape) for shape in shapes.values())
+    if not shapes:
+        raise RequestError("mask.scope", settings.scope, f"a {model.family.title} has no such layers")
     k = masks.keep_count(1 - settings.sparsity, total)
     if k == 0:
         raise RequestError("mask.sparsity", settings.sparsity, f"leaves none of {total} weights to change")
