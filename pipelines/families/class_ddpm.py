@@ -1,8 +1,8 @@
 """Class-conditional DDPM with classifier-free guidance (arXiv 2207.12598): a label in the place of a prompt.
 
 SalUn's second setting for generation. The UNet adds the embedding of a class to that of the time step. It knows one
-class more than there are labels: the null class, which guidance leads away from. There is no text encoder: the embedding
-of a label is its number. Latents are pixels.
+class more than there are labels: the null class, which guidance leads away from. There is no text encoder, and the
+embedding of a label is its number. Latents are pixels.
 
 The tokenizer's first tokens are the labels, in the order of their classes. A label is one word, and a word that is no
 label must have a token or several, too, so that it is not taken for the empty prompt.
