@@ -80,7 +80,7 @@ class Rehearsal:
 
     def erase_concept(self, name: str, *arguments: str | Path) -> None:
         """Run a command of ours."""
-        self.run(name, sys.executable, "-m", "erase_concept.cli", *arguments)
+        self.run(name, sys.executable, "-m", "erase_concept", *arguments)
 
 
 def make(family: str, file: Path) -> None:

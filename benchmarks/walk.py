@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     work: Path = args.work
     model, run = prepare(work), work / "run"
-    cli = ("-m", "erase_concept.cli")
+    cli = ("-m", "erase_concept")
     settings = ["steps=10", "batch_size=1", "mask.batch_size=1"]
     options = [word for setting in settings for word in ("--set", setting)]
     images = ["--forget-images", work / "forget", "--retain-images", work / "retain"]

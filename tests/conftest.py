@@ -130,7 +130,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, printed = shared / "demo-church", shared / "demo.json"
     with FileLock(shared / "demo.lock"):
         if not printed.is_file():
-            command = [sys.executable, "-m", "erase_concept.cli", "demo", "--out", str(folder), "--json"]
+            command = [sys.executable, "-m", "erase_concept", "demo", "--out", str(folder), "--json"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             printed.write_text(done.stdout, encoding="utf-8")

@@ -39,7 +39,7 @@ def test_several_processes_tell_once(folder: Path, small: Sequence[str]) -> None
         ),
     }
     for code, (arguments, line) in asked.items():
-        command = [*launch, "erase_concept.cli", *arguments]
+        command = [*launch, "erase_concept", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr  # a launcher's own code is 1, whatever failed
         assert (done.stdout + done.stderr).count(line) == 1, done.stderr
@@ -136,7 +136,7 @@ def test_an_interrupted_command_ends_with_130(folder: Path) -> None:
     """A real interrupt, as the terminal sends it, while images are sampled."""
     (folder / "p.csv").write_text("prompt,seed\n" + "".join(f"a square,{seed}\n" for seed in range(500)))
     asked = ["sample", "model", "-p", "p.csv", "-o", "images", "--batch-size", "1", "--steps", "20"]
-    command = [sys.executable, "-m", "erase_concept.cli", *asked]
+    command = [sys.executable, "-m", "erase_concept", *asked]
     # Where the tests run in the background, interrupts are ignored, and a command would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:

@@ -96,7 +96,7 @@ def test_processes_share_the_sampling_and_one_measures(shaken: str, tmp_path: Pa
     """Two processes write what one does, tell it once, and keep the base model's images once."""
     asked = [f"{place},some {noun} or other,{noun},{place}" for place, noun in enumerate(("church", "dog", "church"))]
     (tmp_path / "p.csv").write_text("\n".join(["case_number,prompt,object,seed", *asked]))
-    command = ["-m", "erase_concept.cli", "eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
+    command = ["-m", "erase_concept", "eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
     command += [
         "--judge",
         "emojinette",

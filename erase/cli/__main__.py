@@ -1,5 +1,0 @@
-"""``python -m erase_concept.cli``: the command, for launchers such as torchrun."""
-
-from erase_concept.cli.main import main
-
-main()
