@@ -127,7 +127,7 @@ def expect(recipe: Recipe) -> dict[str, Any]:
     Memory is that of the process on a CPU, and of the device on another. Seconds are the operations over what the
     device is measured to do: good for a plan, not for a bar.
     """
-    make, settings, device = configs(recipe.model), recipe.settings, processes().device
+    make, settings, device = configs(recipe.model, ema=recipe.ema), recipe.settings, processes().device
     density = 1.0 if recipe.mask.kind == "none" else 1 - recipe.mask.sparsity
     if recipe.mask.combine == "union":
         density = min(1.0, density * len(recipe.concept.parts))  # at most: their masks overlap

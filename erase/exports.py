@@ -27,6 +27,9 @@ from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import base_source, read_run, write_json
 
+# A text that is an absolute path as a whole, with spaces perhaps, and the folders of one within a text.
+_PATH = re.compile(r"(?:/|~[\\/]|[A-Za-z]:[\\/]).*[\\/].", re.S)
+_FOLDERS = re.compile(r"(?<![\w.:/\\~])(?:/|~[\\/]|[A-Za-z]:[\\/])(?:[^\s\\/'\"]+[\\/])+")
 EXPORT_FORMATS = ("diffusers", "unet", "single-file", "lora", "delta")
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -236,7 +239,9 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_without_folders(one) for one in value]
-    return model_name(value) if isinstance(value, str) and re.match(r"(/|~[\\/]|[A-Za-z]:[\\/])", value) else value
+    if not isinstance(value, str):
+        return value
+    return model_name(value) if _PATH.match(value) else _FOLDERS.sub("", value)
 
 
 def check_hub(repo: str, *, public: bool = False) -> None:

@@ -70,11 +70,16 @@ def data_key(recipe: Recipe, base_hash: str, besides: Mapping[str, Any] | None =
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def image_folders(recipe: Recipe) -> list[Path]:
+    """Return the folders of images that the recipe names."""
+    named = [recipe.data.forget_images, recipe.data.retain_images, *(one.images for one in recipe.concept.parts)]
+    return [Path(folder) for folder in named if folder]
+
+
 def hashes_of_images(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 over the names and bytes of the images in each folder that the recipe names."""
-    named = [recipe.data.forget_images, recipe.data.retain_images, *(one.images for one in recipe.concept.parts)]
     found = {}
-    for folder in [Path(folder) for folder in named if folder]:
+    for folder in image_folders(recipe):
         digest = hashlib.sha256()
         for file in pictures_in(folder, deep=True):
             digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())

@@ -7,6 +7,7 @@ The folder holds ``recipe.yaml``, ``run.json`` (versions, hashes, seeds, times, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -26,17 +27,20 @@ from erase_concept.data import ForgetRetain
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.exports import Exported, export
 from erase_concept.files import atomic_write
-from erase_concept.make_data import cached_data, check_data
+from erase_concept.make_data import cached_data, check_data, image_folders
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
 from erase_concept.masks.mask import Mask, Part
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.weights import each_tensor
+from erase_concept.pipelines.image_set import shortened
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.pictures import hidden_pictures
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
+from erase_concept.pipelines.sample import cut_note
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import (
     Recipe,
@@ -167,7 +171,9 @@ def _stages(
         return
     recipe.save(out / "recipe.yaml")
     times = [time.perf_counter()]
-    about = model.describe()
+    about, notes = model.describe(), _notes(recipe, model)
+    for note in notes:
+        logging.getLogger("erase_concept").warning("erase-concept: %s", note)
     base = _save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
 
     device = next(model.vae.parameters()).device  # a UNet that becomes bf16 is not there yet
@@ -195,6 +201,7 @@ def _stages(
         "checks": check_frozen(base, trained, mask),
         "seconds": dict(zip(("data", "mask", "erase"), seconds, strict=True)),
         "versions": versions(),
+        **({"notes": notes} if notes else {}),
     }
     save_pipeline(model, out / "pipeline")
     run_info["files"] = weights_files(out / "pipeline")
@@ -222,6 +229,17 @@ def _claimed(recipe: Recipe, out: Path) -> bool:
     if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise RequestError("out", out, "exists and is no run folder; choose another one")
     return False
+
+
+def _notes(recipe: Recipe, model: Diffusion) -> list[str]:
+    """Say what of the recipe's prompts and folders of images is not used: words that are cut off, and hidden files."""
+    concept = recipe.concept
+    notes = [cut_note(model, (*concept.forget_prompts, *concept.anchor_prompts, *concept.retain_prompts))]
+    for folder in image_folders(recipe):
+        if hidden := [file.name for file in hidden_pictures(folder, deep=True)]:
+            which = "file is" if len(hidden) == 1 else "files are"
+            notes.append(f"{folder.name}: {len(hidden)} {which} hidden and left out: {shortened(hidden)}")
+    return [note for note in notes if note]
 
 
 def _where(source: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from erase_concept.pipelines.progress import bar
 
 if TYPE_CHECKING:
     from erase_concept.prompts.find import ConceptSource
-    from erase_concept.prompts.promptset import PromptSet
     from erase_concept.run import Run
 
 Progress = tuple[str, int, int]  # ("erased" or "base", images there, images in all)
@@ -32,34 +31,22 @@ def evaluate(
     model: Run | str | Path,
     concept: ConceptSource | None = None,
     *,
-    benchmark: str | None = None,
-    baseline: str | Path | None = None,
     out: str | Path | None = None,
-    prompts: str | PromptSet | None = None,
-    guard: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    **request: Any,
 ) -> Report:
-    """Evaluate a run, a model or a folder of images, with a progress bar; the arguments are those of ``EvalRequest``.
+    """Evaluate a run, a model or a folder of images, with a progress bar.
 
-    ``out`` is by default the run's own folder. Raises RequestError when the request cannot be followed, and EraseError
-    in a process that is not the main one of several: that one alone measures.
+    ``out`` is by default the run's own folder, and ``request`` the other fields of ``EvalRequest``: benchmark,
+    baseline, prompts, judges, metrics, settings, guard, fail_if, first_seed, batch_size and ema. Raises RequestError
+    when the request cannot be followed, and EraseError in a process that is not the main one of several: that one alone
+    measures.
     """
     source = os.fspath(model)
     if out is None:
         if not (Path(source) / "run.json").is_file():
             raise RequestError("out", "(not given)", f"needed, for {source} is no run folder")
         out = source
-    request = EvalRequest(
-        model=source,
-        out=Path(out),
-        concept=concept,
-        benchmark=benchmark,
-        baseline=baseline,
-        prompts=prompts,
-        guard=guard,
-        settings=settings or {},
-    )
-    report = run_evaluation(request)
+    report = run_evaluation(EvalRequest(model=source, out=Path(out), concept=concept, **request))
     if report is None:
         raise EraseError("of several processes the main one alone has the report")
     return report

@@ -147,7 +147,7 @@ def _images(
     if kept is not None and not kept.exists() and state.is_main_process:
         _copy(samples, kept)
     found = read_images(samples)
-    note = cut_note(model, prompts)
+    note = cut_note(model, [row.prompt for row in prompts.rows])
     return replace(found, notes=(*found.notes, note)) if note else found
 
 

@@ -195,7 +195,7 @@ def _baseline(request: EvalRequest, run: ErasedRun) -> str | None:
         baseline = baseline or request.model
     if baseline is not None and not is_images(Path(baseline)):
         try:
-            configs(baseline)
+            configs(baseline, ema=request.ema if run.ema is None else run.ema)
         except RequestError as problem:
             raise RequestError("baseline", str(baseline), problem.allowed) from problem
     return None if baseline is None else str(baseline)

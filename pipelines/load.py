@@ -77,14 +77,15 @@ class ModelConfigs:
     components: Configs
 
 
-def configs(model: str | Path) -> ModelConfigs:
-    """Return a model's family and configurations, without loading any weights.
+def configs(model: str | Path, *, ema: bool | None = None) -> ModelConfigs:
+    """Return a model's family and configurations; a folder's without reading any weights.
 
-    Raises RequestError when there is no such model, or it is on the hub and cannot be downloaded.
+    ``ema`` is as for ``load``. Raises RequestError when there is no such model, it is on the hub and cannot be
+    downloaded, or it is a single file that ``load`` would refuse for its UNets.
     """
     path = _path(model)
     if path.is_file():
-        return ModelConfigs(*single_file_configs(path))
+        return ModelConfigs(*single_file_configs(path, str(model), ema=ema))
     folder = _folder(path, str(model))
     family = read_family(folder, str(model))
     return ModelConfigs(family, read_configs(folder, family))

@@ -19,7 +19,7 @@ from erase_concept.pipelines.image_set import (
     read_images,
     shortened,
 )
-from erase_concept.pipelines.pictures import SUFFIXES, read_picture
+from erase_concept.pipelines.pictures import SUFFIXES, hidden_pictures, read_picture
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 # 00012.png, 12_0.png (the first image of case 12), case_12.png: a case number alone, and no other program's counter.
@@ -54,9 +54,7 @@ def match_images(folder: str | Path, prompts: PromptSet, *, setting: str = "imag
     if not folder.is_dir():
         raise RequestError(setting, folder, "no such folder")
     others: list[str] = []
-    hidden = sorted(
-        entry.name for entry in folder.iterdir() if entry.name[0] == "." and entry.suffix.lower() in SUFFIXES
-    )
+    hidden = [file.name for file in hidden_pictures(folder)]
     if manifests(folder):
         made = read_images(folder, setting=setting)
         matches, settings = _match_manifest(made, prompts), made.settings

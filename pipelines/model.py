@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Family
-from erase_concept.pipelines.formats.scheduler import stated
+from erase_concept.pipelines.formats.scheduler import stated, with_zero_snr
+from erase_concept.pipelines.formats.tokenizer import limit_tokenizers
 from erase_concept.pipelines.formats.weights import dtype_names, published_name
 
 _TOKENIZED = 1024  # prompts at once
@@ -56,11 +57,12 @@ class Diffusion:
         family = find_family(kind, {key: _config(part) for key, part in parts.items() if hasattr(part, "config")})
         if family is None:
             raise RequestError("model", name, f"is a {kind} of an unknown family: its configurations fit none")
-        components = {key: parts[key] for key in family.components}
+        components = limit_tokenizers({key: parts[key] for key in family.components})
         try:
             family.check_fit(components)
         except ValueError as problem:
             raise RequestError("model", name, str(problem)) from None
+        components["scheduler"] = with_zero_snr(components["scheduler"])
         settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
         stored = dtype_names(components["unet"].state_dict().values())
         return cls(family, components, source=name, settings=settings, stored=stored)

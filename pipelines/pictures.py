@@ -49,6 +49,12 @@ def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file())
 
 
+def hidden_pictures(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Return the files of a folder that ``pictures_in`` leaves out, such as the ``._1.png`` that macOS leaves."""
+    files = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.name[0] == "." and file.is_file())
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its greys are floating-point numbers, whose range is not known")

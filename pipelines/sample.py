@@ -21,6 +21,8 @@ from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.prediction import prediction_of
+from erase_concept.pipelines.formats.scheduler import knows_zero_snr
 from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.image_set import (
@@ -81,6 +83,9 @@ def make_scheduler(model: Diffusion, name: str | None, steps: int) -> Any:
     if name is not None and name not in SCHEDULERS:
         raise RequestError("scheduler", name, f"allowed: {', '.join(SCHEDULERS)}")
     kind = getattr(diffusers, name or "DPMSolverMultistepScheduler")
+    if prediction_of(model.scheduler).zero_snr and not knows_zero_snr(kind):
+        able = ", ".join(one for one in SCHEDULERS if knows_zero_snr(getattr(diffusers, one)))
+        raise RequestError("scheduler", str(name), f"has no zero terminal SNR, which this model needs; allowed: {able}")
     options = {} if name else {"algorithm_type": "dpmsolver++"}
     try:
         with silence_hub_logs():
@@ -206,25 +211,21 @@ def sample(
     prompts: PromptSet | str | Path,
     out: str | Path,
     *,
-    steps: int = DEFAULT.steps,
-    guidance: float = DEFAULT.guidance,
-    scheduler: str | None = None,
-    batch_size: int = DEFAULT.batch_size,
-    guard: AppliedGuard | None = None,
+    ema: bool | None = None,
+    **settings: Any,
 ) -> ImageSet:
     """Sample a prompt set into a folder, with a progress bar, and return all images of the folder.
 
-    Run again, it samples only the missing images; see ``iter_sample``. ``model`` may be anything that ``load`` takes;
-    a loaded pipeline is used as it is. ``prompts`` may be the name of a set or a file. ``guidance`` is the scale of
-    prompts that name none, ``scheduler`` one of ``SCHEDULERS``, ``guard`` what ``find_guard`` returns. Raises
-    RequestError when a setting is out of range.
+    Run again, it samples only the missing images; see ``iter_sample``. ``model`` may be anything that ``load`` takes,
+    with ``ema`` as there; a loaded pipeline is used as it is. ``prompts`` may be the name of a set or a file.
+    ``settings`` are those of ``Sampling``: steps, guidance, scheduler, eta, batch_size, and a guard that ``find_guard``
+    returns. Raises RequestError when a setting is out of range or unknown.
     """
-    asked = {"steps": steps, "guidance": guidance, "scheduler": scheduler, "batch_size": batch_size, "guard": guard}
-    sampling = check_settings(Sampling, asked)
+    sampling = check_settings(Sampling, settings)
     found = prompts if isinstance(prompts, PromptSet) else find_prompts(str(prompts))
     if isinstance(model, DiffusionPipeline):
         model = Diffusion.from_pipeline(model)
-    loaded = model if isinstance(model, Diffusion) else load(model)
+    loaded = model if isinstance(model, Diffusion) else load(model, ema=ema)
     for _ in progress(iter_sample(loaded, found, out, sampling), f"sampling {found.name}", len(found.rows)):
         pass
     return read_images(out, setting="out")
@@ -282,9 +283,9 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
     state.wait_for_everyone()
 
 
-def cut_note(model: Diffusion, prompts: PromptSet) -> str:
+def cut_note(model: Diffusion, prompts: Sequence[str]) -> str:
     """Say how many prompts are longer than the model reads; where none is, an empty text."""
-    count = model.cut_prompts([row.prompt for row in prompts.rows])
+    count = model.cut_prompts(prompts)
     if not count:
         return ""
     which = "prompt has" if count == 1 else "prompts have"

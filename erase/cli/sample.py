@@ -77,7 +77,7 @@ def sample(
     found = find_prompts(prompts)
     loaded = load(model, ema=ema)
     print_dropped(len(found.dropped))
-    print_note(cut_note(loaded, found))
+    print_note(cut_note(loaded, [row.prompt for row in found.rows]))
     sampling = Sampling(steps=steps, guidance=guidance, batch_size=batch_size, scheduler=scheduler, guard=guarded)
     made = iter_sample(loaded, found, out, sampling)
     count = total(sum(1 for _ in progress(made, f"sampling {found.name}", len(found.rows))))

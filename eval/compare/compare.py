@@ -108,7 +108,7 @@ def check_request(request: CompareRequest) -> CompareRequest:
     from erase_concept.pipelines.builtin import builtin_models
     from erase_concept.pipelines.load import configs
 
-    configs(request.model)  # refuses what is no model
+    configs(request.model, ema=request.ema)  # refuses what is no model
     if builtin := builtin_models().get(request.model):
         concepts, benchmark = request.concepts or builtin.compare, request.benchmark or builtin.benchmark
         request = replace(request, concepts=concepts, benchmark=benchmark)

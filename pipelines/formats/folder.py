@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,8 +18,8 @@ from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
-from erase_concept.pipelines.formats.scheduler import write_stated
-from erase_concept.pipelines.formats.tokenizer import write_vocabulary
+from erase_concept.pipelines.formats.scheduler import with_zero_snr, write_stated
+from erase_concept.pipelines.formats.tokenizer import limit_tokenizers, write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
     check_same,
@@ -80,8 +81,9 @@ def load_folder(folder: Path, name: str) -> Diffusion:
     unused = {part: None for part in unused if part not in family.components}
     given = {**unused, **modules, **family.pipeline_options}
     pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **given)
-    components = {part: getattr(pipeline, part) for part in family.components}
+    components = limit_tokenizers({part: getattr(pipeline, part) for part in family.components})
     family.check_fit(components)
+    components["scheduler"] = with_zero_snr(components["scheduler"])
     settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
     return Diffusion(family, components, source=name, settings=settings, stored=stored)
 
@@ -148,6 +150,7 @@ def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:
     try:
         with silence_hub_logs():
             _save_components(model, partial)
+        _drop_sources(partial)
         for weights in partial.rglob("*.safetensors"):
             weights.chmod((partial / INDEX).stat().st_mode)  # safetensors writes for the owner alone
         if card:
@@ -182,6 +185,15 @@ def _save_components(model: Diffusion, folder: Path) -> None:
     for name, tokenizer in model.tokenizers.items():
         write_vocabulary(tokenizer, folder / name)
     pipeline.save_config(folder)
+
+
+def _drop_sources(folder: Path) -> None:
+    """Drop from configurations whence the libraries loaded a component: a folder of this machine, or another model."""
+    for file in (folder / INDEX, *folder.rglob("*config.json")):
+        config = read_json(file)
+        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
+        if kept != config:
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_unet(unet: nn.Module, file: str | Path, metadata: dict[str, str]) -> None:

@@ -19,11 +19,12 @@ import yaml
 from torch import Tensor
 
 from erase_concept.errors import RequestError
+from erase_concept.pipelines.formats.scheduler import ZERO_SNR
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"
 _MODELSPEC = "modelspec.prediction_type"
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max")
-_ZERO_SNR_OPTIONS = ("zero_terminal_snr", "rescale_betas_zero_snr", "ztsnr", "zsnr")
+_ZERO_SNR_OPTIONS = ("zero_terminal_snr", ZERO_SNR, "ztsnr", "zsnr")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Prediction:
         """
         values: dict[str, Any] = {} if self.type is None else {"prediction_type": self.type}
         if self.zero_snr:
-            values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            values |= {ZERO_SNR: True, "timestep_spacing": "trailing"}
         return values
 
 
@@ -79,7 +80,7 @@ def read_prediction(file: Path, keys: Iterable[str], metadata: Mapping[str, str]
 def prediction_of(scheduler: Any) -> Prediction:
     """Return the prediction type of a scheduler, and whether its last time step is noise alone."""
     config = scheduler.config
-    return Prediction(str(config.prediction_type), bool(config.get("rescale_betas_zero_snr")))
+    return Prediction(str(config.prediction_type), bool(config.get(ZERO_SNR)))
 
 
 def marks(prediction: Prediction) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDIMScheduler
+
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.weights import read_json
 
 FILE = "scheduler_config.json"
+ZERO_SNR = "rescale_betas_zero_snr"  # the option by which a scheduler has zero terminal SNR (arXiv 2305.08891)
 
 
 def stated(scheduler: Any) -> dict[str, Any]:
@@ -39,3 +42,15 @@ def write_stated(scheduler: Any, folder: Path) -> None:
             json.dumps({name: written[name] for name in sorted(kept & written.keys())}, indent=2) + "\n",
             encoding="utf-8",
         )
+
+
+def knows_zero_snr(kind: type) -> bool:
+    """Tell whether a class of schedulers can have zero terminal SNR; PNDM and others keep the option and do nothing."""
+    return ZERO_SNR in inspect.signature(kind).parameters
+
+
+def with_zero_snr(scheduler: Any) -> Any:
+    """Return the scheduler, or DDIM's where its configuration asks for zero terminal SNR and its class has none."""
+    if not scheduler.config.get(ZERO_SNR) or knows_zero_snr(type(scheduler)):
+        return scheduler
+    return DDIMScheduler.from_config(scheduler.config)

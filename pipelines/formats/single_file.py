@@ -7,6 +7,7 @@ name, ``model/`` beside ``model.safetensors``, where there is one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from erase_concept.pipelines.formats.prediction import (
     prediction_of,
     read_prediction,
 )
-from erase_concept.pipelines.formats.tokenizer import load_tokenizer
+from erase_concept.pipelines.formats.tokenizer import limit_tokenizers, load_tokenizer
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
     check_same,
@@ -54,50 +55,74 @@ def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffu
     Raises RequestError when the file cannot be read, is something else than a whole checkpoint of a known family, holds
     two UNets of which one must be chosen, or when there is no tokenizer.
     """
-    tensors, metadata = read_tensors(file)
-    family = _family(file, tensors)
+    opened = _open(file, name, ema)
+    family, tensors, modules = opened.family, opened.tensors, opened.modules
     layout = _layout(family)
-    configs, told = _configs(file, family, tensors, metadata)
-    for part, widths in layout.widths(tensors).items():
-        configs[part] |= widths
-    components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(configs["scheduler"])}
-    makes = {part: one.make for part, one in family.components.items() if one.make}
-    with torch.device("meta"):
-        modules: dict[str, nn.Module] = {part: make(configs[part]) for part, make in makes.items()}
+    components: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(opened.configs["scheduler"]), **modules}
     try:
-        family.check_fit(components | modules)
-        unet_names = layout.layouts["unet"].names(modules["unet"].state_dict()).values()
-        tensors, taken = choose_unet(tensors, unet_names, ema, name)
+        family.check_fit(components)
         states = from_original(tensors, {part: module.state_dict() for part, module in modules.items()}, family)
-    except RequestError:
-        raise
     except ValueError as problem:
         raise RequestError("model", file, str(problem)) from None
     for part, module in modules.items():
         assign_weights(module, states[part])
-    components |= modules
     for part in family.components:
         if part.startswith("tokenizer"):
             components[part] = load_tokenizer(file, part, layout.pad_tokens.get(part))
-    if layout.settle is not None and not told:
-        layout.settle(components, metadata)
+    components = limit_tokenizers(components)
+    if layout.settle is not None and not opened.told:
+        layout.settle(components, opened.metadata)
     stored = dtype_names(states["unet"].values())
-    return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored, taken=taken)
+    return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored, taken=opened.taken)
 
 
-def single_file_configs(file: Path) -> tuple[Family, Configs]:
-    """Return the family of a checkpoint and the configurations of its components, by diffusers' names."""
+def single_file_configs(file: Path, name: str, *, ema: bool | None = None) -> tuple[Family, Configs]:
+    """Return the family of a checkpoint and the configurations of its components, by diffusers' names.
+
+    Raises RequestError where ``load_single_file`` does but for a missing tokenizer, a missing tensor or another shape.
+    """
+    opened = _open(file, name, ema)
+    family, configs = opened.family, opened.configs
+    if _layout(family).settle is not None and not opened.told:  # only its weights tell which model it is
+        del opened
+        components = load_single_file(file, name, ema=ema).components
+        configs |= {part: dict(components[part].config) for part in ("unet", "vae", "scheduler")}
+    return family, configs
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that was read: its modules are on the meta device, and ``tensors`` hold one UNet, that was chosen.
+
+    ``told`` says whether the file or a folder of its name tells the prediction type, ``taken`` which UNet was taken.
+    """
+
+    family: Family
+    configs: Configs
+    modules: dict[str, nn.Module]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    told: bool
+    taken: str
+
+
+def _open(file: Path, name: str, ema: bool | None) -> _Opened:
+    """Read a checkpoint, and find out what it is; raises RequestError as ``load_single_file`` does."""
     tensors, metadata = read_tensors(file)
     family = _family(file, tensors)
     layout = _layout(family)
     configs, told = _configs(file, family, tensors, metadata)
     for part, widths in layout.widths(tensors).items():
         configs[part] |= widths
-    if layout.settle is not None and not told:  # only its weights tell which model it is
-        del tensors
-        components = load_single_file(file, str(file)).components
-        configs |= {part: dict(components[part].config) for part in ("unet", "vae", "scheduler")}
-    return family, configs
+    makes = {part: one.make for part, one in family.components.items() if one.make}
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {part: make(configs[part]) for part, make in makes.items()}
+    try:
+        names = layout.layouts["unet"].names(modules["unet"].state_dict()).values()
+    except ValueError as problem:
+        raise RequestError("model", file, str(problem)) from None
+    tensors, taken = choose_unet(tensors, names, ema, name)
+    return _Opened(family, configs, modules, tensors, metadata, told, taken)
 
 
 def _configs(file: Path, family: Family, tensors: State, metadata: Mapping[str, str]) -> tuple[Configs, bool]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +61,21 @@ def clip_tokenizer(pad_token: str = _PAD) -> CLIPTokenizer:
     # By file: the library's own loader asks the hub for many more, and waits for each of them in vain.
     hf_hub_download(TOKENIZER, "merges.txt")
     return _read(Path(hf_hub_download(TOKENIZER, "vocab.json")).parent, pad_token=pad_token)
+
+
+def limit_tokenizers(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the components, with tokenizers that give no more tokens than their text encoders have positions.
+
+    Some published tokenizers claim 8,192 or more, or do not say how many.
+    """
+    found = dict(components)
+    for name, tokenizer in components.items():
+        encoder = components.get(name.replace("tokenizer", "text_encoder"))
+        positions = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if name.startswith("tokenizer") and positions is not None and tokenizer.model_max_length > positions:
+            found[name] = copy.deepcopy(tokenizer)
+            found[name].model_max_length = positions
+    return found
 
 
 def write_vocabulary(tokenizer: Any, folder: Path) -> None:

@@ -583,3 +583,23 @@ def test_methods_take_a_step_with_bf16_weights(model: Path, square: Concept, tmp
     lean = recipe(model, square, method=name, settings={"steps": 1, "batch_size": 2, "lr": 1e-2, "weights": "bf16"})
     run(lean, tmp_path / "run")
     assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+
+
+def test_says_what_of_the_data_is_not_learnt_from(
+    model: Path, square: Concept, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (16, 16), "red").save(folder / name)
+    (folder / "._1.png").write_bytes(b"what macOS leaves beside a file")
+    concept = replace(square, templates=("a {O}", "a rather long sentence of a {O}"))
+    settings = {"steps": 1, "batch_size": 2}
+    data = {"forget_images": str(folder), "retain": 2, "steps": 1}
+    run(recipe(model, concept, settings=settings, data=data), tmp_path / "run")
+    cut = "3 prompts have more than 16 tokens: what is behind them is cut off"  # of square, circle and line
+    notes = [cut, "photos: 1 file is hidden and left out: ._1.png"]
+    assert read_run(tmp_path / "run")["notes"] == notes
+    assert [line.getMessage() for line in caplog.records] == [f"erase-concept: {note}" for note in notes]
+    run(recipe(model, square), tmp_path / "plain")
+    assert "notes" not in read_run(tmp_path / "plain")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.choose import is_nudity
 from erase_concept.eval.evaluate import evaluate, iter_evaluate
 from erase_concept.eval.plan import make_plan
@@ -185,3 +185,14 @@ def test_ssim_and_lpips_are_metrics_like_any_other(
 def test_evaluating_a_model_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"out \(not given\): needed, for emojinette is no run folder"):
         evaluate("emojinette", "church")
+
+
+def test_from_python_everything_of_a_request_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[EvalRequest] = []
+    monkeypatch.setattr("erase_concept.eval.evaluate.run_evaluation", asked.append)
+    with pytest.raises(EraseError, match="the main one alone"):
+        evaluate("a.safetensors", "church", out=tmp_path, benchmark="i2p", ema=False, fail_if=("ua<0.9",))
+    request = EvalRequest("a.safetensors", tmp_path, "church", benchmark="i2p", ema=False, fail_if=("ua<0.9",))
+    assert asked == [request]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'emma'"):
+        evaluate("a.safetensors", "church", out=tmp_path, emma=True)

@@ -19,8 +19,9 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.families.stable_diffusion import predicts_noise
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.single_file import ema_key, replace_unet, save_original
-from erase_concept.pipelines.load import load
+from erase_concept.pipelines.load import configs, load
 from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.sample import sample
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import iter_erase
@@ -263,6 +264,7 @@ def test_of_two_unets_that_differ_widely_none_is_taken_unasked(
     for command in (
         ["sample", str(file), "-p", "p.csv", "-o", "out", "--steps", "1"],
         ["erase", str(file), "-c", "square.yaml", "-m", "uce", "-o", "out"],
+        ["erase", str(file), "-c", "square.yaml", "-m", "uce", "-o", "out", "--dry-run"],
         ["mask", str(file), "-c", "square.yaml", "-o", "out.safetensors"],
     ):
         monkeypatch.setattr("sys.argv", ["erase-concept", *command])
@@ -274,6 +276,9 @@ def test_of_two_unets_that_differ_widely_none_is_taken_unasked(
     assert not Path("out").exists()
     assert weights_hash(load(file, ema=False).unet) == weights_hash(tiny.unet)
     assert weights_hash(load(file, ema=True).unet) != weights_hash(tiny.unet)
+    assert configs(file, ema=False).components["unet"]["sample_size"] == 8
+    sample(file, "p.csv", "live", ema=False, steps=1)
+    assert json.loads(Path("live/sampling.json").read_text())["unet"] == weights_hash(tiny.unet)
 
 
 def test_a_set_that_is_not_whole_or_sound_is_not_taken(tiny: Diffusion, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase_concept.card import card
 from erase_concept.errors import EraseError, RequestError
@@ -293,3 +293,25 @@ def test_pickles_are_not_run(folder: Path, tmp_path: Path) -> None:
 
 def test_stated_and_real_tokenizer_files_are_both_there(folder: Path) -> None:
     assert json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+def test_a_tokenizer_gives_no_more_tokens_than_the_encoder_has_positions(tiny: Diffusion, folder: Path) -> None:
+    """Published ones claim 8,192 tokens or more; the embeddings are as if they said what the encoder can take."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    claims = ({"model_max_length": 8192}, {})
+    for claim in claims:
+        kept = {key: value for key, value in told.items() if key != "model_max_length"}
+        file.write_text(json.dumps(kept | claim))
+        back, prompt = load(folder), "a very long prompt" * 9
+        assert back.tokenizer.model_max_length == 16
+        assert torch.equal(back.encode_prompts([prompt]), tiny.encode_prompts([prompt]))
+        assert back.cut_prompts([prompt, "a"]) == 1
+    save_pipeline(back, folder.with_name("again"))  # so that diffusers, which believes the tokenizer, can use it
+    again = CLIPTokenizer.from_pretrained(folder.with_name("again") / "tokenizer")
+    assert again.model_max_length == 16
+    pipeline = tiny.pipeline()
+    pipeline.tokenizer = again
+    again.model_max_length = 8192
+    assert Diffusion.from_pipeline(pipeline).tokenizer.model_max_length == 16
+    assert pipeline.tokenizer.model_max_length == 8192  # it is its owner's

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.modelspec import kohya_base, model_name, modelspec
-from erase_concept.pipelines.formats.prediction import Prediction, read_prediction
+from erase_concept.pipelines.formats.prediction import Prediction, prediction_of, read_prediction
 from erase_concept.pipelines.formats.single_file import save_original, single_file_configs
+from erase_concept.pipelines.hub import silence_hub_logs
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.sample import make_scheduler
 
 V, ZERO = Prediction("v_prediction"), Prediction("v_prediction", zero_snr=True)
 SPEC = "modelspec.prediction_type"
@@ -73,7 +78,7 @@ def test_a_velocity_model_of_every_family_comes_back_as_one(family: Diffusion, t
     model = family.with_components(scheduler=DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=zero))
     file = tmp_path / "m.safetensors"
     save_original(model, file, torch.float32, {})
-    scheduler = DDIMScheduler.from_config(single_file_configs(file)[1]["scheduler"])
+    scheduler = DDIMScheduler.from_config(single_file_configs(file, "m")[1]["scheduler"])
     assert scheduler.config.prediction_type == "v_prediction"
     assert (float(scheduler.alphas_cumprod[-1]) == 0) == zero
     assert {"v_pred", *(["ztsnr"] if zero else [])} == load_file(file).keys() & {"v_pred", "ztsnr"}
@@ -82,14 +87,12 @@ def test_a_velocity_model_of_every_family_comes_back_as_one(family: Diffusion, t
 
 
 def test_marks_that_contradict_the_folder_of_the_name_are_refused(tiny: Diffusion, tmp_path: Path) -> None:
-    from erase_concept.pipelines.formats.folder import save_pipeline
-
     file = tmp_path / "m.safetensors"
     save_original(tiny, file, torch.float32, {})
     save_file(load_file(file) | {"v_pred": torch.zeros(0)}, file)
     save_pipeline(tiny, tmp_path / "m")
     with pytest.raises(RequestError, match=r"is marked as v_prediction, but .*scheduler says epsilon"):
-        single_file_configs(file)
+        single_file_configs(file, "m")
 
 
 def test_the_metadata_are_the_files_own_and_its_hash_is_true(tiny: Diffusion, tmp_path: Path) -> None:
@@ -123,3 +126,27 @@ def test_a_lora_names_its_base_as_kohya_does() -> None:
         assert kohya_base(record, Prediction("epsilon"))["ss_base_model_version"] == version
         velocity = version + "_v" if name != "sdxl" else version
         assert kohya_base(record, V)["ss_base_model_version"] == velocity
+
+
+def test_a_folder_with_a_scheduler_without_zero_snr_is_still_one_with_it(tiny: Diffusion, tmp_path: Path) -> None:
+    """PNDM and others keep the option in their configuration, and their noise schedule as it was."""
+    options = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    save_pipeline(tiny.with_components(scheduler=PNDMScheduler(**options)), tmp_path / "m")
+    assert isinstance(load(tmp_path / "m").scheduler, PNDMScheduler)
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    loaded = load(tmp_path / "m")
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    assert torch.equal(loaded.add_noise(latents, noise, torch.tensor([999, 999])), noise)
+    with silence_hub_logs():
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "m", local_files_only=True)
+    for model in (loaded, Diffusion.from_pipeline(pipeline)):
+        assert prediction_of(model.scheduler) == ZERO
+        assert float(model.scheduler.alphas_cumprod[-1]) == 0
+    save_original(loaded, tmp_path / "m.safetensors", None, {})
+    assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "m.safetensors").keys()
+    assert float(make_scheduler(loaded, None, 5).alphas_cumprod[-1]) < 1e-6
+    with pytest.raises(
+        RequestError, match=r"PNDMScheduler: has no zero terminal SNR, which this model needs; allowed: D"
+    ):
+        make_scheduler(loaded, "PNDMScheduler", 5)
