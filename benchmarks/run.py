@@ -20,7 +20,7 @@ from full_size import ALLOCATOR
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
-BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "evaluation")
+BENCHMARKS = ("mask", "update", "step", "memory", "scaling", "walk", "nudity", "evaluation", "lora")
 
 
 def main() -> None:
