@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--make", metavar="FAMILY", help="write a random model to OUT and end")
     parser.add_argument("--programs", default=sys.executable, help="the Python that has stable-diffusion-cpp-python")
     parser.add_argument("--oldest", default=sys.executable, help="the Python that has the oldest libraries")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.manual_seed(0)
     if args.make:
         make(args.make, args.out)
