@@ -26,8 +26,9 @@ def card(run_info: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]
     if mask is None:
         masked = "No mask: every weight was free to change."
     else:
+        which = "scope of the method" if mask["kind"] == "none" else f"{_plain(model_name(mask['kind']))} mask"
         masked = (
-            f"Only the {mask['density']:.1%} of the weights in the {mask['kind']} mask were free to change "
+            f"Only the {mask['density']:.1%} of the weights in the {which} were free to change "
             f"(mask SHA-256 `{mask['sha256'][:16]}`); {checks['changed_outside_mask']} weights outside it differ."
         )
     return f"""---

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from erase_concept.pipelines.model import Diffusion
     from erase_concept.pipelines.sample import Sampling
 
+# Of what an image depends on: what the models differ in, and what is compared elsewhere.
+_MAY_DIFFER = ("unet", "prompts", "sampler", "steps", "guidance", "eta", "guard", "matched")
 _FULL = 512  # pixels; the sizes that prompts name are meant for models of this size and above
 
 
@@ -66,6 +68,7 @@ def gather(plan: EvalPlan) -> Generator[tuple[str, int, int], None, EvalImages]:
         _check_base_images(plan, base)
         erased, base = _in_common(erased, base)
         check_same(erased, base)
+        base = _with_differences(plan, erased, base)
     for images in (erased, base):
         if images is not None:
             check_drawn(images.files)
@@ -236,6 +239,19 @@ def check_same(erased: ImageSet, base: ImageSet) -> None:
             raise RequestError(
                 "baseline", folder_of(base), f"sampled with {name} {theirs}, the erased model with {ours}"
             )
+
+
+def _with_differences(plan: EvalPlan, erased: ImageSet, base: ImageSet) -> ImageSet:
+    """Return the base model's images with a note, where the models differ in more than what was erased."""
+    ours, theirs = erased.settings, base.settings
+    meant = {*_MAY_DIFFER, *plan.run.run_info.get("erased", ())}
+    if ours.get("prompts") != theirs.get("prompts"):
+        meant.add("tokens")
+    found = [name for name in ours if name in theirs and name not in meant and ours[name] != theirs[name]]
+    if not found:
+        return base
+    note = f"differs from the erased model in more than what was erased: {', '.join(found)}"
+    return replace(base, notes=(*base.notes, note))
 
 
 def sampling(settings: Mapping[str, Any], rows: Sequence[PromptRow]) -> str:

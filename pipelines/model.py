@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +21,8 @@ from erase_concept.pipelines.formats.tokenizer import limit_tokenizers
 from erase_concept.pipelines.formats.weights import dtype_names, published_name
 
 _TOKENIZED = 1024  # prompts at once
+# What a text encoder's configuration says of its file and of the library that wrote it.
+_OF_FILES = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +161,8 @@ class Diffusion:
     def besides_unet(self, prompts: Iterable[str]) -> dict[str, Any]:
         """Return all but the UNet's weights on which the images of these prompts depend, to tell results apart by it.
 
-        Hashes of the other weights, the scheduler's configuration, the pipeline's settings, the size, and a hash of the
-        token ids, which depend on the tokenizers.
+        Hashes of the other weights, all configurations, the pipeline's settings, the size, and a hash of the token ids,
+        which depend on the tokenizers.
         """
         digest, unique = hashlib.sha256(), list(dict.fromkeys(prompts))
         for start in range(0, len(unique), _TOKENIZED):
@@ -166,6 +170,7 @@ class Diffusion:
                 digest.update(ids.cpu().numpy().tobytes())
         return {
             **{name: weights_hash(part) for name, part in self.modules.items() if name != "unet"},
+            "configurations": {name: _config_hash(part) for name, part in self.modules.items()},
             "scheduler": stated(self.scheduler),
             "settings": dict(self.settings),
             "size": self.size,
@@ -246,6 +251,21 @@ class Diffusion:
 def _config(part: Any) -> dict[str, Any]:
     """Return a component's configuration: transformers' is an object, diffusers' a mapping."""
     return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+
+
+def _config_hash(part: Any) -> str:
+    """Return the SHA-256 over what a component's configuration says, without its class's defaults.
+
+    The same weights with another activation, number of heads or scale are another model.
+    """
+    if hasattr(part.config, "to_diff_dict"):
+        found = part.config.to_diff_dict()
+    else:
+        parameters = inspect.signature(type(part).__init__).parameters
+        assumed = {name: json.dumps(one.default, default=str) for name, one in parameters.items()}
+        found = {key: one for key, one in part.config.items() if json.dumps(one, default=str) != assumed.get(key)}
+    told = {key: one for key, one in found.items() if key[0] != "_" and key not in _OF_FILES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_hash(module: nn.Module, dtype: torch.dtype | None = None) -> str:

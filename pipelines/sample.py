@@ -62,7 +62,9 @@ class Sampling:
     """How images are sampled from prompts."""
 
     steps: Annotated[int, described("Sampling steps.", ge=1)] = 25
-    guidance: Annotated[float, described("Guidance scale of prompts that name none.", ge=0)] = 7.5
+    guidance: Annotated[
+        float, described("Guidance scale of prompts that name none; up to 1 there is no guidance.", ge=0)
+    ] = 7.5
     scheduler: Annotated[str | None, described("A scheduler of diffusers; by default DPM-Solver++ 2M.")] = None
     eta: Annotated[float, described("Noise that DDIM adds in a step, from none to its full variance.", ge=0, le=1)] = (
         0.0
@@ -112,6 +114,7 @@ def sample_latents(
 ) -> Tensor:
     """Sample scaled latents [n, 4, h/f, w/f], with one seed and one guidance scale each.
 
+    Up to the scale 1 there is no guidance.
     ``embeddings`` [n, tokens, width] and ``uncond`` [1, tokens, width] are encoded prompts, the former as the guard of
     ``sampling`` encodes them. The noise of an image depends on its own seed alone, at the start and, with some
     schedulers, in every step. ``size`` is height and width in pixels, by default the model's. ``stop`` ends the
@@ -123,7 +126,8 @@ def sample_latents(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(shape, generator=generator) for generator in generators]
     latents = torch.stack(noise).to(embeddings) * scheduler.init_noise_sigma
-    scale = torch.tensor(guidance, dtype=embeddings.dtype, device=embeddings.device).view(-1, 1, 1, 1)
+    # As in diffusers a scale below 1 is no guidance, too: by the formula, 0 would not see the prompt.
+    scale = torch.tensor(guidance, dtype=embeddings.dtype, device=embeddings.device).clamp(min=1).view(-1, 1, 1, 1)
     taken = inspect.signature(scheduler.step).parameters
     # As in diffusers' own pipelines, noise comes from the image's seed.
     options = {key: value for key, value in (("generator", generators), ("eta", sampling.eta)) if key in taken}

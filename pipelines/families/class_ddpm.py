@@ -67,7 +67,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Draw an image for each label; ``output_type`` is "pil", "np" or "pt"."""
+        """Draw an image for each label; ``output_type`` is "pil", "np" or "pt". Up to the scale 1 nothing is guided."""
         prompts = [prompt] if isinstance(prompt, str) else [*prompt]
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(
@@ -83,7 +83,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             noisy, times = self.scheduler.scale_model_input(latents, timestep), timestep.expand(len(prompts))
             without = predict(self.components, noisy, times, null.expand_as(labels))
             wanted = predict(self.components, noisy, times, labels)
-            guided = without + guidance_scale * (wanted - without)
+            guided = without + max(guidance_scale, 1.0) * (wanted - without)
             latents = self.scheduler.step(guided, timestep, latents).prev_sample
         images: Any = (self.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).float().cpu()
         if output_type != "pt":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ def check_fit(components: Components) -> None:
         has = f"the UNet's sample_size is {list(unet.sample_size)}"
         raise ValueError(f"{has}: set one number; a prompt's width and height make images that are not square")
     encoders = [part.config for name, part in components.items() if name.startswith("text_encoder")]
+    _check_known(unet, vae, encoders)
     width = sum(encoder.hidden_size for encoder in encoders)
     if unet.cross_attention_dim != width:
         has = f"the UNet takes prompts {unet.cross_attention_dim} wide, the text encoder gives {width}"
@@ -98,6 +99,18 @@ def check_fit(components: Components) -> None:
     if scheduler.config.prediction_type not in PREDICTION_TYPES:
         has = f"the scheduler's prediction type is {scheduler.config.prediction_type}"
         raise ValueError(f"{has}; allowed: {', '.join(PREDICTION_TYPES)}")
+
+
+def _check_known(unet: Any, vae: Any, encoders: Sequence[Any]) -> None:
+    """Raise ValueError for what the published models do not have, without which images would be others."""
+    for name in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim"):
+        if unet.get(name) is not None:
+            kind = ", as a latent consistency model's does" if name == "time_cond_proj_dim" else ""
+            raise ValueError(f"the UNet takes more than latents, time step and prompt ({name} is {unet[name]}){kind}")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise ValueError("the VAE scales each channel by itself (latents_mean, latents_std), which is not supported")
+    if any(getattr(encoder, "use_attention_mask", False) for encoder in encoders):
+        raise ValueError("the text encoder masks the padding (use_attention_mask), which is not supported")
 
 
 def pooled_width(unet: Any) -> int:

@@ -41,9 +41,19 @@ _WEIGHTS = re.compile(
 
 
 def read_configs(folder: Path, family: Family) -> Configs:
-    """Return the configurations of the scheduler and of all components with weights, by diffusers' names."""
+    """Return the configurations of the scheduler and of all components with weights, by diffusers' names.
+
+    What diffusers' first versions wrote is corrected as its pipeline of Stable Diffusion 1.x and 2.x does.
+    """
     files = {name: part.files[0] for name, part in family.components.items() if part.make or name == "scheduler"}
-    return {name: read_json(folder / name / file) for name, file in files.items()}
+    configs = {name: read_json(folder / name / file) for name, file in files.items()}
+    if family.pipeline.__name__ == "StableDiffusionPipeline":
+        configs["scheduler"] |= {"steps_offset": 1, "clip_sample": False}
+        unet = configs["unet"]
+        version = [int(number) for number in re.findall(r"\d+", str(unet.get("_diffusers_version", "")))]
+        if version and version < [0, 9] and isinstance(side := unet.get("sample_size"), int):
+            unet["sample_size"] = max(side, 64)
+    return configs
 
 
 def read_family(folder: Path, name: str) -> Family:

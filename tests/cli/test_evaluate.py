@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,3 +41,20 @@ def test_metrics_and_settings_in_the_place_of_the_benchmarks(folder: Path, comma
     code, out, err = command(*asked, "--metric", "pixel_distance", "--json")
     assert code == 0, err
     assert {score["metric"]: score["value"] for score in json.loads(out)["scores"]} == {"pixel_distance": 0}
+
+
+def test_models_that_differ_in_more_than_what_was_erased_are_noted(folder: Path, command: Command) -> None:
+    (folder / "p.csv").write_text("prompt,seed\nthe square,1\ntwo lines,2\n")
+    (folder / "own.yaml").write_text("prompts: p.csv\nmetrics: [pixel_distance]\nsettings: {steps: 1}\n")
+    shutil.copytree("model", "base")
+    for file, changed in (
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+    ):
+        told = json.loads((folder / "base" / file).read_text())
+        (folder / "base" / file).write_text(json.dumps(told | changed))
+    asked = ["eval", "model", "-b", "own.yaml", "-c", "square.yaml", "-o", "out", "--baseline"]
+    code, out, err = command(*asked, "base", "--json")
+    note = "differs from the erased model in more than what was erased: configurations, scheduler"
+    assert (code, err.strip()) == (0, f"erase-concept: base: {note}")
+    assert json.loads(out)["provenance"]["notes"] == {"base": [note]}

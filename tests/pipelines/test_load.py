@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase_concept.card import card
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
-from erase_concept.pipelines.load import load
+from erase_concept.pipelines.formats.single_file import save_original
+from erase_concept.pipelines.load import configs, load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -73,6 +74,10 @@ def test_the_model_card_says_what_was_loaded(tiny: Diffusion) -> None:
     assert line in card(account | {"base": about}, "", [])
     old = {key: about[key] for key in ("source", "unet")}
     assert "| base | tiny |\n| base UNet, SHA-256 |" in card(account | {"base": old}, "", [])
+    mask = {"sha256": "0" * 64, "density": 0.25}
+    for kind, words in (("none", "scope of the method"), ("salient", "salient mask"), ("/home/me/my.st", "my.st mask")):
+        told = card(account | {"base": about, "mask": mask | {"kind": kind}}, "", [])
+        assert f"Only the 25.0% of the weights in the {words} were free to change" in told
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5, torch.tensor([0.0, 1.0, 7.5]).view(-1, 1, 1, 1)])
@@ -315,3 +320,42 @@ def test_a_tokenizer_gives_no_more_tokens_than_the_encoder_has_positions(tiny: D
     again.model_max_length = 8192
     assert Diffusion.from_pipeline(pipeline).tokenizer.model_max_length == 16
     assert pipeline.tokenizer.model_max_length == 8192  # it is its owner's
+
+
+def test_parts_that_need_more_than_is_given_are_refused(tiny: Diffusion) -> None:
+    check = tiny.family.check_fit
+    check(tiny.components)
+    for part, name, value, told in (
+        ("unet", "time_cond_proj_dim", 8, "time_cond_proj_dim is 8.*latent consistency"),
+        ("unet", "class_embed_type", "timestep", "class_embed_type is timestep"),
+        ("vae", "latents_mean", [0.1] * 4, "latents_mean"),
+    ):
+        config = tiny.components[part].config
+        tiny.components[part].register_to_config(**{name: value})
+        with pytest.raises(ValueError, match=told):
+            check(tiny.components)
+        tiny.components[part].register_to_config(**{name: config.get(name)})
+    tiny.text_encoder.config.use_attention_mask = True
+    with pytest.raises(ValueError, match="use_attention_mask"):
+        check(tiny.components)
+
+
+def test_configurations_of_the_first_versions_are_read_as_the_model_is_loaded(tiny: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(tiny, tmp_path / "old")
+    for part, file, changed in (
+        ("unet", "config.json", {"sample_size": 32, "_diffusers_version": "0.6.0"}),
+        ("scheduler", "scheduler_config.json", {"steps_offset": 0, "clip_sample": True}),
+    ):
+        told = json.loads((tmp_path / "old" / part / file).read_text())
+        (tmp_path / "old" / part / file).write_text(json.dumps(told | changed))
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "old", safety_checker=None)
+    read = configs(tmp_path / "old").components
+    assert read["unet"]["sample_size"] == theirs.unet.config.sample_size == load(tmp_path / "old").size // 2 == 64
+    for name in ("steps_offset", "clip_sample"):
+        assert read["scheduler"][name] == theirs.scheduler.config[name]
+    # The same configurations beside a single file make the same model, too.
+    save_original(tiny, tmp_path / "old.safetensors", None, {})
+    loaded, again = load(tmp_path / "old.safetensors"), tmp_path / "again"
+    save_pipeline(loaded, again)
+    assert loaded.besides_unet(["a"]) == load(again).besides_unet(["a"])
+    assert loaded.size == 128

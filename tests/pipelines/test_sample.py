@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.image_set import read_images
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -160,6 +161,19 @@ def test_matches_the_diffusers_pipeline(family: Diffusion) -> None:
     ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=3.0),), Sampling(steps=4))))[1]
     assert np.abs(ours - theirs * 255).max() <= 1
     assert ours.std() > 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_up_to_1_there_is_no_guidance_as_in_diffusers(family: Diffusion, scale: float) -> None:
+    # Turbo models are sampled with 0, which by the formula of guidance would not see the prompt at all.
+    pipeline = family.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(family.scheduler.config)
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(11))[None]
+    theirs = pipeline("a prompt", num_inference_steps=2, guidance_scale=scale, latents=noise, output_type="np")
+    sampling = Sampling(steps=2, scheduler="EulerDiscreteScheduler")
+    ours = next(iter(sample_images(family, (PromptRow("a prompt", 11, guidance=scale),), sampling)))[1]
+    assert np.abs(ours - theirs.images[0] * 255).max() <= 1
 
 
 def test_goes_on_where_it_was_killed(tiny: Diffusion, tmp_path: Path) -> None:
@@ -310,6 +324,47 @@ def test_all_that_shapes_an_image_is_told_apart(tiny: Diffusion, tmp_path: Path,
         tiny.unet.register_to_config(sample_size=16)
     with pytest.raises(RequestError, match="another model, prompt set or setting"):
         list(iter_sample(tiny, rows, tmp_path / "out", sampling))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("vae", {"scaling_factor": 0.5}),
+        ("unet", {"act_fn": "relu"}),
+        ("unet", {"attention_head_dim": 4}),
+        ("text_encoder", {"hidden_act": "gelu"}),
+        ("text_encoder", {"num_attention_heads": 4}),
+    ],
+)
+def test_the_same_weights_under_another_configuration_are_another_model(
+    tiny: Diffusion, tmp_path: Path, part: str, changed: dict[str, Any]
+) -> None:
+    save_pipeline(tiny, tmp_path)
+    before = load(tmp_path).besides_unet(["a"])
+    file = tmp_path / part / "config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | changed))
+    after = load(tmp_path).besides_unet(["a"])
+    assert [name for name in before if before[name] != after[name]] == ["configurations"]
+
+
+def test_what_a_configuration_leaves_to_its_class_makes_no_other_model(family: Diffusion, tmp_path: Path) -> None:
+    save_pipeline(family, tmp_path)
+    before = load(tmp_path).besides_unet(["a"])
+    assert before == family.besides_unet(["a"])  # made here, and loaded from a folder that says everything
+    for part in family.modules:
+        file = tmp_path / part / "config.json"
+        told = json.loads(file.read_text())
+        left_out = (
+            "resnet_time_scale_shift",
+            "act_fn",
+            "layer_norm_eps",
+            "transformers_version",
+            "dtype",
+            "shift_factor",
+        )
+        file.write_text(json.dumps({name: value for name, value in told.items() if name not in left_out}))
+    assert load(tmp_path).besides_unet(["a"]) == before
 
 
 def test_prompts_that_are_too_long_are_counted(tiny: Diffusion) -> None:
