@@ -53,10 +53,11 @@ def configs(family: str = "sd1", width: float = 1.0) -> dict[str, Any]:
     return makes
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
+def build(part: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a part with small random weights, the same block of numbers again and again: quick to make."""
     with torch.device("meta"):
         module = FAMILIES.find("sdxl").components[part].make(config)  # which has every part of the others too
+    module.to(dtype)
     module.to_empty(device="cpu")
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
     with torch.no_grad():
@@ -72,11 +73,14 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def model(width: float = 1.0, family: str = "sd1", **parts: nn.Module) -> Diffusion:
-    """Return a model whose UNet alone is there, beside the given parts."""
+def model(width: float = 1.0, family: str = "sd1", dtype: torch.dtype = torch.float32) -> Diffusion:
+    """Return a model whose UNet alone has weights; its VAE is there for its configuration."""
     made = configs(family, width)
-    own = {"unet": build("unet", made["unet"]), "scheduler": DDIMScheduler.from_config(made["scheduler"])}
-    return Diffusion(FAMILIES.find(family), own | parts, source="random")
+    with torch.device("meta"):
+        vae = FAMILIES.find(family).components["vae"].make(made["vae"])
+    own = {"unet": build("unet", made["unet"], dtype), "vae": vae}
+    own["scheduler"] = DDIMScheduler.from_config(made["scheduler"])
+    return Diffusion(FAMILIES.find(family), own, source="random")
 
 
 def rows(n: int, size: int, context: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,13 +148,11 @@ def published(args: argparse.Namespace) -> Iterator[float]:
 def ours(args: argparse.Namespace) -> Iterator[float]:
     """Take the same step with the method ``salun`` as users run it, with a memory preset's settings."""
     settings = {"steps": args.steps, "batch_size": args.batch, "lr": 1e-5} | MEMORY[args.memory].get("settings", {})
-    whole = model(args.width, args.family)
+    bf16 = settings.get("weights") == "bf16"
+    whole = model(args.width, args.family, torch.bfloat16 if bf16 else torch.float32)
     context, tokens = whole.unet.config.cross_attention_dim, TOKENS + whole.family.extra_tokens
     n = max(4, args.batch)
     latents, embedded = torch.randn(n, 4, args.size // 8, args.size // 8), torch.randn(n, tokens, context)
-    if settings.get("weights") == "bf16":
-        for p in whole.unet.parameters():
-            p.data = p.data.to(torch.bfloat16)
     which, none = torch.arange(n), torch.arange(0)
     data = ForgetRetain(
         *(latents, which, latents[:0], none, latents, which, embedded, embedded[None], embedded, embedded[:1]),

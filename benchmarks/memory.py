@@ -16,10 +16,11 @@ import sys
 
 from full_size import configs, measured, row
 
-from erase_concept.dry_run import GIB, predict_step
+from erase_concept.dry_run import GIB
 from erase_concept.methods.salun import SalUnSettings
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.load import ModelConfigs
+from erase_concept.predict import predict_step
 from erase_concept.recipe import MEMORY
 
 BARS = {"fast": None, "balanced": 8.0, "low": 6.0}

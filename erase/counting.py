@@ -80,7 +80,8 @@ def count_passes(
 
     def predicted(rows: int, *, embedded: bool = False) -> Tensor:
         latents = torch.randn(rows, model.unet.config.in_channels, side, side)
-        embeddings = torch.randn(rows, tokens, model.unet.config.cross_attention_dim, requires_grad=embedded)
+        width = model.unet.config.get("cross_attention_dim", 1)  # a label is one number
+        embeddings = torch.randn(rows, tokens, width, requires_grad=embedded)
         return model.predict(latents, torch.zeros(rows, dtype=torch.int64), embeddings)
 
     if passes.recompute:

@@ -26,7 +26,7 @@ from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
 from erase_concept.pipelines.progress import progress
-from erase_concept.pipelines.sample import SCHEDULERS, Sampling, sample_latents
+from erase_concept.pipelines.sample import SCHEDULERS, Sampling, in_halves, sample_latents
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
 from erase_concept.prompts.minors import sexual_with_minors
@@ -36,7 +36,7 @@ from erase_concept.tokens import name_spans
 from erase_concept.training.loop import Training
 
 PARTS = ("forget", "anchor", "retain")
-_BATCH = 16
+BATCH = 16  # rows at once, where there is the memory
 
 Rows = tuple[Tensor, Tensor]  # latents [n, 4, h, w], and the numbers of their prompts int64 [n]
 
@@ -303,8 +303,8 @@ class _Maker:
         seeds = [stage_seed(seed, part, row) for row in range(count)]
         side = self.size // self.model.factor
         found = [torch.empty(0, self.model.unet.config.in_channels, side, side)]
-        for i in progress(range(0, count, _BATCH), f"sampling: {part}", math.ceil(count / _BATCH)):
-            found.append(self._batch(embeddings[which[i : i + _BATCH]], seeds[i : i + _BATCH]))
+        for i in progress(range(0, count, BATCH), f"sampling: {part}", math.ceil(count / BATCH)):
+            found.append(self._batch(embeddings[which[i : i + BATCH]], seeds[i : i + BATCH]))
         return torch.cat(found), which
 
     def _batch(self, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -312,16 +312,16 @@ class _Maker:
         model, settings = self.model, self.settings
         sampling = Sampling(steps=settings.steps, scheduler=settings.scheduler, eta=settings.eta)
 
-        def make() -> Tensor:
-            rows, uncond = (tensor.to(model.device) for tensor in (embeddings, self.uncond))
-            scales = [settings.guidance] * len(seeds)
-            return sample_latents(model, rows, uncond, seeds, scales, sampling, size=(self.size, self.size)).cpu()
+        def make(rows: slice) -> Tensor:
+            own, uncond = (tensor.to(model.device) for tensor in (embeddings[rows], self.uncond))
+            scales = [settings.guidance] * len(own)
+            return sample_latents(model, own, uncond, seeds[rows], scales, sampling, size=(self.size, self.size)).cpu()
 
         if self.cache is None:
-            return make()
+            return in_halves(make, 0, len(seeds))
         asked = {"embeddings": embeddings, "uncond": self.uncond, "seeds": seeds, "size": self.size}
         how = {name: getattr(settings, name) for name in ("steps", "scheduler", "eta", "guidance")}
-        return self.cache.find_or_make(model, asked | how, make)
+        return self.cache.find_or_make(model, asked | how, lambda: in_halves(make, 0, len(seeds)))
 
     def _encoded(self, part: str, files: Mapping[Path, str], captions: Mapping[str, Sequence[int]], seed: int) -> Rows:
         """Encode images. Each gets one of the prompts that are captions of what it shows."""
@@ -382,9 +382,13 @@ def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "")
 def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, size: int) -> Tensor:
     """Encode image files to latents, a batch in memory at a time."""
     parts = []
-    for i in range(0, len(files), _BATCH):
-        images = torch.stack([_read(file, size) for file in files[i : i + _BATCH]])
-        parts.append(model.encode_images(images, generator).cpu())
+    for i in range(0, len(files), BATCH):
+        images = torch.stack([_read(file, size) for file in files[i : i + BATCH]])
+
+        def make(rows: slice, images: Tensor = images) -> Tensor:
+            return model.encode_images(images[rows], generator).cpu()
+
+        parts.append(in_halves(make, 0, len(images)))
     return torch.cat(parts)
 
 

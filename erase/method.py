@@ -24,15 +24,17 @@ class Run(Protocol):
 class Phase:
     """A moment of a method at which its memory may be highest: what it holds beside the model's weights.
 
-    ``frozen`` and ``trained`` are the rows of the passes through the UNet without and with gradient. ``copies`` counts
-    copies of all of the UNet's weights. ``gradients`` counts whole gradients, or other copies of the weights that may
-    change; 0 says that every gradient is used and dropped during the backward pass. ``adapted`` tells of a weight's
-    name whether it has a rank-one adapter, where these are trained in the place of the weights. ``optimizer`` tells
-    whether the optimizer's state is there already.
+    ``frozen`` and ``trained`` are the rows of the passes through the UNet without and with gradient. ``sampled`` are
+    rows of more passes without gradient, which take time alone: where a step samples. ``copies`` counts copies of all
+    of the UNet's weights. ``gradients`` counts whole gradients, or other copies of the weights that may change; 0 says
+    that every gradient is used and dropped during the backward pass. ``adapted`` tells of a weight's name whether it
+    has a rank-one adapter, where these are trained in the place of the weights. ``optimizer`` tells whether the
+    optimizer's state is there already.
     """
 
     frozen: int = 0
     trained: int = 0
+    sampled: int = 0
     copies: float = 0.0
     gradients: float = 0.0
     adapted: Callable[[str], bool] | None = None

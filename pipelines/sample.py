@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,6 +184,20 @@ def sample_images(
             if not left[prompt]:
                 del encoded[prompt]
         yield from zip(batch, images, strict=True)
+
+
+def in_halves(make: Callable[[slice], Tensor], first: int, last: int) -> Tensor:
+    """Return what is made of these rows: of all at once, or where memory is too short for that, of each half in turn.
+
+    ``make`` gets the rows' places. Raises what it raises for a single row.
+    """
+    try:
+        return make(slice(first, last))
+    except (RuntimeError, MemoryError) as problem:
+        if last - first == 1 or not out_of_memory(problem):
+            raise
+    middle = (first + last) // 2  # outside of the handler, whose error holds what there was no memory for
+    return torch.cat([in_halves(make, first, middle), in_halves(make, middle, last)])
 
 
 def _encode_new(

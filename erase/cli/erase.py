@@ -8,10 +8,11 @@ import typer
 
 from erase_concept.cli.options import JsonOption, OutOption, RecipeOptions, examples, grouped
 from erase_concept.cli.terminal import print_json, print_plan
+from erase_concept.errors import RequestError
 
 EXAMPLES = examples(
     "erase-concept erase model.safetensors -c church -o runs/church",
-    "erase-concept erase model.safetensors -c nudity -o runs/safe --dry-run",
+    "erase-concept erase model.safetensors -c nudity -o runs/safe --dry-run --card 'RTX 4090'",
     "erase-concept erase model.safetensors -c 'style:Vincent van Gogh' -m esd-x -o runs/style",
     "erase-concept erase model.safetensors -c dog -s lr=1e-5 -s mask.sparsity=0.3 -o runs/dog",
 )
@@ -25,15 +26,22 @@ def erase(
         bool,
         typer.Option("--dry-run", help="Only print the plan, its memory and its time."),
     ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help='With --dry-run: plan for this graphics card, such as "RTX 4090".'),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Erase concepts from a model. The run folder holds the erased pipeline; the same command resumes a killed run."""
+    from erase_concept.dry_run import expect
     from erase_concept.run import check, run_recipe
 
+    if card is not None and not dry_run:
+        raise RequestError("card", card, "goes with --dry-run")
     recipe = options.read()
     if dry_run:
         check(recipe)
-        print_plan(recipe, out, json_)
+        print_plan(recipe, out, expect(recipe, card), json_)
         return
     run_info = run_recipe(recipe, out).run_info
     if json_:

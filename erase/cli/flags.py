@@ -29,7 +29,7 @@ FLAGS = {
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
         *("benchmark", "baseline", "judge", "metric", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),
-        *("format", "dtype", "rank", "lora_style", "push_to_hub", "public", "revert", "transfer"),
+        *("card", "format", "dtype", "rank", "lora_style", "push_to_hub", "public", "revert", "transfer"),
     )
 }
 # Flags that there were once, and how to say the same now.

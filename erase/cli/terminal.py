@@ -17,21 +17,42 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from erase_concept.dry_run import Expected
     from erase_concept.eval.report.report import Report
     from erase_concept.recipe import Recipe
 
 _NAME = "bold cyan"
 
 
-def print_plan(recipe: Recipe, out: Path, json_: bool) -> None:
-    """Print what a recipe would do, its settings in full, the folder, and what it would take, in YAML or JSON."""
-    from erase_concept.dry_run import expect
-
-    plan = recipe.to_dict() | {"settings": asdict(recipe.settings), "out": str(out), "expected": expect(recipe)}
+def print_plan(recipe: Recipe, out: Path, expected: Expected, json_: bool) -> None:
+    """Print what a recipe would do, its settings in full and the folder, in YAML or JSON, and what it would take."""
+    plan = recipe.to_dict() | {"settings": asdict(recipe.settings), "out": str(out)}
     if json_:
-        print_json(plan)
-    else:
-        typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), nl=False)
+        print_json(plan | {"expected": expected.to_dict()})
+        return
+    typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
+    rows = [
+        [
+            stage.name,
+            f"{stage.times:,} {stage.what}",
+            f"{stage.peak / 2**30:.1f} GiB",
+            f"{stage.largest} {stage.bytes[stage.largest] / 2**30:.1f}",
+            _duration(expected.seconds(stage)) if stage.operations else "seconds",
+        ]
+        for stage in expected.stages
+    ]
+    card = expected.card
+    title = f"expected on {card.name} ({card.memory / 2**30:.0f} GiB; {card.speed_from})"
+    print_table(title, ["stage", "of what", "memory", "most of it", "time"], rows)
+    typer.echo(expected.advice)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the largest unit of which there are two at least."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def print_report(report: Report, out: Path, json_: bool) -> None:

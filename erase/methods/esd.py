@@ -62,8 +62,9 @@ class ESDSettings(PartwayTraining):
 
 
 def _memory(settings: ESDSettings) -> tuple[Phase, ...]:
-    """Hold a copy of the base model's UNet."""
-    return (Phase(frozen=2 * settings.batch_size, trained=settings.batch_size, copies=1),)
+    """Hold a copy of the base model's UNet, and sample with guidance up to a random step: half of them on average."""
+    rows = settings.batch_size
+    return (Phase(frozen=2 * rows, trained=rows, sampled=settings.sampling_steps * rows, copies=1),)
 
 
 @method(

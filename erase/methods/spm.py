@@ -55,12 +55,13 @@ class SPMSettings(PartwayTraining):
 
 
 def _memory(settings: SPMSettings) -> tuple[Phase, ...]:
-    """Hold no copy: the adapters are small, and without them the UNet is the base model's.
+    """Hold no copy: the adapters are small, and without them the UNet is the base model's. Sample as ESD does.
 
     Sizes that vary take less.
     """
     rows, again = settings.batch_size, settings.batch_size * settings.anchors
-    return (Phase(frozen=max(2 * rows, again), trained=rows + again, adapted=in_transformers()),)
+    sampled = settings.sampling_steps * rows
+    return (Phase(frozen=max(2 * rows, again), trained=rows + again, sampled=sampled, adapted=in_transformers()),)
 
 
 @method(

@@ -69,8 +69,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, command: Comma
     code, out, _ = command("erase", "model", *options)
     plan = json.loads(out)
     assert (code, plan["settings"]["lr"], plan["mask"]["sparsity"]) == (0, 1e-4, 0.9)
-    step = plan["expected"]["step"]
+    step = plan["expected"]["stages"]["training"]
     assert step["peak_gib"] == pytest.approx(sum(step["of_which_gib"].values()), abs=0.05)
+    code, out, _ = command("erase", "model", "-c", "square.yaml", "-o", "run", "--dry-run", "--card", "rtx 3060")
+    assert (code, "RTX 3060 (12 GiB; assumed to reach 40%" in out, "needs most memory" in out) == (0, True, True)
+    code, _, err = command("erase", "model", "-c", "square.yaml", "-o", "run", "--dry-run", "--card", "RTX 1")
+    assert (code, len(err.splitlines()), "--card RTX 1: unknown; allowed: " in err) == (2, 1, True)
+    code, _, err = command("erase", "model", "-c", "square.yaml", "-o", "run", "--card", "L4")
+    assert (code, "--card L4: goes with --dry-run" in err) == (2, True)
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

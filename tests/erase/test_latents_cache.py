@@ -126,3 +126,30 @@ def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "erase-concept" / "latents"
+
+
+def test_where_memory_is_short_the_halves_show_the_same_pictures(
+    tiny: Diffusion, square: Concept, tmp_path: Path, sampled: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, own = make(tiny, square, None), module.sample_latents
+    del sampled[:]
+
+    def short(model: Diffusion, embeddings: torch.Tensor, *args, **options):
+        if len(embeddings) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(model, embeddings, *args, **options)
+
+    monkeypatch.setattr(module, "sample_latents", short)
+    halves = make(tiny, square, tmp_path)
+    assert sampled == [4, 4, 4, 4, 2, 3]
+    assert torch.allclose(halves.forget_latents, whole.forget_latents, atol=1e-4)
+    assert torch.equal(halves.forget_which, whole.forget_which)
+    monkeypatch.setattr(module, "sample_latents", own)
+    assert same(make(tiny, square, tmp_path), halves)  # kept as a whole batch
+
+    def none(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "sample_latents", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        make(tiny, square, None)
