@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from erase_concept.cards import Card, Precision, find_card, on_cpu
 from erase_concept.make_data import BATCH
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import ModelConfigs, configs
+from erase_concept.pipelines.pictures import pictures_in
 from erase_concept.pipelines.sample import DEFAULT
 from erase_concept.predict import (
     HELD_BY_MALLOC,
@@ -53,20 +55,23 @@ class Stage:
 def _data_stage(make: ModelConfigs, recipe: Recipe, card: Card) -> Stage | None:
     """Plan the sampling of rows, and the encoding of images from folders."""
     data, many, bf16 = recipe.data, len(recipe.concept.parts), in_low_precision(recipe)
-    given = {"retain": data.retain_images, "anchor": None}
-    given["forget"] = data.forget_images or next((one.images for one in recipe.concept.parts if one.images), None)
-    rows = {"forget": data.forget * many, "anchor": data.anchor * many, "retain": data.retain}
-    sampled = sum(rows[part] for part in recipe.data_parts if not given[part])
     if not recipe.data_parts:
         return None
+    own = [Path(one.images) for one in recipe.concept.parts if one.images]
+    folders = {"forget": [data.forget_images] if data.forget_images else own}
+    folders["retain"] = [data.retain_images] if data.retain_images else []
+    rows = {"forget": data.forget * many, "anchor": data.anchor * many, "retain": data.retain}
+    sampled = sum(rows[part] for part in recipe.data_parts if not folders.get(part))
+    encoded = sum(len(pictures_in(one, deep=True)) for part in recipe.data_parts for one in folders.get(part, ()))
     one = predict_sampling(make, size=data.size, bf16=bf16)
-    if not sampled:
-        encoded = predict_vae(make, encode=True, size=data.size)
-        one = replace(one, bytes={**one.bytes, "activations": encoded.bytes["activations"]})
+    operations, most = sampled * data.steps * one.operations, one.bytes["activations"] if sampled else 0
+    if encoded:
+        vae = predict_vae(make, encode=True, size=data.size)
+        operations, most = operations + encoded * vae.operations, max(most, vae.bytes["activations"])
+    one = replace(one, bytes={**one.bytes, "activations": most})
     at_once = _largest_batch(one, card, BATCH)
-    what = f"images, {at_once} at once, {data.steps} steps" if sampled else "images, encoded"
-    operations = sampled * data.steps * one.operations
-    return Stage("data", sampled, what, _many(one, at_once), operations, "bf16" if bf16 else "fp32")
+    what = f"images, {at_once} at once" + (f", {data.steps} steps" if sampled else "")
+    return Stage("data", sampled + encoded, what, _many(one, at_once), operations, "bf16" if bf16 else "fp32")
 
 
 def _mask_stage(make: ModelConfigs, recipe: Recipe, card: Card) -> Stage | None:
