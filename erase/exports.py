@@ -72,9 +72,7 @@ def export(
     own dtypes); "lora" the best fit to the change of a rank (64) with the keys of "kohya" or "diffusers"; "delta"
     what makes this UNet from the base model's in the same dtype. A run that changed the text encoder can only be a
     folder or a single file. Where no ``dtype`` is given, it is fp32. Files say in their metadata what was erased and
-    how, the folder says it in its card.
-
-    ``ema`` chooses the base model's weights where the run did not.
+    how, the folder says it in its card. ``ema`` chooses the base model's weights where the run did not.
 
     Raises RequestError when the request is none of these, the run is not complete, ``file`` exists, the base model is
     needed and has changed since, or rounding to the dtype would leave no weight changed; EraseError, and leaves nothing
@@ -97,7 +95,8 @@ def export(
     if format == "diffusers":
         save_pipeline(erased, file, (run / "pipeline" / "README.md").read_text(encoding="utf-8"))
     elif copied:
-        changed = _save_copy(_base(run, run_info, format, ema), erased, file, kind, _metadata(run, run_info, erased))
+        base = _base(run, run_info, format, ema, erased)
+        changed = _save_copy(base, erased, file, kind, _metadata(run, run_info, erased))
         surviving = changed / run_info["checks"]["changed"]
     elif format == "single-file":
         save_original(erased, file, kind, _metadata(run, run_info, erased))
@@ -218,11 +217,22 @@ def check_out(out: Path, *sources: Path) -> None:
             raise RequestError("out", out, f"lies in {source}, which is never written to; choose another place")
 
 
-def _base(run: Path, run_info: dict[str, Any], format: str, ema: bool | None) -> Diffusion:
+def _base(
+    run: Path, run_info: dict[str, Any], format: str, ema: bool | None, erased: Diffusion | None = None
+) -> Diffusion:
+    """Load the base model of a run; raises RequestError where it has changed since.
+
+    With ``erased`` its other parts are compared with that model's, too: a copy takes them from the base model's file.
+    """
     ema = read_recipe(run / "recipe.yaml").get("ema") if ema is None else ema
     base = load(base_source(run_info), ema=ema)
     if weights_hash(base.unet) != run_info["base"]["unet"]:
         raise RequestError("run", run, f"its base model {base.source} has changed since; {format} needs it")
+    if erased is not None:
+        for part, module in erased.modules.items():
+            if part != "unet" and weights_hash(base.modules[part], erased.unet.dtype) != weights_hash(module):
+                problem = f"the {part} of its base model {base.source} has changed since; {format} needs it"
+                raise RequestError("run", run, problem)
     return base
 
 

@@ -63,13 +63,12 @@ def source_hash(folders: Mapping[str, Path]) -> str:
 
 
 def base_weights(model: str, ema: bool | None = None) -> str:
-    """Return a hash over all weights of the base model and its noise schedule."""
+    """Return a hash over the base model: its weights, configurations and noise schedule, and how it reads a prompt."""
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import weights_hash
 
     loaded = load(model, ema=ema)
-    parts = {"unet": loaded.unet, "vae": loaded.vae, **loaded.text_encoders}
-    return digest([{name: weights_hash(part) for name, part in parts.items()}, dict(loaded.scheduler.config)])
+    return digest([weights_hash(loaded.unet), loaded.besides_unet(["a prompt!"])])  # OpenCLIP pads with "!"
 
 
 def _sha256(file: Path) -> str:

@@ -102,6 +102,20 @@ def test_a_copy_keeps_its_dtypes_and_says_what_it_holds(
     assert about["base_unet_sha256"] == read_run("run")["base"]["unet"]
 
 
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_a_copy_takes_no_part_that_changed_since_the_run(
+    tiny: Diffusion, square: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    erased_from_file(tiny, square, torch.float16, 0.1, monkeypatch, tmp_path)
+    export("run", "a.safetensors", "single-file", dtype=dtype)
+    tensors = load_file("base.safetensors")
+    tensors["first_stage_model.decoder.conv_out.bias"] += 0.5
+    save_file(tensors, "base.safetensors")
+    with pytest.raises(RequestError, match=r"the vae of its base model \S*base\.safetensors has changed since"):
+        export("run", "b.safetensors", "single-file", dtype=dtype)
+    assert not Path("b.safetensors").exists()
+
+
 @pytest.mark.parametrize("format", ["unet", "diffusers", "delta"])
 def test_a_dtype_in_which_nothing_is_left_is_refused_before_any_work(
     tiny: Diffusion, square: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str

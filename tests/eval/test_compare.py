@@ -111,6 +111,15 @@ def test_a_retrained_model_has_other_weights(tmp_path: Path) -> None:
         after = base_weights(str(tmp_path / "model"))
         assert after != before
         before = after
+    for file, changed in (
+        ("vae/config.json", {"scaling_factor": 0.5}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}),
+    ):
+        told = json.loads((tmp_path / "model" / file).read_text())
+        (tmp_path / "model" / file).write_text(json.dumps(told | changed))
+        after = base_weights(str(tmp_path / "model"))
+        assert after != before
+        before = after
 
 
 def test_changed_code_is_another_version(tmp_path: Path) -> None:
