@@ -69,7 +69,7 @@ def _data_stage(make: ModelConfigs, recipe: Recipe, card: Card) -> Stage | None:
         vae = predict_vae(make, encode=True, size=data.size)
         operations, most = operations + encoded * vae.operations, max(most, vae.bytes["activations"])
     one = replace(one, bytes={**one.bytes, "activations": most})
-    at_once = _largest_batch(one, card, BATCH)
+    at_once = _largest_batch(one, card, max(1, min(BATCH, sampled + encoded)))
     what = f"images, {at_once} at once" + (f", {data.steps} steps" if sampled else "")
     return Stage("data", sampled + encoded, what, _many(one, at_once), operations, "bf16" if bf16 else "fp32")
 

@@ -28,7 +28,7 @@ SALUN = "SalUn, arXiv 2310.12508"
 # What a run's memory presets set.
 MEMORY: dict[str, dict[str, Any]] = {
     "fast": {},
-    "balanced": {"settings": {"recompute": True, "state": "bf16"}, "mask": {"recompute": True}},
+    "balanced": {"settings": {"recompute": True, "state": "bf16"}, "mask": {"recompute": True, "offload": True}},
     "low": {
         "settings": {"recompute": True, "state": "8bit", "weights": "bf16"},
         "mask": {"recompute": True, "offload": True},
