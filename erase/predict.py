@@ -18,7 +18,8 @@ from erase_concept.method import Phase
 from erase_concept.pipelines.load import ModelConfigs
 from erase_concept.recipe import MaskRecipe
 from erase_concept.training.loop import Training
-from erase_concept.training.optimizer import STATE_BYTES, TOGETHER
+from erase_concept.training.optimizer import TOGETHER
+from erase_concept.training.rules import STATE_BYTES
 
 # What malloc keeps on CPUs, in holes between what lives, as a share of the activations where these are computed anew.
 # Measured on steps of SD 1.x's UNet at three sizes.

@@ -22,7 +22,7 @@ from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.run_folder import base_source
-from erase_concept.settings import check_settings, described, merge, read_assignments, settings
+from erase_concept.settings import changed_settings, check_settings, described, merge, read_assignments, settings
 
 SALUN = "SalUn, arXiv 2310.12508"
 # What a run's memory presets set.
@@ -117,15 +117,15 @@ class Recipe:
 
         Those whose default is the method's are always there: kind and scope of the mask, and anchor rows.
         """
-        mask = {"kind": self.mask.kind, "scope": self.mask.scope} | _changed(self.mask)
+        mask = {"kind": self.mask.kind, "scope": self.mask.scope} | changed_settings(self.mask)
         anchor = {"anchor": self.data.anchor} if METHODS.find(self.method).needs_anchor_rows else {}
         return {
             "model": self.model,
             "concept": self.concept.to_dict(),
             "method": self.method,
-            "settings": _changed(self.settings),
+            "settings": changed_settings(self.settings),
             "mask": mask,
-            "data": _changed(self.data) | anchor,
+            "data": changed_settings(self.data) | anchor,
             "seed": self.seed,
             **({} if self.ema is None else {"ema": self.ema}),
             **({"notes": list(self.notes)} if self.notes else {}),
@@ -141,16 +141,6 @@ class Recipe:
         """Write the recipe as YAML."""
         with atomic_write(file) as partial:
             partial.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _changed(part: Any) -> dict[str, Any]:
-    """Return the settings of a part of the recipe that differ from their defaults, as plain values."""
-    values = {field.name: (getattr(part, field.name), field.default) for field in fields(part)}
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, (value, default) in values.items()
-        if value != default
-    }
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -240,11 +230,14 @@ def in_low_precision(recipe: Recipe) -> bool:
 
 
 def check_weights(recipe: Recipe) -> None:
-    """Raise RequestError for bf16 weights where they would lose what the method learns."""
+    """Raise RequestError for bf16 weights where they would lose what the method learns, and for a state SGD lacks."""
     if in_low_precision(recipe) and not _bf16_goes_with(recipe.method, recipe.mask.scope):
         able = ", ".join(name for name, one in METHODS.all().items() if one.bf16_weights)
         problem = f"goes with the UNet's own weights and these methods: {able}; allowed: fp32"
         raise RequestError("settings.weights", "bf16", problem)
+    state = getattr(recipe.settings, "state", "fp32")
+    if getattr(recipe.settings, "optimizer", "") == "sgd" and state != "fp32":
+        raise RequestError("settings.state", state, "sgd keeps its momentum in fp32; allowed: fp32")
 
 
 def _bf16_goes_with(method: str, scope: str | None) -> bool:

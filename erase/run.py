@@ -6,7 +6,6 @@ The folder holds ``recipe.yaml``, ``run.json`` (versions, hashes, seeds, times, 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -17,23 +16,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from erase_concept import masks
 from erase_concept.card import write_card
 from erase_concept.data import ForgetRetain
-from erase_concept.errors import EraseError, RequestError
+from erase_concept.errors import RequestError
 from erase_concept.exports import Exported, export
-from erase_concept.files import atomic_write
+from erase_concept.frozen import check_frozen, save_base
 from erase_concept.make_data import cached_data, check_data, image_folders
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
-from erase_concept.masks.mask import Mask, Part
+from erase_concept.masks.mask import Mask
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
-from erase_concept.pipelines.formats.weights import each_tensor
 from erase_concept.pipelines.image_set import shortened
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -51,13 +47,12 @@ from erase_concept.recipe import (
     read_recipe,
     recipe_for,
 )
-from erase_concept.run_folder import LOCK, complete, only_process, read_run, versions, weights_files, write_json
+from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
+from erase_concept.run_log import checkpoint_file, logged
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16
-from erase_concept.training.loop import Record, TargetProgress, steps_done
+from erase_concept.training.loop import Record, TargetProgress
 from erase_concept.training.offload import offload_to_disk
-
-ROUNDED_TO = ("float16", "bfloat16", "float8_e4m3fn")  # in which models are shared
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,7 @@ def iter_erase(
         model = load(recipe.model, ema=recipe.ema, keep_unet=in_low_precision(recipe))
     if given is not None:
         given.check(model.unet)
-    part: Part = "text_encoder" if recipe.mask.scope == masks.TEXT_ENCODER else "unet"
+    part = "text_encoder" if recipe.mask.scope == masks.TEXT_ENCODER else "unet"
     if part == "text_encoder":
         own_tokens(model, recipe.concept)  # refuses a concept without any
     trained: nn.Module = getattr(model, part)
@@ -164,7 +159,7 @@ def iter_erase(
 
 
 def _stages(
-    recipe: Recipe, model: Diffusion, trained: nn.Module, part: Part, out: Path
+    recipe: Recipe, model: Diffusion, trained: nn.Module, part: str, out: Path
 ) -> Iterator[Record | TargetProgress | str]:
     """Carry out the stages of a run in its folder."""
     if _claimed(recipe, out) and complete(out):  # another process has done it since
@@ -174,7 +169,7 @@ def _stages(
     about, notes = model.describe(), _notes(recipe, model)
     for note in notes:
         logging.getLogger("erase_concept").warning("erase-concept: %s", note)
-    base = _save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
+    base = save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
 
     device = next(model.vae.parameters()).device  # a UNet that becomes bf16 is not there yet
     with in_bf16(trained, base, device) if in_low_precision(recipe) else nullcontext():
@@ -221,14 +216,7 @@ def check(recipe: Recipe) -> Mask | None:
 
 def _claimed(recipe: Recipe, out: Path) -> bool:
     """Tell whether the folder is this recipe's run; refuse one that holds another run or other files."""
-    file = out / "recipe.yaml"
-    if file.exists():
-        if make_recipe(read_recipe(file)) != recipe:
-            raise RequestError("out", out, "holds a run with another recipe; choose another folder")
-        return True
-    if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
-        raise RequestError("out", out, "exists and is no run folder; choose another one")
-    return False
+    return claimed(out, lambda file: make_recipe(read_recipe(file)) == recipe)
 
 
 def _notes(recipe: Recipe, model: Diffusion) -> list[str]:
@@ -248,35 +236,13 @@ def _where(source: str) -> dict[str, str]:
     return {"folder": str(Path.cwd())} if relative else {}
 
 
-def _save_base(trained: nn.Module, file: Path) -> Path:
-    """Keep the base model's weights until the end, for the comparison; return the file."""
-    with atomic_write(file) as partial:
-        save_file(trained.state_dict(), partial)
-    return file
-
-
 def _train(
     recipe: Recipe, model: Diffusion, data: ForgetRetain, mask: Mask | None, out: Path
 ) -> Iterator[Record | TargetProgress]:
     """Run the method, and write each record to the log."""
-    checkpoint = out / "checkpoints" / "last.safetensors"
-    # MACE has a checkpoint for each of several concepts.
-    _keep_log(out / "log.jsonl", sum(steps_done(file) for file in checkpoint.parent.glob("*.safetensors")))
+    checkpoint = checkpoint_file(out)
     method = METHODS.find(recipe.method)
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for record in method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint):
-            if isinstance(record, Record):
-                log.write(json.dumps(asdict(record)) + "\n")
-                log.flush()
-            yield record
-
-
-def _keep_log(log: Path, steps: int) -> None:
-    """Drop log lines of steps that will be done again."""
-    if log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        with atomic_write(log) as partial:
-            partial.write_text("".join(line for line in lines if line.endswith("\n")), encoding="utf-8")
+    return logged(out, method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint))
 
 
 def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:
@@ -297,31 +263,3 @@ def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:
         "recipe": recipe.fingerprint(),
         "settings": asdict(METHODS.find(recipe.method).resolved(recipe.settings, data)),
     }
-
-
-def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, Any]:
-    """Compare weights bit by bit with a file of the base model's, and count what changed, in all and outside the mask.
-
-    ``surviving`` says how many changed weights still differ when both models are rounded to a dtype.
-
-    Raises EraseError when a weight outside the mask changed, or none at all.
-    """
-    changed = outside = total = 0
-    surviving = dict.fromkeys(ROUNDED_TO, 0)
-    parameters = dict(erased.named_parameters())
-    for name, stored in each_tensor(base):
-        before, after = stored.float(), parameters[name].detach().cpu()  # kept in the dtype of the base model's file
-        differs = before.view(torch.int32) != after.view(torch.int32)
-        changed += int(differs.sum())
-        old, new = before[differs], after[differs]
-        for name_of_dtype in surviving:
-            kind = getattr(torch, name_of_dtype)
-            surviving[name_of_dtype] += int((old.to(kind).float() != new.to(kind).float()).sum())
-        total += differs.numel()
-        if mask is not None:
-            outside += int((differs & ~mask.dense(name)).sum())
-    if outside:
-        raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
-    if not changed:
-        raise EraseError("no weight changed: nothing was erased and nothing was exported")
-    return {"weights": total, "changed": changed, "changed_outside_mask": outside, "surviving": surviving}

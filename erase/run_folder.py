@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +16,28 @@ from filelock import FileLock, Timeout
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write, file_sha256
 
+RUN_FILE = "run.json"  # of a run that erases from a diffusion model
 LOCK = ".lock"  # held by the process that works in the folder
 
 
-def complete(folder: Path) -> bool:
-    """Tell whether a run folder's erasing is done."""
-    return (folder / "run.json").is_file()
+def complete(folder: Path, file: str = RUN_FILE) -> bool:
+    """Tell whether a run folder's work is done; ``file`` is the one that is written last."""
+    return (folder / file).is_file()
+
+
+def claimed(out: Path, same: Callable[[Path], bool]) -> bool:
+    """Tell whether a folder is a run of the same recipe; refuse one that holds another run or other files.
+
+    ``same`` tells of the recipe's file in the folder whether it says the same.
+    """
+    file = out / "recipe.yaml"
+    if file.exists():
+        if not same(file):
+            raise RequestError("out", out, "holds a run with another recipe; choose another folder")
+        return True
+    if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
+        raise RequestError("out", out, "exists and is no run folder; choose another one")
+    return False
 
 
 @contextmanager
@@ -42,11 +58,11 @@ def base_source(run_info: Mapping[str, Any]) -> str:
     return str(there) if there.exists() else source
 
 
-def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a complete run's ``run.json`` says; raises RequestError when the folder holds none."""
-    if not complete(Path(folder)):
-        raise RequestError("run", os.fspath(folder), "holds no complete run (no run.json)")
-    run_info: dict[str, Any] = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+def read_run(folder: str | os.PathLike[str], file: str = RUN_FILE) -> dict[str, Any]:
+    """Return what a complete run's file says; raises RequestError when the folder holds none."""
+    if not complete(Path(folder), file):
+        raise RequestError("run", os.fspath(folder), f"holds no complete run (no {file})")
+    run_info: dict[str, Any] = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
     return run_info
 
 

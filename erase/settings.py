@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import annotated_types
@@ -107,6 +108,16 @@ def check_settings(cls: type[_T], values: Mapping[str, Any], prefix: str = "") -
         raise RequestError(f"{prefix}{name}", given, _sentence(first["msg"])) from None
 
 
+def changed_settings(part: Any) -> dict[str, Any]:
+    """Return the values of settings that differ from their defaults, as they stand in YAML."""
+    values = {field.name: (getattr(part, field.name), field.default) for field in dataclasses.fields(part)}
+    return {
+        name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
+
+
 def read_assignments(texts: Iterable[str], setting: str = "set") -> dict[str, Any]:
     """Read KEY=VALUE texts as one mapping, each value as ``read_value`` does.
 
@@ -150,6 +161,8 @@ def _allowed(info: FieldInfo) -> str:
     kinds = [kind for kind in (get_args(info.annotation) or (info.annotation,)) if kind is not type(None)]
     if get_origin(info.annotation) is not None and all(isinstance(kind, str) for kind in kinds):
         return ", ".join(kinds)
+    if get_origin(info.annotation) is tuple:
+        return "list of whole numbers"
     names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
     words = " or ".join(dict.fromkeys(names.get(kind, getattr(kind, "__name__", str(kind)).lower()) for kind in kinds))
     for bound in info.metadata:

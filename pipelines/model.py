@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +75,20 @@ class Diffusion:
     def with_components(self, **changed: Any) -> Diffusion:
         """Return the same model with other components in the place of its own."""
         return replace(self, components={**self.components, **changed})
+
+    def part_of(self, weights: Collection[str]) -> str:
+        """Return "text_encoder" where weights of these names are its token embeddings, otherwise "unet"."""
+        return "text_encoder" if any(name.endswith("token_embedding.weight") for name in weights) else "unet"
+
+    @contextmanager
+    def in_training(self, *, recompute: bool) -> Iterator[None]:
+        """Let the UNet compute activations anew in backward passes while it learns, if ``recompute`` says so."""
+        if recompute:
+            self.unet.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            self.unet.disable_gradient_checkpointing()
 
     @property
     def unet(self) -> Any:

@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +20,7 @@ from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
 from erase_concept.make_data import check_data, hashes_of_images, make_data_for
+from erase_concept.masks.choose import MASK_KINDS, choose
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
@@ -33,8 +32,6 @@ from erase_concept.recipe import Recipe, in_low_precision, recipe_for
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16
-
-MASK_KINDS = ("salient", "none", "random", "least-salient")
 
 
 def check_mask(recipe: Recipe) -> Mask | None:
@@ -178,25 +175,18 @@ def _in_scope(given: Mask, model: Diffusion, scope: str) -> Mask:
 def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
     """Return the mask of the recipe's kind and sparsity over the UNet's weights in its scope."""
     settings = recipe.mask
-    layers = model.family.layers
-    shapes = masks.in_scope(model.unet, settings.scope, layers)
-    total = sum(math.prod(shape) for shape in shapes.values())
+    shapes = masks.in_scope(model.unet, settings.scope, model.family.layers)
     if not shapes:
         raise RequestError("mask.scope", settings.scope, f"a {model.family.title} has no such layers")
-    k = masks.keep_count(1 - settings.sparsity, total)
-    if k == 0:
-        raise RequestError("mask.sparsity", settings.sparsity, f"leaves none of {total} weights to change")
-    if settings.kind == "none":
-        return masks.all_ones(shapes)
-    if settings.kind == "random":
-        return masks.random(model.unet, 1 - settings.sparsity, stage_seed(recipe.seed, "mask"), settings.scope, layers)
-    choose = masks.top_k if settings.kind == "salient" else masks.bottom_k
-    rows = torch.arange(len(data.forget_latents))
-    groups = [rows]
-    if settings.combine == "union":
-        groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.parts))]
-    found = (saliency(recipe, model, data, group) for group in groups)
-    return reduce(or_, (choose({name: scores[name] for name in shapes}, k) for scores in found))
+
+    def found() -> Iterator[dict[str, Tensor]]:
+        rows = torch.arange(len(data.forget_latents))
+        groups = [rows]
+        if settings.combine == "union":
+            groups = [rows[data.parts_of_rows[rows] == part] for part in range(len(recipe.concept.parts))]
+        return (saliency(recipe, model, data, group) for group in groups)
+
+    return choose(settings.kind, settings.sparsity, shapes, found, stage_seed(recipe.seed, "mask"))
 
 
 def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: Tensor) -> dict[str, Tensor]:

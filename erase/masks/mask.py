@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
-
-Part = Literal["unet", "text_encoder"]  # of a model, by diffusers' names, that an erasure may change
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +32,6 @@ class Mask:
     bits: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     provenance: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def part(self) -> Part:
-        """The part of the model whose weights it is for."""
-        return "text_encoder" if any(name.endswith("token_embedding.weight") for name in self.shapes) else "unet"
 
     @property
     def total(self) -> int:

@@ -118,6 +118,11 @@ def bottom_k(scores: Mapping[str, Tensor], k: int) -> Mask:
 
 def random(model: nn.Module, density: float, seed: int, scope: str = "full", layers: Layers = UNET_LAYERS) -> Mask:
     """Return a mask over a random choice of the scope's weights, a share of them: the control for saliency."""
+    return expand_to(random_of(in_scope(model, scope, layers), density, seed), model)
+
+
+def random_of(shapes: Mapping[str, tuple[int, ...]], density: float, seed: int) -> Mask:
+    """Return a mask over a random choice of the weights of these shapes, a share of them."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(shape, generator=generator) for name, shape in in_scope(model, scope, layers).items()}
-    return expand_to(top_k(scores, keep_count(density, sum(s.numel() for s in scores.values()))), model)
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    return top_k(scores, keep_count(density, sum(s.numel() for s in scores.values())))

@@ -143,7 +143,7 @@ def _ablate(
     def loss(model: Diffusion, generator: torch.Generator, targets: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         rows = data.draw_forget(settings.batch_size, generator, "anchor")
         ids, first = data.forget_ids[data.prompts_of_rows[rows]], data.forget_batch(model, rows, generator)
-        embedded = mask is not None and mask.part == "text_encoder"
+        embedded = mask is not None and model.part_of(mask.shapes) == "text_encoder"
         concept = model.encode_ids([ids.to(model.device)]) if embedded else first.embeddings
         with torch.no_grad():
             if noise_based:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
-
-import torch
-from torch import Tensor, nn
 
 from erase_concept.data import ForgetRetain
 from erase_concept.masks.mask import Mask
@@ -16,6 +13,7 @@ from erase_concept.methods.salun import SalUnSettings, check_remap, salun_loss
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
 from erase_concept.training.loop import Record, TargetProgress, train
+from erase_concept.training.shrink import shrink
 
 
 @settings
@@ -60,11 +58,3 @@ def salun_soft(
             # Before the next step, and before this one gets into the checkpoint.
             shrink(model.unet, base, event.lr * settings.beta * (1 - (event.step - 1) / settings.steps))
         yield event
-
-
-@torch.no_grad()
-def shrink(module: nn.Module, base: Mapping[str, Tensor], threshold: float) -> None:
-    """Draw every weight towards its base by a threshold, in place; one that is within it gets the base's very bits."""
-    for name, p in module.named_parameters():
-        change = nn.functional.softshrink(p - base[name], threshold)
-        p.copy_(torch.where(change == 0, base[name], base[name] + change))

@@ -4,10 +4,10 @@ In torch, picking half of the weights out of a vector and putting them back take
 itself. Here a block of weights goes through all of it while it is in the processor's cache. Nothing is contracted or
 reordered, so every operation rounds as torch's do.
 
-In both functions ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit.
-``moments`` are the mean and the mean of squares of all salient weights in order. ``piece`` is the first weight, a
-multiple of 8, the one behind the last, and how many salient weights lie before the first. ``numbers`` are those of
-``optimizer.Numbers``.
+In every update ``weights`` and ``gradient`` are float32 [n]; ``bits`` uint8, the first weight in the highest bit.
+``moments`` are those of all salient weights in order: Adam's mean and mean of squares, or SGD's momentum. ``piece`` is
+the first weight, a multiple of 8, the one behind the last, and how many salient weights lie before the first.
+``numbers`` are those of ``rules.AdamNumbers`` or ``rules.SGDNumbers``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = 1024  # weights: with their gradients and moments they fit into the fir
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def update(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any) -> None:
-    """Update weights whose moments are float32."""
+    """Update weights by Adam, with float32 moments."""
     mean, square = moments
     first, last, place = piece
     where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
@@ -36,7 +36,7 @@ def update(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, num
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any, seed: Any) -> None:
-    """Update weights whose moments are bfloat16, given as uint16 and rounded at random by a hash of place and seed."""
+    """Update weights by Adam, with bfloat16 moments as uint16, rounded at random by a hash of place and seed."""
     mean, square = moments
     first, last, place = piece
     where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
@@ -55,6 +55,23 @@ def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any
             mean[place + i] = (mean_bits[i] + (noise & np.uint32(0xFFFF))) >> np.uint32(16)
             square[place + i] = (square_bits[i] + (noise >> np.uint32(16))) >> np.uint32(16)
         _scatter(weights, where, n, own)
+        place += n
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def update_sgd(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any) -> None:
+    """Update weights by SGD, with float32 momentum."""
+    momentum = moments[0]
+    factor, step_size, scale, l2 = numbers
+    first, last, place = piece
+    where = np.empty(_BLOCK + 8, np.int32)
+    for start in range(first, last, _BLOCK):
+        n = _find(bits, start, min(start + _BLOCK, last), where)
+        for i in range(n):
+            w = weights[where[i]]
+            v = momentum[place + i] * factor + (gradient[where[i]] * scale + w * l2)
+            momentum[place + i] = v
+            weights[where[i]] = w - v * step_size
         place += n
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +20,36 @@ from typing_extensions import Self
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.masks.mask import Mask
-from erase_concept.pipelines.model import Diffusion
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.optimizer import Adam, MaskedOptimizer, State
+from erase_concept.training.optimizer import MaskedOptimizer
+from erase_concept.training.rules import SGD, Adam, State
 
+
+class Trainable(Protocol):
+    """What the loop asks of a model: a diffusion model, a classifier."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
+    def part_of(self, weights: Collection[str]) -> str:
+        """Return the component that has weights of these names; of none, the one that is trained by default."""
+
+    def with_components(self, **changed: Any) -> Self:
+        """Return the same model with other components in the place of its own."""
+
+    def in_training(self, *, recompute: bool) -> AbstractContextManager[None]:
+        """Put the model into the state in which it is trained, and back when the context ends."""
+
+
+_M = TypeVar("_M", bound=Trainable)
 Tensors = tuple[Tensor, ...]
 # Computes a step's fixed targets with the current model, before the training. The generator is the step's own.
-PrecomputeTargets = Callable[[Diffusion, torch.Generator], Tensors]
+PrecomputeTargets = Callable[[_M, torch.Generator], Tensors]
 # Computes a step's loss, and its terms for the log, from the model, the step's generator and the precomputed targets.
-Loss = Callable[[Diffusion, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]]
-Start = Callable[[Diffusion], object]  # changes weights that the mask allows, before the first step
+Loss = Callable[[_M, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]]
+Start = Callable[[_M], object]  # changes weights that the mask allows, before the first step
 
 
 _SALUN = "SalUn, arXiv 2310.12508"
@@ -48,7 +67,8 @@ class Training:
     ] = None
     batch_size: Annotated[int, described("Forget rows in a step, and as many retain rows.", ge=1, source=_SALUN)] = 8
     lr: Annotated[float, described("Learning rate.", ge=0, source=_SALUN)] = 1e-5
-    optimizer: Annotated[Literal["adam", "adamw"], described("The optimizer.", source=_SALUN)] = "adam"
+    optimizer: Annotated[Literal["adam", "adamw", "sgd"], described("The optimizer.", source=_SALUN)] = "adam"
+    momentum: Annotated[float, described("SGD's momentum; Adam has none of it.", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, described("Weight decay; AdamW's is decoupled.", ge=0, source=_SALUN)] = 0.0
     warmup: Annotated[int, described("Steps over which the learning rate rises from zero.", ge=0)] = 0
     decay: Annotated[bool, described("Let the learning rate fall to zero along a cosine.")] = False
@@ -76,8 +96,10 @@ class Training:
             return self
         return replace(self, steps=self.epochs * self.epoch_steps(rows), epochs=None)
 
-    def adam(self) -> Adam:
+    def rule(self) -> Adam | SGD:
         """Return the optimizer's settings."""
+        if self.optimizer == "sgd":
+            return SGD(self.lr, self.momentum, self.weight_decay, self.max_grad_norm)
         return Adam(self.lr, self.optimizer, (0.9, 0.999), 1e-8, self.weight_decay, self.max_grad_norm, self.state)
 
     def lr_at(self, step: int) -> float:
@@ -110,19 +132,20 @@ class TargetProgress:
 
 
 def train(
-    model: Diffusion,
-    loss: Loss,
+    model: _M,
+    loss: Loss[_M],
     mask: Mask | None,
     settings: Training,
     *,
     seed: int,
     checkpoint: Path | None = None,
-    precompute: PrecomputeTargets | None = None,
-    start: Start | None = None,
+    precompute: PrecomputeTargets[_M] | None = None,
+    start: Start[_M] | None = None,
 ) -> Iterator[Record | TargetProgress]:
     """Minimise a loss over the weights that a mask allows, in place, yielding a record after every step.
 
-    These are the UNet's, or the text encoder's where the mask is for it; without a mask all of the UNet's.
+    These are those of the component that the mask is for; without a mask all of the model's main component, such as
+    the UNet.
 
     Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
     on from its checkpoint ends with the same bits as one that was never stopped. The step is taken inside the backward
@@ -136,7 +159,7 @@ def train(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
     )
     began, first = time.perf_counter(), steps_done(checkpoint)
-    part = "unet" if mask is None else mask.part
+    part = model.part_of(() if mask is None else mask.shapes)
     trained = _trained(model, part, settings)
     targets: dict[tuple[int, int], Tensors] = {}
     generators = _Generators(seed, accelerator.process_index)
@@ -147,31 +170,30 @@ def train(
                     found = precompute(model, generators.of(step, batch))
                 targets[step, batch] = tuple(target.cpu() for target in found)
             yield TargetProgress(step + 1, settings.steps)
-    masked = MaskedOptimizer(trained, mask, settings.adam())
+    masked = MaskedOptimizer(trained, mask, settings.rule())
     if first and checkpoint is not None:
         _restore(masked, checkpoint)
     elif start is not None:
         start(model)
     steps = _Steps(accelerator, accelerator.prepare(trained), masked, loss, settings, generators, targets)
     prepared = model.with_components(**{part: steps.trained})
-    if settings.recompute:
-        model.unet.enable_gradient_checkpointing()
     try:
-        for step in range(first, settings.steps):
-            mean, terms = steps.take(step, prepared, checkpoint)
-            yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
-            # After the yield, so that a step in the checkpoint is always in the caller's log.
-            due = step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0
-            if checkpoint is not None and accelerator.is_main_process and due:
-                _save(masked, checkpoint, step + 1)
+        with model.in_training(recompute=settings.recompute):
+            for step in range(first, settings.steps):
+                mean, terms = steps.take(step, prepared, checkpoint)
+                yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
+                # After the yield, so that a step in the checkpoint is always in the caller's log.
+                due = step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0
+                if checkpoint is not None and accelerator.is_main_process and due:
+                    _save(masked, checkpoint, step + 1)
     finally:
-        model.unet.disable_gradient_checkpointing()
         trained.requires_grad_(False)
         trained.zero_grad()
-        accelerator.free_memory()
+        if model.device.type != "cpu":  # there it would only collect garbage, which takes most of a second
+            accelerator.free_memory()
 
 
-def _trained(model: Diffusion, part: str, settings: Training) -> nn.Module:
+def _trained(model: Trainable, part: str, settings: Training) -> nn.Module:
     """Return the part that is trained; raises ValueError for weights in another precision than the settings say."""
     trained: nn.Module = getattr(model, part)
     found = {p.dtype for p in trained.parameters()}
@@ -180,7 +202,7 @@ def _trained(model: Diffusion, part: str, settings: Training) -> nn.Module:
     return trained
 
 
-def _autocast(model: Diffusion, settings: Training) -> torch.autocast:
+def _autocast(model: Trainable, settings: Training) -> torch.autocast:
     """Return torch's own autocast: Accelerate's is set once for a whole process, and stays in the UNet's forward."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
@@ -203,7 +225,7 @@ class _Steps:
     accelerator: Accelerator
     trained: nn.Module
     masked: MaskedOptimizer
-    loss: Loss
+    loss: Loss[Any]
     settings: Training
     generators: _Generators
     targets: dict[tuple[int, int], Tensors]
@@ -214,7 +236,7 @@ class _Steps:
         alone = self.settings.accumulation == self.accelerator.num_processes == 1
         return alone and self.settings.max_grad_norm is None
 
-    def take(self, step: int, model: Diffusion, checkpoint: Path | None) -> tuple[float, dict[str, float]]:
+    def take(self, step: int, model: Trainable, checkpoint: Path | None) -> tuple[float, dict[str, float]]:
         """Take a step, and return the loss and its terms."""
         settings, accelerator = self.settings, self.accelerator
         self.masked.lr = settings.lr_at(step)

@@ -1,16 +1,15 @@
-"""The masked optimizer: Adam on the salient weights alone, inside the backward pass where that is possible."""
+"""The masked optimizer: Adam or SGD on the salient weights alone, inside the backward pass where that is possible."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
+from erase_concept.training.rules import SGD, Adam, AdamNumbers, SGDNumbers, State
 
-State = Literal["fp32", "bf16", "8bit"]
-STATE_BYTES: dict[State, float] = {"fp32": 8, "bf16": 4, "8bit": 2 * (1 + 4 / 256)}  # of both moments of a weight
 _BLOCK = 256  # salient weights that share a scale in the 8-bit state
 _PIECE = 1 << 20  # weights that one thread updates at a time
 _OF_WEIGHTS = 0x5BD1E995  # makes the noise that rounds weights another than the moments'
@@ -29,47 +27,14 @@ _OF_WEIGHTS = 0x5BD1E995  # makes the noise that rounds weights another than the
 TOGETHER = 128 << 20
 
 
-class Numbers(NamedTuple):
-    """A step's numbers, all float32, for the update of each salient weight w by its gradient g.
-
-    g = grad_scale g + l2 w,  m = beta1 m + one_minus_beta1 g,  v = beta2 v + one_minus_beta2 g^2,
-    w = decay_factor w - step_size m / (bias_correction sqrt(v) + eps)
-    """
-
-    beta1: np.float32
-    one_minus_beta1: np.float32
-    beta2: np.float32
-    one_minus_beta2: np.float32
-    step_size: np.float32
-    bias_correction: np.float32
-    eps: np.float32
-    grad_scale: np.float32
-    l2: np.float32
-    decay_factor: np.float32
-
-
-@dataclass(frozen=True)
-class Adam:
-    """Settings of Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101), whose weight decay is decoupled."""
-
-    lr: float
-    name: Literal["adam", "adamw"] = "adam"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    state: State = "fp32"
-
-
 @dataclass
 class _Salient:
-    """One parameter's salient weights: which they are, how many, and their moments in order."""
+    """One parameter's salient weights: which they are, how many, and their moments in order, by name."""
 
     parameter: nn.Parameter
     bits: Tensor
     count: int
-    mean: Any
-    square: Any
+    moments: dict[str, Any]
     pieces: tuple[tuple[int, int, int], ...]  # first and last weight, and how many are salient before
     seed: int
 
@@ -78,12 +43,15 @@ class _Salient:
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits[:, None] >> shifts) & 1).view(-1)[: self.parameter.numel()].nonzero().view(-1)
 
-    def moments(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that hold the moments, by name."""
-        if isinstance(self.mean, Tensor):
-            return {"mean": self.mean, "square": self.square}
-        pairs = {"mean": self.mean, "square": self.square}.items()
-        return {f"{name}_{part}": getattr(value, part) for name, value in pairs for part in ("codes", "scales")}
+        found: dict[str, Tensor] = {}
+        for name, moment in self.moments.items():
+            if isinstance(moment, Tensor):
+                found[name] = moment
+            else:
+                found |= {f"{name}_{part}": getattr(moment, part) for part in ("codes", "scales")}
+        return found
 
 
 class _Coded:
@@ -110,12 +78,13 @@ class _Coded:
 
 
 class MaskedOptimizer:
-    """Adam whose step changes only the weights that a mask allows.
+    """Adam or SGD, whose step changes only the weights that a mask allows.
 
     Weights outside the mask are never written, so they stay bit-identical whatever the settings. Masking gradients
-    alone would not do: weight decay and momentum move a weight without any gradient. The two moments exist for salient
-    weights only: in fp32; in bf16, rounded at random, because the slow mean of squares would never move if it was
-    rounded to the nearest; or in 8 bits, in blocks with a scale each (arXiv 2110.02861, through bitsandbytes).
+    alone would not do: weight decay and momentum move a weight without any gradient. The moments exist for salient
+    weights only. SGD's is in fp32. Adam's two are in fp32; in bf16, rounded at random, because the slow mean of squares
+    would never move if it was rounded to the nearest; or in 8 bits, in blocks with a scale each (arXiv 2110.02861,
+    through bitsandbytes).
 
     ``step`` updates all weights from their gradients after a backward pass. Within ``in_backward`` a backward pass
     updates each parameter as soon as its gradient is there and drops the gradient, so that all of them never exist at
@@ -130,13 +99,15 @@ class MaskedOptimizer:
     ValueError when the mask is empty or weights are neither fp32 nor bf16.
     """
 
-    def __init__(self, module: nn.Module, mask: Mask | None, adam: Adam) -> None:
+    def __init__(self, module: nn.Module, mask: Mask | None, rule: Adam | SGD) -> None:
         """Find the salient weights of ``module`` and begin with moments of zero."""
         if mask is not None:
             mask.check(module)
-        self.adam, self.lr = adam, adam.lr
+        self.rule, self.lr = rule, rule.lr
         self.count = 0  # steps taken
         self.salient: dict[str, _Salient] = {}
+        kept = module.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
         for key, parameter in module.named_parameters():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"weights must be fp32 or bf16 to be trained, and {key} is {parameter.dtype}")
@@ -151,8 +122,11 @@ class MaskedOptimizer:
             if count:
                 pieces, seed = _pieces(chosen), zlib.crc32(key.encode())
                 bits = torch.from_numpy(packed).to(parameter.device)
-                mean, square = (_zeros(count, adam.state, parameter.device, signed=signed) for signed in (True, False))
-                self.salient[key] = _Salient(parameter, bits, count, mean, square, pieces, seed)
+                moments = {
+                    name: _zeros(count, rule.state, parameter.device, signed=signed)
+                    for name, signed in rule.moments.items()
+                }
+                self.salient[key] = _Salient(parameter, bits, count, moments, pieces, seed)
         if not self.salient:
             raise ValueError("the mask allows no weight to change")
 
@@ -162,7 +136,7 @@ class MaskedOptimizer:
 
         All gradients never exist at once: they are used and dropped when some 64 MB have come together.
         """
-        if self.adam.max_grad_norm is not None:
+        if self.rule.max_grad_norm is not None:
             raise ValueError("the norm of the gradient is not known before the backward pass is over")
         self.count += 1
 
@@ -190,55 +164,52 @@ class MaskedOptimizer:
         self.count += 1
         ready = [one for one in self.salient.values() if one.parameter.grad is not None]
         scale = 1.0
-        if self.adam.max_grad_norm is not None:
+        if self.rule.max_grad_norm is not None:
             parts = [_flat(one)[1][one.indices()].float() for one in ready]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
-            scale = min(1.0, self.adam.max_grad_norm / (float(norm) + 1e-6))
+            scale = min(1.0, self.rule.max_grad_norm / (float(norm) + 1e-6))
         self._update(ready, scale)
-
-    def _numbers(self, scale: float) -> Numbers:
-        adam, (beta1, beta2), decoupled = self.adam, self.adam.betas, self.adam.name == "adamw"
-        step_size, bias_correction = self.lr / (1 - beta1**self.count), 1 / math.sqrt(1 - beta2**self.count)
-        l2 = 0.0 if decoupled else adam.weight_decay
-        decay_factor = 1 - self.lr * adam.weight_decay if decoupled else 1.0
-        moments = (beta1, 1 - beta1, beta2, 1 - beta2)
-        numbers = (*moments, step_size, bias_correction, adam.eps, scale, l2, decay_factor)
-        return Numbers(*map(np.float32, numbers))
 
     @torch.no_grad()
     def _update(self, ready: Sequence[_Salient], scale: float = 1.0) -> None:
-        numbers = self._numbers(scale)
+        numbers = self.rule.numbers(self.lr, self.count, scale)
         work = []
         for one in ready:
             seed = (one.seed + self.count * 0x632BE5AB) & 0xFFFFFFFF
             if not _COMPILED or one.bits.device.type != "cpu":
                 _update_plainly(one, numbers, seed)
-            elif isinstance(one.mean, _Coded):
-                mean, square = one.mean.float(), one.square.float()
-                _together(_compiled(one, (mean, square), numbers, seed))
-                one.mean.copy_(mean)
-                one.square.copy_(square)
+            elif self.rule.state == "8bit":
+                decoded = [moment.float() for moment in one.moments.values()]
+                _together(_compiled(one, decoded, numbers, seed))
+                for moment, value in zip(one.moments.values(), decoded, strict=True):
+                    moment.copy_(value)
             else:
-                work += _compiled(one, (one.mean, one.square), numbers, seed)
+                work += _compiled(one, list(one.moments.values()), numbers, seed)
         _together(work)
         for one in ready:
             one.parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return the weights and the salient ones' moments as named tensors, for a checkpoint: none is a copy."""
+        """Return the weights, the salient ones' moments and the module's buffers, such as BatchNorm's statistics.
+
+        They are named tensors for a checkpoint, and none is a copy.
+        """
         tensors = {"step": torch.tensor(self.count)}
+        tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
         for key, one in self.salient.items():
             tensors[f"weights.{key}"] = one.parameter.detach()
-            tensors |= {f"{part}.{key}": tensor for part, tensor in one.moments().items()}
+            tensors |= {f"{part}.{key}": tensor for part, tensor in one.tensors().items()}
         return tensors
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put back what ``state`` returned, in the optimizer and in the module."""
         self.count = int(tensors["step"])
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"buffers.{name}"])
         for key, one in self.salient.items():
             one.parameter.copy_(tensors[f"weights.{key}"])
-            for part, tensor in one.moments().items():
+            for part, tensor in one.tensors().items():
                 tensor.copy_(tensors[f"{part}.{key}"])
 
 
@@ -257,29 +228,42 @@ def _zeros(count: int, state: State, device: torch.device, *, signed: bool) -> A
     return _Coded(count, device, signed=signed)
 
 
-def _update_plainly(one: _Salient, numbers: Numbers, seed: int) -> None:
+def _update_plainly(one: _Salient, numbers: AdamNumbers | SGDNumbers, seed: int) -> None:
     """Update in torch, one rounded operation after another, on any device."""
     weights, gradient = _flat(one)
-    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction, eps, scale, l2, factor = map(
-        float, numbers
-    )
     indices = one.indices()
     w = weights[indices].float()
-    g = gradient[indices].float() * scale + w * l2
-    m = one.mean.float().mul_(beta1).add_(g * one_minus_beta1)
-    v = one.square.float().mul_(beta2).add_(g * g * one_minus_beta2)
-    # In fp64, for the fp32 root of some of torch's builds is not rounded correctly, and bits would differ.
-    root_mean_square = v.double().sqrt().float()
-    changed = w * factor - m * step_size / (root_mean_square * bias_correction + eps)
+    g = gradient[indices].float() * float(numbers.grad_scale) + w * float(numbers.l2)
+    moments = [moment.float() for moment in one.moments.values()]  # in fp32 they are the moments themselves
+    changed = _adam(w, g, moments, numbers) if isinstance(numbers, AdamNumbers) else _sgd(w, g, moments, numbers)
     if weights.dtype == torch.bfloat16:
         changed = _rounded(changed, _noise(indices.to(torch.int32), seed ^ _OF_WEIGHTS) & 0xFFFF)
     weights.index_copy_(0, indices, changed)
-    if isinstance(one.mean, Tensor) and one.mean.dtype == torch.bfloat16:
-        noise = _noise(torch.arange(one.count, dtype=torch.int32, device=weights.device), seed)
-        m, v = _rounded(m, noise & 0xFFFF), _rounded(v, noise >> 16 & 0xFFFF)
-    if m is not one.mean:  # in fp32 the moments were updated in place
-        one.mean.copy_(m)
-        one.square.copy_(v)
+    narrow = [isinstance(moment, Tensor) and moment.dtype == torch.bfloat16 for moment in one.moments.values()]
+    noise = _noise(torch.arange(one.count, dtype=torch.int32, device=weights.device), seed) if any(narrow) else None
+    for place, (moment, value) in enumerate(zip(one.moments.values(), moments, strict=True)):
+        if noise is not None:
+            moment.copy_(_rounded(value, noise >> 16 * place & 0xFFFF))
+        elif moment is not value:
+            moment.copy_(value)
+
+
+def _adam(w: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: AdamNumbers) -> Tensor:
+    """Return the weights after a step of Adam, and update its moments in place."""
+    mean, square = moments
+    beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, bias_correction, eps, _, _, factor = map(float, numbers)
+    mean.mul_(beta1).add_(g * one_minus_beta1)
+    square.mul_(beta2).add_(g * g * one_minus_beta2)
+    # In fp64, for the fp32 root of some of torch's builds is not rounded correctly, and bits would differ.
+    root_mean_square = square.double().sqrt().float()
+    return w * factor - mean * step_size / (root_mean_square * bias_correction + eps)
+
+
+def _sgd(w: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: SGDNumbers) -> Tensor:
+    """Return the weights after a step of SGD, and update its momentum in place."""
+    (momentum,) = moments
+    momentum.mul_(float(numbers.momentum)).add_(g)
+    return w - momentum * float(numbers.step_size)
 
 
 def _noise(places: Tensor, seed: int) -> Tensor:
@@ -305,12 +289,16 @@ def _together(work: Sequence[Callable[[], None]]) -> None:
     list(_THREADS.map(lambda share: [piece() for piece in share], [work[i::threads] for i in range(threads)]))
 
 
-def _compiled(one: _Salient, moments: tuple[Tensor, Tensor], numbers: Numbers, seed: int) -> list[Callable[[], None]]:
+def _compiled(
+    one: _Salient, moments: Sequence[Tensor], numbers: AdamNumbers | SGDNumbers, seed: int
+) -> list[Callable[[], None]]:
     """Return the compiled update of each piece."""
     from erase_concept.training import compiled
 
     narrow = moments[0].dtype == torch.bfloat16
     function: Any = compiled.update_bf16 if narrow else compiled.update
+    if isinstance(numbers, SGDNumbers):
+        function = compiled.update_sgd
     given = tuple(_array(moment) for moment in moments)
     more = (np.uint32(seed),) if narrow else ()
     weights, gradient = map(_array, _flat(one))

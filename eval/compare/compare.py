@@ -128,7 +128,7 @@ def check_request(request: CompareRequest) -> CompareRequest:
 
 
 def _check_mask(mask: str | None) -> None:
-    from erase_concept.masks.make import MASK_KINDS
+    from erase_concept.masks.choose import MASK_KINDS
     from erase_concept.masks.mask import Mask
 
     if mask not in (None, *MASK_KINDS):

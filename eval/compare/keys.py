@@ -22,7 +22,7 @@ def trial_key(context: TrialContext, trial: Trial) -> str:
 
     These are the recipe, the base model's weights, the code, the benchmark, and a mask that is read from a file.
     """
-    from erase_concept.masks.make import MASK_KINDS
+    from erase_concept.masks.choose import MASK_KINDS
     from erase_concept.methods import METHODS
 
     recipe = recipe_of(context.model, trial)

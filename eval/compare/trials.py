@@ -123,7 +123,7 @@ def split_settings(method: str) -> tuple[str, dict[str, dict[str, Any]]]:
 
 def split_mask(mask: str | None) -> tuple[str | None, float]:
     """Return a mask and the factor of its multipliers, from KIND@FACTOR; raises RequestError for a bad factor."""
-    from erase_concept.masks.make import MASK_KINDS
+    from erase_concept.masks.choose import MASK_KINDS
 
     kind, _, factor = (mask or "").rpartition("@")
     if kind not in MASK_KINDS:  # no mask, one without a factor, or a file, whose name may contain the sign
@@ -219,7 +219,7 @@ def _erase(model: Diffusion, recipe: Recipe, folder: Path, result: TrialResult) 
 
     method, config = METHODS.find(recipe.method), recipe.settings
     data, mask = _data_and_mask(recipe, model, folder)
-    trained = getattr(model, "unet" if mask is None else mask.part)
+    trained = getattr(model, model.part_of(() if mask is None else mask.shapes))
     before = {name: weights.detach().clone() for name, weights in trained.named_parameters()}
     result = replace(
         result, tuned_setting=method.tuned_setting, tuned_value=float(getattr(config, method.tuned_setting))

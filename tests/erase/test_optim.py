@@ -14,7 +14,8 @@ from erase_concept import masks
 from erase_concept.errors import RequestError
 from erase_concept.masks import Mask, top_k
 from erase_concept.training import optimizer as optim
-from erase_concept.training.optimizer import Adam, MaskedOptimizer
+from erase_concept.training.optimizer import MaskedOptimizer
+from erase_concept.training.rules import SGD, Adam
 
 
 def module() -> nn.Module:
@@ -307,3 +308,56 @@ def test_bf16_weights_are_rounded_to_their_neighbours_and_right_on_average(sign:
     assert set((sign * net.weight.detach().float()).unique().tolist()) == {1.0, 1 - 2**-8}
     share = (net.weight.float() != sign).float().mean().item()
     assert share == pytest.approx(1e-3 * 2**8, abs=0.005)
+
+
+SGD_SETTINGS = list(itertools.product([0.0, 0.9], [0.0, 0.1], [None, 0.5]))
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay", "max_grad_norm"), SGD_SETTINGS)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_sgd_is_torchs_and_keeps_frozen_weights(
+    momentum: float, weight_decay: float, max_grad_norm: float | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Salient weights move as torch's SGD moves all of them, for the loss of a step is the same; frozen keep bits."""
+    monkeypatch.setattr(optim, "_COMPILED", compiled and optim._COMPILED)
+    net, before = module(), module()
+    mask = masks.random(net, 0.3, seed=1)
+    masked = MaskedOptimizer(net, mask, SGD(0.05, momentum, weight_decay, max_grad_norm))
+    other = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    plain = torch.optim.SGD(other, lr=0.05, momentum=momentum, weight_decay=weight_decay)
+    for step in range(5):
+        loss_of(net, step).backward()
+        for (key, p), q in zip(net.named_parameters(), other, strict=True):
+            q.grad = None if p.grad is None else torch.where(mask.dense(key), p.grad, 0)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(other, max_grad_norm)
+        masked.step()
+        plain.step()
+    for (key, p), q in zip(net.named_parameters(), other, strict=True):
+        salient, old = mask.dense(key), before.get_parameter(key)
+        assert torch.equal(p[~salient].view(torch.int32), old[~salient].view(torch.int32))
+        torch.testing.assert_close(p[salient], q[salient], rtol=1e-5, atol=1e-6)
+        assert bool((p != old)[salient].all())
+
+
+def test_sgd_has_the_same_bits_compiled_and_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [module(), module()]
+    for net, compiled in zip(nets, (True, False), strict=True):
+        monkeypatch.setattr(optim, "_COMPILED", compiled and optim._COMPILED)
+        masked = MaskedOptimizer(net, masks.random(net, 0.5, seed=2), SGD(0.1, 0.9, 5e-4))
+        for step in range(4):
+            with masked.in_backward():
+                loss_of(net, step).backward()
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_the_state_holds_batch_statistics() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    masked = MaskedOptimizer(net, None, SGD(0.1))
+    net(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    masked.step()
+    state = {name: tensor.clone() for name, tensor in masked.state().items()}
+    again = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    MaskedOptimizer(again, None, SGD(0.1)).restore(state)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in net.state_dict().items())
+    assert again[1].num_batches_tracked == 1

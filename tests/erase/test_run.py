@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from erase_concept import masks
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.frozen import check_frozen
 from erase_concept.make_data import data_key, make_data_for
 from erase_concept.masks.make import compute_mask, make_mask, mask, mask_key, saliency
 from erase_concept.masks.mask import Mask
@@ -24,7 +25,7 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
-from erase_concept.run import Run, check_frozen, erase, iter_erase, run_recipe
+from erase_concept.run import Run, erase, iter_erase, run_recipe
 from erase_concept.run_folder import read_run
 from erase_concept.training.loop import Record, Training
 from erase_concept.training.offload import offload_to_disk
@@ -603,3 +604,12 @@ def test_says_what_of_the_data_is_not_learnt_from(
     assert [line.getMessage() for line in caplog.records] == [f"erase-concept: {note}" for note in notes]
     run(recipe(model, square), tmp_path / "plain")
     assert "notes" not in read_run(tmp_path / "plain")
+
+
+def test_sgd_takes_steps_and_keeps_its_momentum_in_fp32(model: Path, square: Concept, tmp_path: Path) -> None:
+    asked = {"optimizer": "sgd", "lr": 1e-2, "weight_decay": 0.1, "steps": 2, "batch_size": 2}
+    run(recipe(model, square, settings=asked), tmp_path / "run")
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+    with pytest.raises(RequestError, match=r"settings\.state bf16: sgd keeps its momentum in fp32"):
+        next(iter_erase(recipe(model, square, settings=asked | {"state": "bf16"}), tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

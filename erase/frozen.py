@@ -1,0 +1,54 @@
+"""Frozen means frozen: a base model's weights are kept, and compared bit by bit with what a run made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from erase_concept.errors import EraseError
+from erase_concept.files import atomic_write
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.weights import each_tensor
+
+ROUNDED_TO = ("float16", "bfloat16", "float8_e4m3fn")  # in which models are shared
+
+
+def save_base(trained: nn.Module, file: Path) -> Path:
+    """Keep the base model's weights until the end, for the comparison; return the file."""
+    with atomic_write(file) as partial:
+        save_file(trained.state_dict(), partial)
+    return file
+
+
+def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, Any]:
+    """Compare weights bit by bit with a file of the base model's, and count what changed, in all and outside the mask.
+
+    ``surviving`` says how many changed weights still differ when both models are rounded to a dtype.
+
+    Raises EraseError when a weight outside the mask changed, or none at all.
+    """
+    changed = outside = total = 0
+    surviving = dict.fromkeys(ROUNDED_TO, 0)
+    parameters = dict(erased.named_parameters())
+    for name, stored in each_tensor(base):
+        if name not in parameters:  # a buffer, such as BatchNorm's statistics
+            continue
+        before, after = stored.float(), parameters[name].detach().cpu()  # kept in the dtype of the base model's file
+        differs = before.view(torch.int32) != after.view(torch.int32)
+        changed += int(differs.sum())
+        old, new = before[differs], after[differs]
+        for name_of_dtype in surviving:
+            kind = getattr(torch, name_of_dtype)
+            surviving[name_of_dtype] += int((old.to(kind).float() != new.to(kind).float()).sum())
+        total += differs.numel()
+        if mask is not None:
+            outside += int((differs & ~mask.dense(name)).sum())
+    if outside:
+        raise EraseError(f"{outside} weights outside the mask changed: this is a defect, nothing was exported")
+    if not changed:
+        raise EraseError("no weight changed: nothing was erased and nothing was exported")
+    return {"weights": total, "changed": changed, "changed_outside_mask": outside, "surviving": surviving}
