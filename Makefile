@@ -22,11 +22,11 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test test-lowest lint wheel-test docs rehearsal bench comparison train measure clean
+.PHONY: demo test test-lowest lint wheel-test docs rehearsal bench comparison classification train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e '.[eval,tokenizer,nudenet,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
+	$(BIN)/pip install --quiet -e '.[eval,classification,tokenizer,nudenet,imagenet,classifiers,nsfw,train,cpu,8bit,dev]'
 	touch $@
 
 demo: $(VENV)/installed  ## erase "church" from the built-in model and write the report
@@ -88,6 +88,9 @@ bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase a
 
 comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (some seven hours in all on two cores)
 	$(FAST) $(BIN)/python benchmarks/comparison.py
+
+classification: $(VENV)/installed  ## measure what docs/classification.md still lacks (resumable; it needs Fashion-MNIST)
+	$(FAST) $(BIN)/python benchmarks/classification.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette

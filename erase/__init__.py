@@ -33,15 +33,19 @@ _NAMES = {
     "iter_erase": "run",
     "iter_evaluate": "eval.evaluate",
     "iter_sample": "pipelines.sample",
+    "iter_unlearn": "classification.run",
     "load": "pipelines.load",
     "mask": "masks.make",
     "recipe_for": "recipe",
     "sample": "pipelines.sample",
+    "train_classifier": "classification.run",
+    "unlearn": "classification.run",
     "write_report": "eval.report.write",
 }
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of a table that __getattr__ reads too
 
 if TYPE_CHECKING:
+    from erase_concept.classification.run import iter_unlearn, train_classifier, unlearn
     from erase_concept.errors import EraseError, RequestError
     from erase_concept.eval.compare.compare import compare, iter_compare
     from erase_concept.eval.compare.comparison import CompareRequest, Comparison

@@ -19,6 +19,7 @@ from erase_concept.errors import EraseError, RequestError, did_you_mean
 # Where the records of each kind are kept: the module that holds its registry.
 KINDS = {
     "methods": "erase_concept.methods",
+    "unlearners": "erase_concept.classification.methods",
     "guards": "erase_concept.pipelines.guards",
     "judges": "erase_concept.eval.judges",
     "metrics": "erase_concept.eval.metrics",

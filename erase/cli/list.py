@@ -19,6 +19,7 @@ EXAMPLES = examples("erase-concept list methods", "erase-concept list methods sa
 # Of each kind of plug-in: the record's fields that its list shows, with the column's title.
 COLUMNS = {
     "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": ""},
+    "unlearners": {"summary": "what it does", "paper": ""},
     "guards": {"summary": "what it does", "paper": ""},
     "judges": {"summary": "what it tells"},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
@@ -28,11 +29,19 @@ COLUMNS = {
 # Further fields of one record, shown when it is asked for by name.
 MORE = {
     "methods": {"title": "title", "mask": "mask", "scope": "scope", "tuned_setting": "tuned setting"},
+    "unlearners": {"title": "title", "mask": "mask", "tuned_setting": "tuned setting"},
     "judges": {"title": "title"},
     "metrics": {"title": "title", "unit": "unit", "judge": "judge"},
 }
 # What stands before a setting's name in --set.
-PREFIXES = {"methods": "", "guards": "guard.", "judges": "judge.", "metrics": "metric.", "attacks": "attack."}
+PREFIXES = {
+    "methods": "",
+    "unlearners": "",
+    "guards": "guard.",
+    "judges": "judge.",
+    "metrics": "metric.",
+    "attacks": "attack.",
+}
 
 
 def list_(
@@ -40,7 +49,8 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, guards, judges, metrics, attacks, families, benchmarks, recipe, models, concepts, prompts.",
+            help="methods, unlearners (of classifiers), guards, judges, metrics, attacks, families, benchmarks, "
+            "recipe, models, concepts, prompts.",
         ),
     ],
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them: show all of its settings.")] = None,

@@ -5,13 +5,12 @@ The files beside this one load classifiers of several libraries; here is what th
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -124,44 +123,6 @@ def imagenet_labels() -> tuple[str, ...]:
     from torchvision.models import ResNet50_Weights
 
     return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
-
-
-def read_state(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Read a state dict and the labels beside it; raises ValueError when it is damaged or holds more than tensors."""
-    from erase_concept.pipelines.formats.weights import read_tensors
-
-    labels = labels_beside(file)
-    try:
-        return read_tensors(file)[0], labels
-    except RequestError as problem:
-        raise ValueError(f"{file.name} {problem.allowed}") from problem
-
-
-def labels_beside(file: Path) -> tuple[str, ...] | None:
-    """Return the lines of the file of labels beside ``file``, if there is one."""
-    if not file.is_file():
-        raise ValueError(f"there is no file {file}")
-    beside = file.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    try:
-        labels = tuple(line.strip() for line in beside.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{beside} is no text in UTF-8: {problem}") from None
-    if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
-        raise ValueError(f"{beside} must hold two labels or more, each on a line and each once")
-    return labels
-
-
-def fill_weights(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights that are the network's, all of them and no others."""
-    versioned: Any = OrderedDict(state)
-    versioned._metadata = {"": {"version": network._version}}  # as torch's own state has it: MNASNet asks for it
-    try:
-        network.load_state_dict(versioned)
-    except RuntimeError as problem:
-        what = "; ".join(line.strip() for line in str(problem).splitlines()[1:3])
-        raise ValueError(f"the weights are not this model's: {what[:300]}") from None
 
 
 def why_not(problem: Exception) -> str:

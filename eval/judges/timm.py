@@ -10,15 +10,14 @@ from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.classifier import (
     Classifier,
     classifier_judge,
-    fill_weights,
     imagenet_labels,
     loading,
     make_classifier,
-    read_state,
     shown_name,
     why_not,
 )
 from erase_concept.eval.judges.judge import Judge, LoadedJudge
+from erase_concept.pipelines.classifiers.weights import fill_weights, read_state
 from erase_concept.settings import described, settings
 
 

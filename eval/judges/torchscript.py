@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 from erase_concept.eval.judges import JUDGES
-from erase_concept.eval.judges.classifier import (
-    Classifier,
-    classifier_judge,
-    first_line,
-    labels_beside,
-    loading,
-    make_classifier,
-)
+from erase_concept.eval.judges.classifier import Classifier, classifier_judge, first_line, loading, make_classifier
 from erase_concept.eval.judges.judge import Judge, LoadedJudge
+from erase_concept.pipelines.classifiers.weights import labels_beside
 from erase_concept.settings import described, settings
 
 

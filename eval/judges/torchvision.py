@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from erase_concept.eval.judges import JUDGES
-from erase_concept.eval.judges.classifier import (
-    Classifier,
-    classifier_judge,
-    fill_weights,
-    first_line,
-    loading,
-    make_classifier,
-    read_state,
-)
+from erase_concept.eval.judges.classifier import Classifier, classifier_judge, first_line, loading, make_classifier
 from erase_concept.eval.judges.judge import Judge, LoadedJudge
+from erase_concept.pipelines.classifiers.weights import fill_weights, read_state
 from erase_concept.settings import described, settings
 
 

@@ -1,0 +1,211 @@
+"""A run: data, mask, training and the new classifier in one folder. The same recipe on it resumes a killed run.
+
+The folder holds ``recipe.yaml``, ``unlearn.json`` (versions, hashes, seeds, times, checks), ``forget.txt`` (the numbers
+of the forgotten images), ``mask.safetensors``, ``log.jsonl``, ``checkpoints/`` and ``classifier/``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase_concept.classification.data import ForgetRetainImages, Split, forget_retain, split_data
+from erase_concept.classification.forget import forget_rows
+from erase_concept.classification.mask import given_mask, make_mask
+from erase_concept.classification.methods import UNLEARNERS
+from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
+from erase_concept.errors import RequestError
+from erase_concept.files import atomic_write
+from erase_concept.frozen import check_frozen, save_base
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.classifiers.classifier import Classifier
+from erase_concept.pipelines.classifiers.load import is_architecture, load_classifier, new_classifier
+from erase_concept.pipelines.progress import bar
+from erase_concept.recipe import read_recipe
+from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
+from erase_concept.run_log import checkpoint_file, logged
+from erase_concept.seed import stage_seed
+from erase_concept.training.loop import Record, TargetProgress, steps_done
+
+RUN_FILE = "unlearn.json"  # another name than that of runs of diffusion models: neither is taken for the other
+
+
+@dataclass(frozen=True)
+class UnlearnRun(os.PathLike[str]):
+    """A complete run: its folder, which it can stand for as a path. Raises RequestError when the folder holds none."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        read_run(self.path, RUN_FILE)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def run_info(self) -> dict[str, Any]:
+        """What ``unlearn.json`` says: versions, hashes, seeds, times, checks."""
+        return read_run(self.path, RUN_FILE)
+
+    @property
+    def recipe(self) -> UnlearnRecipe:
+        """The recipe that was followed."""
+        return make_unlearn_recipe(read_recipe(self.path / "recipe.yaml"))
+
+    @property
+    def forgotten(self) -> Tensor:
+        """The numbers of the forgotten images, int64 [n]."""
+        lines = (self.path / "forget.txt").read_text(encoding="utf-8").split()
+        return torch.tensor([int(line) for line in lines], dtype=torch.int64)
+
+    def classifier(self, split: Split) -> Classifier:
+        """Return the new classifier, for its data."""
+        return load_classifier(str(self.path), split.images)
+
+
+def unlearn(
+    classifier: str | Path,
+    *,
+    data: str | Mapping[str, Any],
+    forget: str,
+    out: str | Path,
+    method: str = "salun",
+    preset: str = "default",
+    **values: Any,
+) -> UnlearnRun:
+    """Forget some of a classifier's training images, with a progress bar, and return the run.
+
+    ``classifier`` is the folder of a run or of a classifier, or ``ARCHITECTURE=FILE``. ``data``, ``forget`` and
+    ``values`` are as in ``unlearn_recipe``. Raises as ``iter_unlearn`` does.
+    """
+    return run_unlearn(unlearn_recipe(str(classifier), data, forget, method=method, preset=preset, **values), Path(out))
+
+
+def train_classifier(
+    architecture: str, *, data: str | Mapping[str, Any], out: str | Path, preset: str = "default", **values: Any
+) -> UnlearnRun:
+    """Train a new classifier on a data set's training images, with a progress bar, and return the run."""
+    return run_unlearn(
+        unlearn_recipe(architecture, data, NOTHING, method="retrain", preset=preset, **values), Path(out)
+    )
+
+
+def run_unlearn(recipe: UnlearnRecipe, out: Path) -> UnlearnRun:
+    """Run a recipe to its end, with a progress bar, and return the run; see ``iter_unlearn``."""
+    events = iter_unlearn(recipe, out)
+    begun = [event for event in (next(events, None),) if event]  # a wrong request ends here, before there is a bar
+    with bar() as shown:
+        task = shown.add_task("start", total=None)
+        for event in chain(begun, events):
+            if isinstance(event, str):
+                shown.update(task, description=event, completed=0, total=None)
+            elif isinstance(event, Record):
+                text = f"{recipe.method}  loss {event.loss:.4f}"
+                shown.update(task, description=text, completed=event.step, total=event.steps)
+    return UnlearnRun(out)
+
+
+def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | TargetProgress | str]:
+    """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
+
+    When it is exhausted, ``out/classifier`` holds the new classifier and ``out/unlearn.json`` says how it was made. A
+    run that is already complete yields nothing.
+
+    Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
+    fails or a weight changed that should not have.
+    """
+    out, method = Path(out), UNLEARNERS.find(recipe.method)
+    given = given_mask(recipe.mask)
+    if _claimed(recipe, out) and complete(out, RUN_FILE):
+        return
+    split = split_data(recipe.data)
+    if recipe.forget == NOTHING and method.anew:
+        rows = torch.empty(0, dtype=torch.int64)
+        if recipe.mask.kind != "none":
+            raise RequestError("mask.kind", recipe.mask.kind, "nothing is forgotten, so all weights are trained")
+    else:
+        rows = forget_rows(recipe.forget, split, recipe.seed)
+    if method.anew and is_architecture(recipe.classifier):
+        model = new_classifier(recipe.classifier, split.images, stage_seed(recipe.seed, "before"))
+    else:
+        model = load_classifier(recipe.classifier, split.images)
+    learnt = {"name": split.images.name, **recipe.data.split_key()}
+    if model.data and model.data != learnt:
+        differs = next(name for name in learnt if learnt[name] != model.data.get(name))
+        allowed = f"the classifier learnt from {model.data['name']} with {differs} {model.data.get(differs)}"
+        raise RequestError(f"data.{differs}", learnt[differs], allowed)
+    if given is not None:
+        given.check(model.network)
+    # From here on the request is known to be sound: only now does the folder become the run's.
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        yield from _stages(recipe, replace(model, data=learnt), forget_retain(recipe.data, split, rows), out)
+
+
+def _claimed(recipe: UnlearnRecipe, out: Path) -> bool:
+    return claimed(out, lambda file: make_unlearn_recipe(read_recipe(file)) == recipe)
+
+
+def _stages(
+    recipe: UnlearnRecipe, model: Classifier, data: ForgetRetainImages, out: Path
+) -> Iterator[Record | TargetProgress | str]:
+    """Carry out the stages of a run in its folder."""
+    if _claimed(recipe, out) and complete(out, RUN_FILE):  # another process has done it since
+        return
+    recipe.save(out / "recipe.yaml")
+    with atomic_write(out / "forget.txt") as partial:
+        partial.write_text("".join(f"{row}\n" for row in data.forget.tolist()), encoding="utf-8")
+    base, before = save_base(model.network, out / "base-network.safetensors"), model.sha256()
+    checkpoint = checkpoint_file(out)
+    resumed = steps_done(checkpoint)
+    times = [time.perf_counter()]
+    yield "mask"
+    mask = _cached_mask(recipe, model, data, out / "mask.safetensors")
+    times.append(time.perf_counter())
+    yield "unlearn"
+    run = UNLEARNERS.find(recipe.method).run
+    seed = stage_seed(recipe.seed, "method")
+    yield from logged(out, run(model, data, mask, recipe.settings, seed=seed, checkpoint=checkpoint))
+    times.append(time.perf_counter())
+    yield "save"
+    seconds = [round(after - before, 3) for before, after in pairwise(times)]
+    checks = check_frozen(base, model.network, mask)
+    model.save(out / "classifier")
+    base.unlink()
+    run_info = {
+        "schema": 1,
+        "method": recipe.method,
+        "forget": recipe.forget,
+        "images": {"forget": len(data.forget), "retain": len(data.retain)},
+        "seed": recipe.seed,
+        "recipe": recipe.fingerprint(),
+        "settings": asdict(recipe.settings),
+        "base": {"source": model.source, "architecture": model.architecture, "sha256": before},
+        "unlearned": {"sha256": model.sha256()},
+        "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
+        "checks": checks,
+        "seconds": dict(zip(("mask", "unlearn"), seconds, strict=True)),
+        "resumed_at_step": resumed,
+        "versions": versions(),
+        "files": weights_files(out / "classifier"),
+    }
+    write_json(out / RUN_FILE, run_info)  # last: it says that the run is complete
+
+
+def _cached_mask(recipe: UnlearnRecipe, model: Classifier, data: ForgetRetainImages, file: Path) -> Mask | None:
+    """Return the recipe's mask from a file; if there is none yet, make it and keep it there."""
+    if not file.exists():
+        made = make_mask(recipe.mask, model, data, recipe.seed)
+        if made is None:
+            return None
+        made.save(file)
+    return Mask.load(file)

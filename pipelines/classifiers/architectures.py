@@ -1,0 +1,77 @@
+"""Architectures of classifiers by name: ``resnet18-cifar``, torchvision's and timm's.
+
+Options stand behind the name: ``resnet18-cifar[width=16,stride=2]``. Others: ``torchvision:resnet50``, ``timm:NAME``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from erase_concept.errors import RequestError, did_you_mean, first_line
+from erase_concept.pipelines.classifiers.resnet import ResNet18
+
+CIFAR = "resnet18-cifar"
+_OPTIONS = {"width": 64, "stride": 1}
+
+
+def build(architecture: str, classes: int, channels: int, seed: int) -> nn.Module:
+    """Return a network with new weights, in evaluation mode; those of a seed are always the same.
+
+    Raises RequestError for an unknown name or option.
+    """
+    name, options = _parse(architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == CIFAR:
+            return ResNet18(classes, channels, **options).eval()
+        library, _, model = name.partition(":")
+        if library == "torchvision" and model:
+            return _torchvision(model, classes, channels).eval()
+        if library == "timm" and model:
+            return _timm(model, classes, channels).eval()
+    raise RequestError("classifier", architecture, f"allowed: {CIFAR}, torchvision:NAME, timm:NAME, or a folder")
+
+
+def _parse(architecture: str) -> tuple[str, dict[str, int]]:
+    """Split a name from its options; raises RequestError for an option that it does not have."""
+    found = re.fullmatch(r"([^\[\]]+)(?:\[(.*)\])?", architecture)
+    if found is None:
+        raise RequestError(
+            "classifier", architecture, f"must be NAME or NAME[KEY=VALUE,...], such as {CIFAR}[width=16]"
+        )
+    options = {}
+    for text in (found[2] or "").split(",") if found[2] else ():
+        key, _, value = text.partition("=")
+        if found[1] != CIFAR or key not in _OPTIONS or not value.isdigit() or int(value) < 1:
+            raise RequestError(
+                "classifier", architecture, f"{text!r} is no option; {CIFAR} has width and stride, from 1"
+            )
+        options[key] = int(value)
+    return found[1], options
+
+
+def _torchvision(model: str, classes: int, channels: int) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if model not in known:
+        raise RequestError("classifier", model, f"{did_you_mean(model, known)}torchvision has no such classifier")
+    if channels != 3:
+        raise RequestError(
+            "classifier", model, f"torchvision's classifiers take 3 channels, and the images have {channels}"
+        )
+    return models.get_model(model, weights=None, num_classes=classes)
+
+
+def _timm(model: str, classes: int, channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise RequestError("classifier", model, 'needs timm: pip install "erase-concept[classifiers]"') from None
+    try:
+        return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=channels)
+    except RuntimeError as problem:
+        raise RequestError("classifier", model, f"timm cannot make it: {first_line(problem)}") from None

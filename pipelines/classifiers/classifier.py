@@ -1,0 +1,128 @@
+"""Classifier: one interface to an image classifier, for unlearning and measuring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from erase_concept.errors import RequestError
+from erase_concept.files import atomic_write
+from erase_concept.pipelines.classifiers.architectures import build
+from erase_concept.pipelines.model import weights_hash
+
+BatchNormPolicy = Literal["update", "frozen"]
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalisation:
+    """What is subtracted from each channel of an image in [0, 1], and what it is then divided by."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise images [n, c, h, w]."""
+        shape = (1, -1, 1, 1)
+        return (images - images.new_tensor(self.mean).view(shape)) / images.new_tensor(self.std).view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """An image classifier: its architecture by name, its network, its labels, and how images are normalised.
+
+    The network is in evaluation mode but for the steps of a training. ``size`` is the side of its images in pixels.
+    ``data`` describes the images that it learnt from, and is empty where nobody knows. ``batch_norm`` says what becomes
+    of BatchNorm's running statistics in a training: "update" lets each step move them, whatever a mask freezes, and
+    "frozen" lets the whole training use them as they are. Its affine weights are weights like any others.
+    """
+
+    architecture: str
+    network: nn.Module
+    labels: tuple[str, ...]
+    normalisation: Normalisation
+    size: int
+    source: str
+    data: dict[str, Any]
+    batch_norm: BatchNormPolicy = "update"
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits [n, classes] of images [n, c, h, w] in [0, 1]."""
+        return self.network(self.normalisation(images))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def part_of(self, weights: Collection[str]) -> str:
+        """Return the component that has weights of these names: there is one alone."""
+        return "network"
+
+    def with_components(self, **changed: Any) -> Classifier:
+        """Return the same model with another network in the place of its own."""
+        return replace(self, **changed)
+
+    @contextmanager
+    def in_training(self, *, recompute: bool) -> Iterator[None]:
+        """Let steps move BatchNorm's statistics, if the policy says so.
+
+        Dropout stays off: it would draw from a generator that all of the process shares. Raises ValueError for
+        activations that are computed anew, by which the statistics would move twice.
+        """
+        if recompute:
+            raise ValueError("a classifier's activations are not computed anew in the backward pass")
+        norms = [one for one in self.network.modules() if isinstance(one, _BATCH_NORMS)]
+        try:
+            for norm in norms:
+                norm.train(self.batch_norm == "update")
+            yield
+        finally:
+            self.network.eval()
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Return a network of the same architecture with the first weights of a seed."""
+        channels = len(self.normalisation.mean)
+        return build(self.architecture, len(self.labels), channels, seed).to(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it is, in plain values: all but its weights."""
+        return {
+            "architecture": self.architecture,
+            "labels": list(self.labels),
+            "mean": list(self.normalisation.mean),
+            "std": list(self.normalisation.std),
+            "size": self.size,
+            "data": self.data,
+        }
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of its weights and statistics."""
+        return weights_hash(self.network)
+
+    def save(self, folder: Path) -> None:
+        """Write ``classifier.json`` and ``weights.safetensors``."""
+        with atomic_write(folder / "weights.safetensors") as partial:
+            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, partial)
+        with atomic_write(folder / "classifier.json") as partial:
+            partial.write_text(json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def head_of(classifier: Classifier) -> str:
+    """Return the name of the last linear layer; raises RequestError where its outputs are not the labels."""
+    name, layer = "", None
+    for name_of, module in classifier.network.named_modules():
+        if isinstance(module, nn.Linear):
+            name, layer = name_of, module
+    if layer is None or layer.out_features != len(classifier.labels):
+        has = "no linear layer" if layer is None else f"a last linear layer of {layer.out_features} outputs"
+        raise RequestError("classifier", classifier.source, f"has {has}, not one of {len(classifier.labels)}")
+    return name

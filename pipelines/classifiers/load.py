@@ -1,0 +1,136 @@
+"""Load a classifier: a folder that a run wrote, or an architecture with a file of weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase_concept.errors import RequestError, first_line
+from erase_concept.pipelines.classifiers.architectures import build
+from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
+from erase_concept.pipelines.classifiers.images import ImageData
+from erase_concept.pipelines.classifiers.weights import fill_weights, read_state
+from erase_concept.pipelines.processes import processes
+
+
+def load_classifier(source: str, data: ImageData) -> Classifier:
+    """Load a classifier for a data set.
+
+    ``source`` is the folder of a run or of its classifier, or ``ARCHITECTURE=FILE`` with a state dict. Labels may lie
+    beside a file, with the suffix .txt; without them they are the data's. So is the normalisation of a file that has
+    none of its own ("normalize.mean", "normalize.std").
+    Raises RequestError when it is not there, has other classes than the data, or weights of another architecture.
+    """
+    folder = _folder(source)
+    try:
+        found = _from_file(source, data) if folder is None else _from_folder(source, folder, data)
+    except ValueError as problem:
+        raise RequestError("classifier", source, getattr(problem, "allowed", str(problem))) from None
+    if found.labels != data.labels:
+        raise RequestError("classifier", source, _other_classes(found.labels, data))
+    _check_outputs(found, data)
+    if not all(bool(p.isfinite().all()) for p in found.network.parameters()):
+        raise RequestError("classifier", source, "has weights that are NaN or infinite")
+    return found
+
+
+def new_classifier(architecture: str, data: ImageData, seed: int) -> Classifier:
+    """Return a classifier with the first weights of a seed, for a data set; raises RequestError for an unknown name."""
+    channels, size = data.train.shape[0], data.train.shape[-1]
+    network = build(architecture, len(data.labels), channels, seed).to(processes().device)
+    made = Classifier(architecture, network, data.labels, data.normalisation, size, architecture, {})
+    _check_outputs(made, data)
+    return made
+
+
+@torch.no_grad()
+def _check_outputs(model: Classifier, data: ImageData) -> None:
+    """Raise RequestError for a network that cannot take the data's images, or has another number of outputs."""
+    images = data.train[torch.arange(2)].to(model.device).float() / 255
+    try:
+        logits = model.logits(images)
+    except (RuntimeError, ValueError, AssertionError) as problem:
+        allowed = f"cannot take {data.name}'s images of {tuple(images.shape[1:])}: {first_line(problem)}"
+        raise RequestError("classifier", model.source, allowed) from None
+    if not isinstance(logits, Tensor) or logits.shape != (2, len(model.labels)):
+        got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
+        raise RequestError("classifier", model.source, f"returns {got} for 2 images, not [2, {len(model.labels)}]")
+
+
+def recorded_split(source: str) -> dict[str, Any]:
+    """Return the settings of the split whose training images a classifier learnt from; of a mere file, none."""
+    folder = _folder(source)
+    if folder is None:
+        return {}
+    try:
+        data = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["data"]
+        return {name: value for name, value in data.items() if name != "name"}
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as problem:
+        raise RequestError("classifier", source, f"{folder / 'classifier.json'} is damaged: {problem}") from None
+
+
+def _folder(source: str) -> Path | None:
+    """Return the folder of a classifier, which may be in that of a run."""
+    folders = (Path(source), Path(source) / "classifier")
+    return next((folder for folder in folders if (folder / "classifier.json").is_file()), None)
+
+
+def is_architecture(source: str) -> bool:
+    """Tell whether a source is an architecture alone, without weights."""
+    return not Path(source).exists() and not (_behind_options(source) if "[" in source else source.partition("="))[1]
+
+
+def _from_folder(source: str, folder: Path, data: ImageData) -> Classifier:
+    try:
+        about: dict[str, Any] = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+        mean, std, labels = (tuple(about[key]) for key in ("mean", "std", "labels"))
+        size, known = int(about["size"]), dict(about["data"])
+        network = build(str(about["architecture"]), len(labels), len(mean), 0)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{folder / 'classifier.json'} is damaged: {problem}") from None
+    if (len(mean), size) != (data.train.shape[0], data.train.shape[-1]):
+        channels, side = data.train.shape[0], data.train.shape[-1]
+        raise ValueError(f"takes {len(mean)} channels of {size} pixels; {data.name} has {channels} of {side}")
+    fill_weights(network, read_state(folder / "weights.safetensors")[0])
+    network.to(processes().device)
+    return Classifier(str(about["architecture"]), network, labels, Normalisation(mean, std), size, source, known)
+
+
+def _from_file(source: str, data: ImageData) -> Classifier:
+    architecture, equals, file = source.partition("=") if "[" not in source else _behind_options(source)
+    if not equals:
+        raise ValueError("is no folder of a classifier; needed: one, or ARCHITECTURE=FILE with the weights")
+    state, labels = read_state(Path(file))
+    state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
+    mean, std = (_numbers(state.pop(f"normalize.{name}", None)) for name in ("mean", "std"))
+    normalisation = Normalisation(mean, std) if mean and std else data.normalisation
+    head = [value for name, value in state.items() if name.endswith(".weight") and value.ndim == 2]
+    if head and len(head[-1]) != len(labels or data.labels):
+        raise ValueError(f"has {len(head[-1])} outputs, and {data.name} has {len(labels or data.labels)} classes")
+    channels, size = data.train.shape[0], data.train.shape[-1]
+    network = build(architecture, len(labels or data.labels), channels, 0)
+    fill_weights(network, state)
+    network.to(processes().device)
+    return Classifier(architecture, network, labels or data.labels, normalisation, size, source, {})
+
+
+def _behind_options(source: str) -> tuple[str, str, str]:
+    """Split ARCHITECTURE[KEY=VALUE]=FILE at the sign behind the options."""
+    name, bracket, rest = source.partition("]")
+    return name + bracket, rest[:1], rest[1:]
+
+
+def _numbers(value: Tensor | None) -> tuple[float, ...]:
+    return () if value is None else tuple(value.to(torch.float64).flatten().tolist())
+
+
+def _other_classes(labels: tuple[str, ...], data: ImageData) -> str:
+    if len(labels) != len(data.labels):
+        return f"has {len(labels)} classes, and {data.name} has {len(data.labels)}"
+    first = next((ours, theirs) for ours, theirs in zip(labels, data.labels, strict=True) if ours != theirs)
+    return f"has the class {first[0]!r} where {data.name} has {first[1]!r}"
