@@ -17,6 +17,8 @@ FLAGS = {
     "set": "--set",
     "ema": "--ema",
     "metric.reference": "--reference",
+    "classifier": "CLASSIFIER",
+    "data.source": "--data",
     "mask.kind": "--mask",
     "mask.scope": "--scope",
     "mask.sparsity": "--sparsity",
@@ -26,6 +28,7 @@ FLAGS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *("concept", "anchor", "retain", "templates", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
+        *("forget", "retrain"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
         *("benchmark", "baseline", "judge", "metric", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),

@@ -9,7 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from erase_concept.cli import apply, compare, concept, demo, erase, evaluate, export, mask, mask_info, report, sample
+from erase_concept.cli import (
+    apply,
+    compare,
+    concept,
+    demo,
+    erase,
+    evaluate,
+    export,
+    mask,
+    mask_info,
+    report,
+    sample,
+    unlearn,
+)
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError
@@ -30,6 +43,9 @@ for _name, _command, _epilog, _panel in (
     ("demo", demo.demo, demo.EXAMPLES, "Erase"),
     ("erase", erase.erase, erase.EXAMPLES, "Erase"),
     ("mask", mask.mask, mask.EXAMPLES, "Erase"),
+    ("train", unlearn.train, unlearn.TRAIN_EXAMPLES, "Classifiers"),
+    ("unlearn", unlearn.unlearn, unlearn.UNLEARN_EXAMPLES, "Classifiers"),
+    ("eval-classifier", unlearn.eval_classifier, unlearn.EVAL_EXAMPLES, "Classifiers"),
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure"),
     ("report", report.report, report.EXAMPLES, "Measure"),
     ("compare", compare.compare, compare.EXAMPLES, "Measure"),
