@@ -19,12 +19,12 @@ EXAMPLES = examples("erase-concept list methods", "erase-concept list methods sa
 # Of each kind of plug-in: the record's fields that its list shows, with the column's title.
 COLUMNS = {
     "methods": {"summary": "what it does", "trains": "trains", "needs": "needs", "paper": ""},
-    "unlearners": {"summary": "what it does", "paper": ""},
     "guards": {"summary": "what it does", "paper": ""},
     "judges": {"summary": "what it tells"},
     "metrics": {"summary": "what it measures", "about": "about", "direction": "better"},
     "attacks": {"summary": "what it does"},
     "families": {"summary": "its models"},
+    "unlearners": {"summary": "what it does", "paper": ""},
 }
 # Further fields of one record, shown when it is asked for by name.
 MORE = {
@@ -49,7 +49,7 @@ def list_(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="methods, unlearners (of classifiers), guards, judges, metrics, attacks, families, benchmarks, "
+            help="methods, guards, judges, metrics, attacks, families, unlearners (of classifiers), benchmarks, "
             "recipe, models, concepts, prompts.",
         ),
     ],
