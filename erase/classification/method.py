@@ -22,8 +22,9 @@ class Unlearner:
     """A method's record.
 
     ``summary`` says in one line what it does, ``paper`` where it was published. ``mask`` is the paper's own choice of
-    weights. ``tuned_setting`` is the setting that makes it forget more or less. ``anew`` says that it begins with new
-    weights and needs none of the classifier's.
+    weights. ``tuned_setting`` is the setting that makes it forget more or less. ``new_weights`` says that it needs a
+    network of new weights beside the classifier, and ``anew`` that it begins with them and needs none of the
+    classifier's.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Unlearner:
     paper: str
     mask: str = "none"
     tuned_setting: str = "lr"
+    new_weights: bool = False
     anew: bool = False
 
 

@@ -27,7 +27,8 @@ def mean_gradient(
     The network is in evaluation mode, and images are cropped and mirrored at random.
     """
     total, loss = torch.zeros(sum(p.numel() for p in model.network.parameters()), device=model.device), 0.0
-    model.network.requires_grad_(True)
+    for p in model.network.parameters():
+        p.requires_grad_(True)
     try:
         for some in rows.split(batch_size):
             images, labels = (one.to(model.device) for one in data.batch(some, generator))
@@ -36,7 +37,8 @@ def mean_gradient(
             total += torch.cat([g.flatten() for g in found.values()])
             loss += float(value.detach())
     finally:
-        model.network.requires_grad_(False)
+        for p in model.network.parameters():
+            p.requires_grad_(False)
     return total, loss
 
 

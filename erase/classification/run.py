@@ -26,6 +26,7 @@ from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.frozen import check_frozen, save_base
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.classifiers.architectures import TORCHSCRIPT
 from erase_concept.pipelines.classifiers.classifier import Classifier
 from erase_concept.pipelines.classifiers.load import is_architecture, load_classifier, new_classifier
 from erase_concept.pipelines.progress import bar
@@ -143,6 +144,8 @@ def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | Ta
         differs = next(name for name in learnt if learnt[name] != model.data.get(name))
         allowed = f"the classifier learnt from {model.data['name']} with {differs} {model.data.get(differs)}"
         raise RequestError(f"data.{differs}", learnt[differs], allowed)
+    if method.new_weights and model.architecture.startswith(TORCHSCRIPT):
+        raise RequestError("method", method.name, "needs new weights, which a TorchScript module cannot be given")
     if given is not None:
         given.check(model.network)
     # From here on the request is known to be sound: only now does the folder become the run's.

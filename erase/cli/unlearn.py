@@ -56,7 +56,10 @@ class UnlearnOptions:
     """What unlearning is asked for."""
 
     classifier: Annotated[
-        str, typer.Argument(metavar="CLASSIFIER", help="Folder of a run or of a classifier, or ARCHITECTURE=FILE.")
+        str,
+        typer.Argument(
+            metavar="CLASSIFIER", help="Folder of a run or of a classifier, ARCHITECTURE=FILE, or torchscript:FILE."
+        ),
     ]
     forget: Annotated[
         str,

@@ -41,8 +41,9 @@ def accumulate(
 
         return hook
 
-    module.zero_grad()
-    module.requires_grad_(True)
+    for p in parameters.values():  # one by one, for a TorchScript module has no method for all
+        p.requires_grad_(True)
+        p.grad = None
     handles = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in parameters.items()]
     try:
         for loss in losses:

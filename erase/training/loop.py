@@ -187,8 +187,9 @@ def train(
                 if checkpoint is not None and accelerator.is_main_process and due:
                     _save(masked, checkpoint, step + 1)
     finally:
-        trained.requires_grad_(False)
-        trained.zero_grad()
+        for p in trained.parameters():
+            p.requires_grad_(False)
+            p.grad = None
         if model.device.type != "cpu":  # there it would only collect garbage, which takes most of a second
             accelerator.free_memory()
 

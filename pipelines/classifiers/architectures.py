@@ -1,4 +1,4 @@
-"""Architectures of classifiers by name: ``resnet18-cifar``, torchvision's and timm's.
+"""Architectures of classifiers by name: ``resnet18-cifar``, torchvision's and timm's; and TorchScript files.
 
 Options stand behind the name: ``resnet18-cifar[width=16,stride=2]``. Others: ``torchvision:resnet50``, ``timm:NAME``.
 """
@@ -14,14 +14,17 @@ from erase_concept.errors import RequestError, did_you_mean, first_line
 from erase_concept.pipelines.classifiers.resnet import ResNet18
 
 CIFAR = "resnet18-cifar"
+TORCHSCRIPT = "torchscript:"  # a program, which brings its weights: loading one runs what its author wrote
 _OPTIONS = {"width": 64, "stride": 1}
 
 
 def build(architecture: str, classes: int, channels: int, seed: int) -> nn.Module:
     """Return a network with new weights, in evaluation mode; those of a seed are always the same.
 
-    Raises RequestError for an unknown name or option.
+    A TorchScript module comes with the weights of its file. Raises RequestError for an unknown name or option.
     """
+    if architecture.startswith(TORCHSCRIPT):
+        return _torchscript(architecture.removeprefix(TORCHSCRIPT))
     name, options = _parse(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,6 +54,14 @@ def _parse(architecture: str) -> tuple[str, dict[str, int]]:
             )
         options[key] = int(value)
     return found[1], options
+
+
+def _torchscript(file: str) -> nn.Module:
+    try:
+        module: nn.Module = torch.jit.load(file, map_location="cpu")
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise RequestError("classifier", file, f"is no TorchScript module: {first_line(problem)}") from None
+    return module.eval()
 
 
 def _torchvision(model: str, classes: int, channels: int) -> nn.Module:

@@ -19,7 +19,7 @@ from erase_concept.pipelines.classifiers.architectures import build
 from erase_concept.pipelines.model import weights_hash
 
 BatchNormPolicy = Literal["update", "frozen"]
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,9 @@ class Classifier:
         """
         if recompute:
             raise ValueError("a classifier's activations are not computed anew in the backward pass")
-        norms = [one for one in self.network.modules() if isinstance(one, _BATCH_NORMS)]
+        # A scripted module knows the name of its class alone.
+        named = [(getattr(one, "original_name", type(one).__name__), one) for one in self.network.modules()]
+        norms = [one for name, one in named if name in _BATCH_NORMS]
         try:
             for norm in norms:
                 norm.train(self.batch_norm == "update")

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from erase_concept.errors import RequestError, first_line
-from erase_concept.pipelines.classifiers.architectures import build
+from erase_concept.pipelines.classifiers.architectures import TORCHSCRIPT, build
 from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
 from erase_concept.pipelines.classifiers.images import ImageData
-from erase_concept.pipelines.classifiers.weights import fill_weights, read_state
+from erase_concept.pipelines.classifiers.weights import fill_weights, labels_beside, read_state
 from erase_concept.pipelines.processes import processes
 
 
 def load_classifier(source: str, data: ImageData) -> Classifier:
     """Load a classifier for a data set.
 
-    ``source`` is the folder of a run or of its classifier, or ``ARCHITECTURE=FILE`` with a state dict. Labels may lie
-    beside a file, with the suffix .txt; without them they are the data's. So is the normalisation of a file that has
-    none of its own ("normalize.mean", "normalize.std").
+    ``source`` is the folder of a run or of its classifier, ``ARCHITECTURE=FILE`` with a state dict, or
+    ``torchscript:FILE``, a module that normalises images itself. Labels may lie beside a file, with the suffix .txt;
+    without them they are the data's. So is the normalisation of a state dict that has none of its own
+    ("normalize.mean", "normalize.std").
     Raises RequestError when it is not there, has other classes than the data, or weights of another architecture.
     """
     folder = _folder(source)
@@ -82,6 +83,8 @@ def _folder(source: str) -> Path | None:
 
 def is_architecture(source: str) -> bool:
     """Tell whether a source is an architecture alone, without weights."""
+    if source.startswith(TORCHSCRIPT):
+        return False
     return not Path(source).exists() and not (_behind_options(source) if "[" in source else source.partition("="))[1]
 
 
@@ -102,6 +105,13 @@ def _from_folder(source: str, folder: Path, data: ImageData) -> Classifier:
 
 
 def _from_file(source: str, data: ImageData) -> Classifier:
+    channels, size = data.train.shape[0], data.train.shape[-1]
+    if source.startswith(TORCHSCRIPT):
+        labels = labels_beside(Path(source.removeprefix(TORCHSCRIPT))) or data.labels
+        network = build(source, len(labels), channels, 0).to(processes().device)
+        return Classifier(
+            source, network, labels, Normalisation((0.0,) * channels, (1.0,) * channels), size, source, {}
+        )
     architecture, equals, file = source.partition("=") if "[" not in source else _behind_options(source)
     if not equals:
         raise ValueError("is no folder of a classifier; needed: one, or ARCHITECTURE=FILE with the weights")
@@ -112,7 +122,6 @@ def _from_file(source: str, data: ImageData) -> Classifier:
     head = [value for name, value in state.items() if name.endswith(".weight") and value.ndim == 2]
     if head and len(head[-1]) != len(labels or data.labels):
         raise ValueError(f"has {len(head[-1])} outputs, and {data.name} has {len(labels or data.labels)} classes")
-    channels, size = data.train.shape[0], data.train.shape[-1]
     network = build(architecture, len(labels or data.labels), channels, 0)
     fill_weights(network, state)
     network.to(processes().device)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import erase_concept as ec
 from erase_concept.classification.data import DataSettings, split_data
@@ -358,3 +359,24 @@ def test_cifar_and_svhn_are_read_as_torchvision_keeps_them(tmp_path: Path, monke
     found = read_images(f"svhn:{tmp_path}")
     assert found.train_labels.tolist() == [0, 4]
     assert found.train[torch.tensor([1])][0, 2, 5, 7] == numbers[5, 7, 2, 1]
+
+
+def test_a_torchscript_module(fashion: str, tmp_path: Path) -> None:
+    """It is unlearned and loaded again; what needs new weights is refused before the folder is begun."""
+    images = read_images(fashion)
+    pooled = (nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *pooled).eval()
+    torch.jit.script(network).save(str(tmp_path / "net.pt"))
+    source, data = f"torchscript:{tmp_path / 'net.pt'}", settings(fashion)
+    for method in ("retrain", "bad-teacher"):
+        with pytest.raises(RequestError, match="cannot be given"):
+            ec.unlearn(source, data=data, forget="random:10%", method=method, out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    run = ec.unlearn(source, data=data, forget="random:10%", out=tmp_path / "run", settings=SHORT)
+    assert run.run_info["checks"]["changed_outside_mask"] == 0
+    split = split_data(run.recipe.data)
+    after = run.classifier(split).network.state_dict()
+    moved = [name for name, value in network.state_dict().items() if not torch.equal(value, after[name])]
+    assert {"5.weight", "1.running_mean"} <= set(moved)
+    with pytest.raises(RequestError, match="is no TorchScript module"):
+        load_classifier(f"torchscript:{tmp_path / 'run' / 'recipe.yaml'}", images)

@@ -39,6 +39,7 @@ class BadTeacherSettings(ClassifierTraining):
     summary="Teaches what a network of random weights says of the images to forget, and the original of all others.",
     title="Bad teacher",
     paper="arXiv 2205.08096",
+    new_weights=True,
 )
 def bad_teacher(
     model: Classifier,

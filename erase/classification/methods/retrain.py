@@ -33,6 +33,7 @@ class RetrainSettings(ClassifierTraining):
     title="Retrain",
     paper="arXiv 2310.12508",
     tuned_setting="epochs",
+    new_weights=True,
     anew=True,
 )
 def retrain(
