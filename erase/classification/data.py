@@ -14,6 +14,7 @@ from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
 
 _SALUN = "SalUn, arXiv 2310.12508"
+SPLIT = ("train", "validation", "test", "split_seed")  # the settings that say which images are training images
 
 
 @settings
@@ -40,10 +41,9 @@ class DataSettings:
         described("Mirror training images at random; by default where that keeps their class.", source=_SALUN),
     ] = None
 
-    def split_key(self) -> dict[str, object]:
-        """Return what tells which images are training images; a classifier is unlearned on its own."""
-        changes = ("crop", "flip", "size", "source")
-        return {name: value for name, value in asdict(self).items() if name not in changes}
+    def recorded(self) -> dict[str, object]:
+        """Return what a classifier remembers of the images that it learnt from: all but where they are."""
+        return {name: value for name, value in asdict(self).items() if name != "source"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.presets import classifier_preset
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.classifiers.load import recorded_split
+from erase_concept.pipelines.classifiers.load import recorded_data
 from erase_concept.settings import changed_settings, check_settings, merge
 
 NOTHING = "none"  # what is forgotten when an original is trained
@@ -104,15 +104,15 @@ def unlearn_recipe(
 ) -> UnlearnRecipe:
     """Return the recipe for forgetting some images: the preset, with the given values laid over it.
 
-    ``data`` is a data set, as ``DataSettings.source``, or several of ``DataSettings``; the split is by default that of
-    the classifier. ``forget`` is what ``forget_rows`` takes. ``values`` are a recipe's fields; nested mappings such as
-    ``settings={"lr": 0.01}`` change what they name alone.
+    ``data`` is a data set, as ``DataSettings.source``, or several of ``DataSettings``; by default its images are split
+    and changed as when the classifier learnt from them. ``forget`` is what ``forget_rows`` takes. ``values`` are a
+    recipe's fields; nested mappings such as ``settings={"lr": 0.01}`` change what they name alone.
     """
     record = UNLEARNERS.find(method)
     start = classifier_preset(preset, method, forget)
     known = {one.name for one in fields(record.settings)}
     common = {"settings": {name: value for name, value in start.any.items() if name in known}}
-    split = {"data": recorded_split(classifier)}
+    split = {"data": recorded_data(classifier)}
     named: dict[str, Any] = {"classifier": classifier, "forget": forget, "method": method}
     named["data"] = {"source": data} if isinstance(data, str) else dict(data)
     return make_unlearn_recipe(reduce(merge, (common, start.parts, split, named, values)))

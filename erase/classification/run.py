@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase_concept.classification.data import ForgetRetainImages, Split, forget_retain, split_data
+from erase_concept.classification.data import SPLIT, ForgetRetainImages, Split, forget_retain, split_data
 from erase_concept.classification.forget import forget_rows
 from erase_concept.classification.mask import given_mask, make_mask
 from erase_concept.classification.methods import UNLEARNERS
@@ -139,11 +139,8 @@ def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | Ta
         model = new_classifier(recipe.classifier, split.images, stage_seed(recipe.seed, "before"))
     else:
         model = load_classifier(recipe.classifier, split.images)
-    learnt = {"name": split.images.name, **recipe.data.split_key()}
-    if model.data and model.data != learnt:
-        differs = next(name for name in learnt if learnt[name] != model.data.get(name))
-        allowed = f"the classifier learnt from {model.data['name']} with {differs} {model.data.get(differs)}"
-        raise RequestError(f"data.{differs}", learnt[differs], allowed)
+    learnt = {"name": split.images.name, **recipe.data.recorded()}
+    _check_data(model, learnt)
     if method.new_weights and model.architecture.startswith(TORCHSCRIPT):
         raise RequestError("method", method.name, "needs new weights, which a TorchScript module cannot be given")
     if given is not None:
@@ -152,6 +149,17 @@ def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | Ta
     out.mkdir(parents=True, exist_ok=True)
     with only_process(out):
         yield from _stages(recipe, replace(model, data=learnt), forget_retain(recipe.data, split, rows), out)
+
+
+def _check_data(model: Classifier, data: Mapping[str, Any]) -> None:
+    """Refuse other training images than those that the classifier remembers to have learnt from."""
+    known = model.data or data
+    if known["name"] != data["name"]:
+        raise RequestError("data.source", data["name"], f"the classifier learnt from {known['name']}")
+    for name in SPLIT:
+        if known.get(name) != data[name]:
+            allowed = f"the classifier learnt from {known['name']} with {name} {known.get(name)}"
+            raise RequestError(f"data.{name}", data[name], allowed)
 
 
 def _claimed(recipe: UnlearnRecipe, out: Path) -> bool:

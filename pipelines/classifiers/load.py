@@ -63,8 +63,8 @@ def _check_outputs(model: Classifier, data: ImageData) -> None:
         raise RequestError("classifier", model.source, f"returns {got} for 2 images, not [2, {len(model.labels)}]")
 
 
-def recorded_split(source: str) -> dict[str, Any]:
-    """Return the settings of the split whose training images a classifier learnt from; of a mere file, none."""
+def recorded_data(source: str) -> dict[str, Any]:
+    """Return the settings of the images that a classifier learnt from, and how it did; of a mere file, none."""
     folder = _folder(source)
     if folder is None:
         return {}

@@ -44,7 +44,7 @@ def original(fashion: str, tmp_path_factory: pytest.TempPathFactory) -> UnlearnR
 @pytest.fixture(scope="module")
 def unlearned(original: UnlearnRun, fashion: str, tmp_path_factory: pytest.TempPathFactory) -> UnlearnRun:
     out = tmp_path_factory.mktemp("runs") / "salun"
-    data = {"source": fashion, "crop": 1}  # its split is that of the original
+    data = {"source": fashion}  # all else is as when the original learnt
     return ec.unlearn(original.path, data=data, forget="random:10%", out=out, settings=SHORT, seed=4)
 
 
@@ -59,6 +59,7 @@ def test_a_run_says_what_it_did(original: UnlearnRun, unlearned: UnlearnRun) -> 
         entry.name for entry in unlearned.path.iterdir()
     }
     assert not (unlearned.path / "base-network.safetensors").exists()
+    assert (unlearned.recipe.data.train, unlearned.recipe.data.crop) == (100, 1)
     assert len(unlearned.forgotten) == 10
     assert set(unlearned.forgotten.tolist()) <= set(split_data(unlearned.recipe.data).train.tolist())
 
