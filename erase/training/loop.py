@@ -144,8 +144,7 @@ def train(
 ) -> Iterator[Record | TargetProgress]:
     """Minimise a loss over the weights that a mask allows, in place, yielding a record after every step.
 
-    These are those of the component that the mask is for; without a mask all of the model's main component, such as
-    the UNet.
+    Without a mask these are all weights of the model's main component, such as the UNet.
 
     Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
     on from its checkpoint ends with the same bits as one that was never stopped. The step is taken inside the backward

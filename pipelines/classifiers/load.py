@@ -107,11 +107,10 @@ def _from_folder(source: str, folder: Path, data: ImageData) -> Classifier:
 def _from_file(source: str, data: ImageData) -> Classifier:
     channels, size = data.train.shape[0], data.train.shape[-1]
     if source.startswith(TORCHSCRIPT):
-        labels = labels_beside(Path(source.removeprefix(TORCHSCRIPT))) or data.labels
-        network = build(source, len(labels), channels, 0).to(processes().device)
-        return Classifier(
-            source, network, labels, Normalisation((0.0,) * channels, (1.0,) * channels), size, source, {}
-        )
+        names = labels_beside(Path(source.removeprefix(TORCHSCRIPT))) or data.labels
+        network = build(source, len(names), channels, 0).to(processes().device)
+        as_it_is = Normalisation((0.0,) * channels, (1.0,) * channels)
+        return Classifier(source, network, names, as_it_is, size, source, {})
     architecture, equals, file = source.partition("=") if "[" not in source else _behind_options(source)
     if not equals:
         raise ValueError("is no folder of a classifier; needed: one, or ARCHITECTURE=FILE with the weights")
