@@ -1,5 +1,5 @@
-"""``python -m erase_concept``: the command, for launchers such as torchrun."""
+"""``python -m erase_concept``: the command, for launchers such as ``accelerate launch`` and torchrun."""
 
-from erase_concept.cli.main import main
+import runpy
 
-main()
+runpy.run_module("erase_concept.cli", run_name="__main__", alter_sys=True)

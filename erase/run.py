@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from erase_concept import masks
-from erase_concept.card import write_card
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.exports import Exported, export
@@ -28,6 +27,7 @@ from erase_concept.make_data import cached_data, check_data, image_folders
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
 from erase_concept.masks.mask import Mask
 from erase_concept.methods import METHODS
+from erase_concept.model_card import write_card
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.image_set import shortened

@@ -92,7 +92,7 @@ def iter_evaluate(request: EvalRequest) -> Iterator[Progress | Report]:
 
 def _write_card(plan: EvalPlan, report: Report) -> None:
     """Write the result into the model card of the run that was evaluated."""
-    from erase_concept.card import write_card
+    from erase_concept.model_card import write_card
 
     info = plan.run.run_info
     if info and report.concept == info.get("concept") and report.base is not None and plan.on_target:

@@ -27,8 +27,8 @@ def apply(
     ema: EmaOption = None,
 ) -> None:
     """Turn a base model into the erased one by a delta, bit for bit, or back again."""
-    from erase_concept.card import delta_card
     from erase_concept.exports import check_out
+    from erase_concept.model_card import delta_card
     from erase_concept.pipelines.formats.delta import apply_delta, open_delta
     from erase_concept.pipelines.formats.folder import save_pipeline
     from erase_concept.pipelines.load import load

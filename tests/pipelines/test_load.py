@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from erase_concept.card import card
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.model_card import card
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.single_file import save_original
 from erase_concept.pipelines.load import configs, load

@@ -1,0 +1,5 @@
+"""The command as a module."""
+
+from erase_concept.cli.main import main
+
+main()
