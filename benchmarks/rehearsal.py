@@ -85,12 +85,13 @@ class Rehearsal:
 
 def make(family: str, file: Path) -> None:
     """Write a random model of a family as one fp16 file."""
-    made = configs(family)
-    parts = {name: build(name, made[name]) for name, one in FAMILIES.find(family).components.items() if one.make}
-    states = {
-        name: {key: value.half() if value.is_floating_point() else value for key, value in part.state_dict().items()}
-        for name, part in parts.items()
-    }
+    made, states = configs(family), {}
+    for name, one in FAMILIES.find(family).components.items():
+        if one.make:  # one part at a time is in memory in fp32
+            states[name] = {
+                key: value.half() if value.is_floating_point() else value
+                for key, value in build(name, made[name]).state_dict().items()
+            }
     save_single_file(states, FAMILIES.find(family), file, {})
 
 
