@@ -295,6 +295,8 @@ def _compiled(
     """Return the compiled update of each piece."""
     from erase_concept.training import compiled
 
+    # A plain tuple: numba keeps the arguments' types on the disk, and could not read those of a class that was renamed.
+    plain = tuple(numbers)
     narrow = moments[0].dtype == torch.bfloat16
     function: Any = compiled.update_bf16 if narrow else compiled.update
     if isinstance(numbers, SGDNumbers):
@@ -304,9 +306,7 @@ def _compiled(
     weights, gradient = map(_array, _flat(one))
     if one.parameter.dtype == torch.bfloat16:
         function = partial(_in_fp32, function, np.uint32(seed ^ _OF_WEIGHTS))
-    return [
-        partial(function, weights, gradient, given, one.bits.numpy(), piece, numbers, *more) for piece in one.pieces
-    ]
+    return [partial(function, weights, gradient, given, one.bits.numpy(), piece, plain, *more) for piece in one.pieces]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

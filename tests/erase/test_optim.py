@@ -178,6 +178,15 @@ def test_the_compiled_update_gives_torchs_bits(state: str, name: str, monkeypatc
     assert all(torch.equal(p, q) for p, q in zip(*both, strict=True))
 
 
+def test_what_numba_keeps_on_the_disk_names_no_class_of_ours() -> None:
+    """A cache that holds the type of a class cannot be read once the class has another name."""
+    compiled = pytest.importorskip("erase_concept.training.compiled", reason="the compiled update needs numba")
+    trained({"name": "adam", "state": "fp32"}, in_backward=False)
+    assert compiled.update.signatures
+    assert "erase_concept" not in repr(compiled.update.signatures)
+    assert "Numbers" not in repr(compiled.update.signatures)
+
+
 @pytest.mark.parametrize(("state", "near"), [("bf16", 0.02), ("8bit", 0.05)])
 def test_narrow_state_stays_near_the_exact_one(state: str, near: float, compiled: bool) -> None:
     if state == "8bit":
