@@ -119,13 +119,12 @@ def test_every_family_at_full_size(family: str, millions: float) -> None:
 
 
 def test_bf16_weights_are_bf16_in_the_masks_plan_too(make: ModelConfigs) -> None:
-    recipes = [recipe_for("emojinette", "church", method="salun", memory=memory) for memory in ("balanced", "low")]
+    recipes = [recipe_for("emojinette", "church", method="salun", memory=memory) for memory in ("fast", "low")]
     wide, narrow = (plan_stages(recipe, find_card(CARD), ["mask"])[0].bytes for recipe in recipes)
     assert wide["weights"] == 2 * narrow["weights"]
-    assert (wide["sums"] > 0, narrow["sums"]) == (True, 0)  # in main memory
-    assert (
-        plan_stages(recipes[1], find_card(None), ["mask"])[0].bytes["sums"] == wide["sums"]
-    )  # on a CPU it is the same
+    assert (wide["sums"] > 0, narrow["sums"]) == (True, 0)  # with the preset they are in main memory
+    on_cpu = plan_stages(recipes[1], find_card(None), ["mask"])[0].bytes
+    assert on_cpu["sums"] == wide["sums"]  # which is all that a CPU has
 
 
 CARD = "RTX 3060"  # 12 GiB; 12.7 TFLOPS in fp32 and 25.5 in bf16
