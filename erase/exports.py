@@ -107,9 +107,7 @@ def export(
         options["about"] = _metadata(run, run_info, erased, lora=True)
         fit = save_lora(_base(run, run_info, format, ema), erased.unet, file, **options)
     else:
-        base = _base(run, run_info, format, ema)
-        with silence_hub_logs():
-            save_delta(base.unet.to(kind), erased.unet, file, _about(run, run_info))
+        save_delta(_base(run, run_info, format, ema).unet, erased.unet, file, _about(run, run_info))
     written = read_dtypes(file) if file.is_file() and format != "delta" else str(kind).removeprefix("torch.")
     exported = Exported(file, format, written, file_sha256(file) if file.is_file() else None, surviving, fit)
     _note(run, run_info, exported)
@@ -132,13 +130,12 @@ def _save_copy(
     RequestError, and leaves no file, when no weight differs.
     """
     written = kind or getattr(torch, base.stored, None)
-    base.unet.load_state_dict(erased.unet.state_dict())
     del metadata["erased_unet_sha256"]
     if written is not None:
         with silence_hub_logs():
-            base.unet.to(written)
-        metadata["erased_unet_sha256"] = weights_hash(base.unet)
-    changed = save_original(base, file, kind, metadata)
+            erased.unet.to(written)
+        metadata["erased_unet_sha256"] = weights_hash(erased.unet)
+    changed = save_original(base.with_components(unet=erased.unet), file, kind, metadata)
     if not changed:
         file.unlink()
         what = f"rounded to it, no weight differs from those of {model_name(base.source)}: nothing would be erased"
@@ -225,8 +222,8 @@ def _base(
     With ``erased`` its other parts are compared with that model's, too: a copy takes them from the base model's file.
     """
     ema = read_recipe(run / "recipe.yaml").get("ema") if ema is None else ema
-    base = load(base_source(run_info), ema=ema)
-    if weights_hash(base.unet) != run_info["base"]["unet"]:
+    base = load(base_source(run_info), ema=ema, keep_unet=True)  # as stored: a copy in fp32 is another 10 GB for SD XL
+    if weights_hash(base.unet, torch.float32) != run_info["base"]["unet"]:
         raise RequestError("run", run, f"its base model {base.source} has changed since; {format} needs it")
     if erased is not None:
         for part, module in erased.modules.items():

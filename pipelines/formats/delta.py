@@ -41,35 +41,36 @@ class Delta:
 
 
 def save_delta(base: nn.Module, erased: nn.Module, file: str | Path, about: dict[str, str]) -> None:
-    """Write the change from ``base`` to ``erased``, two UNets of the same shapes and dtype, and check the file.
+    """Write the change from ``base`` to ``erased``, two UNets of the same shapes, and check the file.
 
-    Raises ValueError when they differ in more than their weights' values or when the dtype is none of fp32, fp16, bf16,
-    and EraseError, leaving no file, when what is read back does not lead to ``erased``, bit for bit.
+    It is one between weights in the dtype of ``erased``, to which the base's are converted, a tensor at a time. Raises
+    ValueError when their shapes differ or when ``erased`` is not in fp32, fp16 or bf16 throughout, and EraseError,
+    leaving no file, when what is read back does not lead to ``erased``, bit for bit.
     """
     tensors: dict[str, Tensor] = {}
     before, after = base.state_dict(), erased.state_dict()
     shapes = {name: tuple(value.shape) for name, value in before.items()}
     if shapes != {name: tuple(value.shape) for name, value in after.items()}:
         raise ValueError("a delta is between two models of the same shapes")
-    dtype = next(iter(before.values())).dtype
-    if {value.dtype for value in (*before.values(), *after.values())} != {dtype} or dtype not in _INTEGERS:
+    dtype = next(iter(after.values())).dtype
+    if {value.dtype for value in after.values()} != {dtype} or dtype not in _INTEGERS:
         raise ValueError(f"a delta is between two models of one dtype: {', '.join(_DTYPES)}")
     for name, value in before.items():
-        steps = _ordered(after[name]) - _ordered(value)
+        steps = _ordered(after[name]) - _ordered(value.to(dtype))
         changed = steps != 0
         if changed.any():
             narrow, wide = _narrowed(steps[changed])
             parts = {"changed": np.packbits(changed), "steps": narrow, "wide": wide}
             tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in parts.items()}
     own = {"format": FORMAT, "dtype": str(dtype).removeprefix("torch."), "shapes": json.dumps(shapes)}
-    hashes = {"base_unet_sha256": weights_hash(base), "erased_unet_sha256": weights_hash(erased)}
+    hashes = {"base_unet_sha256": weights_hash(base, dtype), "erased_unet_sha256": weights_hash(erased)}
     with atomic_write(Path(file)) as partial:
         save_file(tensors, partial, {**about, **own, **hashes})
         with safe_open(partial, "pt") as stored:
             moved = _changed(stored)
             for name, value in before.items():
                 try:
-                    led = _moved(stored, name, value) if name in moved else _ordered(value)
+                    led = _moved(stored, name, value.to(dtype)) if name in moved else _ordered(value.to(dtype))
                 except (SafetensorError, ValueError):
                     led = None
                 if led is None or not np.array_equal(led, _ordered(after[name])):

@@ -142,6 +142,18 @@ def test_damaged_and_foreign_files_are_refused(tiny: Diffusion, tmp_path: Path) 
 def test_makes_no_delta_between_unlike_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="same shapes"):
         save_delta(nn.Linear(2, 2), nn.Linear(2, 3), tmp_path / "d", {})
-    with pytest.raises(ValueError, match="one dtype"):
-        save_delta(nn.Linear(2, 2), nn.Linear(2, 2).half(), tmp_path / "d", {})
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
+    for erased in (mixed, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()):
+        with pytest.raises(ValueError, match="one dtype"):
+            save_delta(mixed, erased, tmp_path / "d", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_in_another_dtype_counts_in_that_of_the_erased(tiny: Diffusion, tmp_path: Path) -> None:
+    stored = copy.deepcopy(tiny.unet).half()
+    base = copy.deepcopy(stored).float()
+    erased = erased_from(base)
+    save_delta(stored, erased, tmp_path / "d.safetensors", {})
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}
+    apply_delta(open_delta(tmp_path / "d.safetensors"), base)
+    assert bits(base) == bits(erased)
