@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,11 +73,13 @@ def saliency(
     """
     generator = stage_generator(seed, "saliency")
 
+    def forgetting(images: Tensor, labels: Tensor, share: float) -> Tensor:
+        return -share * cross_entropy(model.logits(images), labels)
+
     def losses() -> Iterator[Callable[[], Tensor]]:
         for rows in data.forget[torch.randperm(len(data.forget), generator=generator)].split(batch_size):
             images, labels = data.batch(rows, generator)
             share = len(rows) / len(data.forget)
-            images, labels = images.to(model.device), labels.to(model.device)
-            yield lambda x=images, y=labels, share=share: -share * cross_entropy(model.logits(x), y)  # type: ignore[misc]
+            yield partial(forgetting, images.to(model.device), labels.to(model.device), share)
 
     return accumulate(model.network, losses(), how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,10 +49,13 @@ def importance(
     """Return the mean over batches of the squared gradient of the mean cross-entropy, by parameter."""
     batches = rows[torch.randperm(len(rows), generator=generator)].split(batch_size)
 
+    def learnt(images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(model.logits(images), labels)
+
     def losses() -> Iterator[Callable[[], Tensor]]:
         for some in batches:
             images, labels = (one.to(model.device) for one in data.batch(some, generator))
-            yield lambda x=images, y=labels: cross_entropy(model.logits(x), y)  # type: ignore[misc]
+            yield partial(learnt, images, labels)
 
     return {name: total / len(batches) for name, total in accumulate(model.network, losses(), "squared").items()}
 

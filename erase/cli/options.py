@@ -40,6 +40,21 @@ ConceptsOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+MaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask",
+        metavar="KIND|FILE",
+        help="salient, none, random, least-salient, or a mask file. (default: the method's)",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", help="Share of the weights that stay frozen. (default: 0.5)", rich_help_panel=WEIGHTS
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of the whole run. (default: 0)")]
 EmaOption = Annotated[
     bool | None,
@@ -108,15 +123,7 @@ class RecipeOptions:
         ),
     ] = None
     seed: SeedOption = None
-    mask: Annotated[
-        str | None,
-        typer.Option(
-            "--mask",
-            metavar="KIND|FILE",
-            help="salient, none, random, least-salient, or a mask file. (default: the method's)",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = None
+    mask: MaskOption = None
     scope: Annotated[
         str | None,
         typer.Option(
@@ -126,12 +133,7 @@ class RecipeOptions:
             rich_help_panel=WEIGHTS,
         ),
     ] = None
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Share of the weights that stay frozen. (default: 0.5)", rich_help_panel=WEIGHTS
-        ),
-    ] = None
+    sparsity: SparsityOption = None
     forget_images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Images of the concept.", rich_help_panel=IMAGES)
     ] = None

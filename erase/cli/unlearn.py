@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from erase_concept.cli.options import SETTINGS, WEIGHTS, JsonOption, OutOption, SeedOption, examples, grouped
+from erase_concept.cli.options import (
+    SETTINGS,
+    JsonOption,
+    MaskOption,
+    OutOption,
+    SeedOption,
+    SparsityOption,
+    examples,
+    grouped,
+)
 from erase_concept.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
@@ -69,21 +78,8 @@ class UnlearnOptions:
     method: Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="See 'list unlearners'.")] = "salun"
     set: SetOption = None
     seed: SeedOption = None
-    mask: Annotated[
-        str | None,
-        typer.Option(
-            "--mask",
-            metavar="KIND|FILE",
-            help="salient, none, random, least-salient, or a mask file. (default: the method's)",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = None
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", help="Share of the weights that stay frozen. (default: 0.5)", rich_help_panel=WEIGHTS
-        ),
-    ] = None
+    mask: MaskOption = None
+    sparsity: SparsityOption = None
     preset: PresetOption = "default"
 
     def read(self) -> UnlearnRecipe:

@@ -33,7 +33,7 @@ class Pixels(ModelMixin, ConfigMixin):
     ``unit`` is 1; as the only weight it says where the module is, and in which dtype it works.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]  # of diffusers
+    @register_to_config  # type: ignore[untyped-decorator]  # diffusers gives it no types
     def __init__(self, channels: int = 1, sample_size: int = 32) -> None:
         super().__init__()
         # Configurations of a VAE whose latents are as large as the image.
