@@ -45,6 +45,7 @@ SHORT = {
     "sdxl": ("steps=1", "batch_size=1", "data.forget=1", "data.retain=1", "data.steps=1", "mask.batch_size=1"),
 }
 MEMORY = {"sd1": "balanced", "sdxl": "low"}
+DRAWN = 256  # pixels of the image that each program draws
 
 
 @dataclass
@@ -131,7 +132,7 @@ def rehearse(family: str, to: Rehearsal) -> None:
     to.erase_concept(
         f"{family}: apply the delta to the base", "apply", exports["delta"][0], base, "-o", f"{family}-applied"
     )
-    draw = (str(OPEN), family, str(size))
+    draw = (str(OPEN), family, str(DRAWN))
     for python, which in ((sys.executable, "diffusers"), (to.oldest, "oldest diffusers")):
         to.run(f"{family}: all formats in {which}", python, *draw, "diffusers", which.replace(" ", "-"))
     to.run(f"{family}: file and LoRA in stable-diffusion.cpp", to.programs, *draw, "stable-diffusion.cpp", "sd-cpp")
