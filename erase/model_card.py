@@ -28,7 +28,7 @@ def card(run_info: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]
     else:
         which = "scope of the method" if mask["kind"] == "none" else f"{_plain(model_name(mask['kind']))} mask"
         masked = (
-            f"Only the {mask['density']:.1%} of the weights in the {which} were free to change "
+            f"Only the {100 * mask['density']:.3g} % of the weights in the {which} were free to change "
             f"(mask SHA-256 `{mask['sha256'][:16]}`); {checks['changed_outside_mask']} weights outside it differ."
         )
     return f"""---

@@ -136,7 +136,7 @@ def _configs(file: Path, family: Family, tensors: State, metadata: Mapping[str, 
         own = configs["scheduler"].get("prediction_type", "epsilon")
         if marked.type not in (None, own):
             what = f"is marked as {marked.type}, but {folder / 'scheduler'} says {own}"
-            raise RequestError("model", file, f"{what}: correct that, or say it in {file.stem}.yaml")
+            raise RequestError("model", file, f"{what}: one of the two is wrong, correct it")
         if marked.zero_snr and not configs["scheduler"].get("rescale_betas_zero_snr"):
             what = f"is marked as one with zero terminal SNR, but {folder / 'scheduler'} has no rescale_betas_zero_snr"
             raise RequestError("model", file, what)

@@ -77,7 +77,7 @@ def test_the_model_card_says_what_was_loaded(tiny: Diffusion) -> None:
     mask = {"sha256": "0" * 64, "density": 0.25}
     for kind, words in (("none", "scope of the method"), ("salient", "salient mask"), ("/home/me/my.st", "my.st mask")):
         told = card(account | {"base": about, "mask": mask | {"kind": kind}}, "", [])
-        assert f"Only the 25.0% of the weights in the {words} were free to change" in told
+        assert f"Only the 25 % of the weights in the {words} were free to change" in told
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5, torch.tensor([0.0, 1.0, 7.5]).view(-1, 1, 1, 1)])
