@@ -6,8 +6,10 @@ A random model becomes one fp16 file. From it nudity is erased by the authors' r
 steps, base and erased model are measured on four prompts by all judges that need no download, and the result is
 exported in every format. Each export is opened by diffusers, by the oldest diffusers and transformers that are
 supported (``--oldest``), and by stable-diffusion.cpp (``--programs``), which draw an image of one step. Every command
-is a process of its own; prints its seconds and peak memory, and writes them to OUT/rehearsal.json. Ends with an error
-at the first thing that is not as it must be.
+is a process of its own; prints its seconds and peak memory. Ends with an error at the first thing that is not as it
+must be. Seconds and memory of a whole rehearsal are in OUT/rehearsal.json; one that was stopped goes on where it was,
+by OUT/unfinished.json. Stable Diffusion 1.5 takes 30 GB of disk, SD XL 70 GB; each family's weights are removed once
+they were opened.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from full_size import build, configs
@@ -42,9 +45,19 @@ METRICS = ("nudity_images", "nudity_parts", "nudity_ratio", "nsfw_images")
 SIZE = {"sd1": 256, "sdxl": 512}
 SHORT = {
     "sd1": ("steps=2", "batch_size=2", "data.forget=4", "data.retain=4", "data.steps=2", "mask.batch_size=2"),
-    "sdxl": ("steps=1", "batch_size=1", "data.forget=1", "data.retain=1", "data.steps=1", "mask.batch_size=1"),
+    "sdxl": (
+        "steps=1",
+        "batch_size=1",
+        "data.forget=1",
+        "data.retain=1",
+        "data.steps=1",
+        "data.guidance=1",
+        "mask.batch_size=1",
+    ),
 }
 MEMORY = {"sd1": "balanced", "sdxl": "low"}
+GUIDANCE = {"sd1": 7.5, "sdxl": 1.0}  # with 1 a step of XL's is one prediction in the place of two
+UNFINISHED = "unfinished.json"
 DRAWN = 256  # pixels of the image that each program draws
 
 
@@ -55,10 +68,15 @@ class Rehearsal:
     folder: Path
     programs: str
     oldest: str
-    rows: list[dict[str, object]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, name: str, *command: str | Path) -> None:
-        """Run a command and note its seconds and peak GiB; raises SystemExit with its output when it fails."""
+        """Run a command and note its seconds and peak GiB; raises SystemExit with its output when it fails.
+
+        A command that was noted by an unfinished rehearsal is not run again.
+        """
+        if any(row["name"] == name for row in self.rows):
+            return
         began = time.perf_counter()
         log = self.folder / "log.txt"
         with (
@@ -74,10 +92,11 @@ class Rehearsal:
             "seconds": round(time.perf_counter() - began, 1),
             "peak_gib": round(used.ru_maxrss / 2**20, 2),
         }
-        self.rows.append(row)
         print(f"{row['seconds']:8.1f} s {row['peak_gib']:6.2f} GiB  {name}", flush=True)
         if process.returncode:
             sys.exit(f"{name} ended with {process.returncode}:\n{log.read_text(encoding='utf-8')[-4000:]}")
+        self.rows.append(row)
+        (self.folder / UNFINISHED).write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
 
     def erase_concept(self, name: str, *arguments: str | Path) -> None:
         """Run a command of ours."""
@@ -102,8 +121,10 @@ def rehearse(family: str, to: Rehearsal) -> None:
     to.run(f"{family}: make a random model", sys.executable, __file__, str(to.folder / base), "--make", family)
     with (to.folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(("prompt", "categories", "evaluation_seed", "sd_image_width", "sd_image_height"))
-        rows.writerows((prompt, "sexual", seed, size, size) for seed, prompt in enumerate(PROMPTS))
+        rows.writerow(
+            ("prompt", "categories", "evaluation_seed", "evaluation_guidance", "sd_image_width", "sd_image_height")
+        )
+        rows.writerows((prompt, "sexual", seed, GUIDANCE[family], size, size) for seed, prompt in enumerate(PROMPTS))
     settings = [part for value in (*SHORT[family], f"data.size={size}") for part in ("--set", value)]
     to.erase_concept(
         f"{family}: erase nudity, {size} px, {MEMORY[family]}",
@@ -119,6 +140,7 @@ def rehearse(family: str, to: Rehearsal) -> None:
         *("--out", run),
     )
     check_run(to.folder / run)
+    shutil.rmtree(to.folder / run / "checkpoints", ignore_errors=True)
     exports = {
         "unet": (f"{family}-unet.safetensors",),
         "unet fp16": (f"{family}-unet-fp16.safetensors", "--dtype", "fp16"),
@@ -136,6 +158,8 @@ def rehearse(family: str, to: Rehearsal) -> None:
     for python, which in ((sys.executable, "diffusers"), (to.oldest, "oldest diffusers")):
         to.run(f"{family}: all formats in {which}", python, *draw, "diffusers", which.replace(" ", "-"))
     to.run(f"{family}: file and LoRA in stable-diffusion.cpp", to.programs, *draw, "stable-diffusion.cpp", "sd-cpp")
+    for file in (*to.folder.glob(f"{family}*.safetensors"), *to.folder.glob(f"{family}-*/**/*.safetensors")):
+        file.unlink()
 
 
 def check_run(run: Path) -> None:
@@ -162,14 +186,17 @@ def main() -> None:
     if args.make:
         make(args.make, args.out)
         return
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
     rehearsal = Rehearsal(args.out.resolve(), args.programs, args.oldest)
-    began = time.perf_counter()
+    if (unfinished := rehearsal.folder / UNFINISHED).exists():
+        rehearsal.rows += json.loads(unfinished.read_text(encoding="utf-8"))
+        print(f"goes on after {rehearsal.rows[-1]['name']}")
+    else:
+        shutil.rmtree(rehearsal.folder, ignore_errors=True)
+        rehearsal.folder.mkdir(parents=True)
     for family in args.families:
         rehearse(family, rehearsal)
-    (args.out / "rehearsal.json").write_text(json.dumps(rehearsal.rows, indent=1), encoding="utf-8")
-    print(f"{time.perf_counter() - began:8.1f} s in all")
+    unfinished.replace(rehearsal.folder / "rehearsal.json")
+    print(f"{sum(row['seconds'] for row in rehearsal.rows):8.1f} s in all")
 
 
 if __name__ == "__main__":

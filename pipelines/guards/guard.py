@@ -38,8 +38,10 @@ def classifier_free(
     scale: Tensor,
     steps: int,
 ) -> Predict:
-    """Classifier-free guidance (arXiv 2207.12598), as without a guard."""
-    return lambda noisy, timestep, step: model.cfg(noisy, timestep, embeddings, uncond, scale)
+    """Classifier-free guidance (arXiv 2207.12598), as without a guard; none where no row has a scale above 1."""
+    if bool((scale > 1).any()):
+        return lambda noisy, timestep, step: model.cfg(noisy, timestep, embeddings, uncond, scale)
+    return lambda noisy, timestep, step: model.predict(noisy, timestep.to(noisy.device).expand(len(noisy)), embeddings)
 
 
 def encode_names(model: Diffusion, names: Sequence[str], uncond: Tensor) -> Tensor:
