@@ -1,11 +1,11 @@
 """The peak memory of a SalUn step at Stable Diffusion 1.4's size, beside the published flow's and the predicted one.
 
-    python benchmarks/memory.py           some 4 minutes on two cores
+    python benchmarks/memory.py           some 8 minutes on two cores
     python benchmarks/memory.py --table   what a step takes on a GPU, for the three families, from the predictor alone
 
 One forget and one retain row, in processes without any allocator settings: at 256 pixels, as the published flow, and in
-the preset low at 512. Peak memory is all that the process ever held, libraries included. What is predicted for GPUs has
-bars, too. Prints a JSON list of {name, value, unit, baseline, ratio, bar, holds}; the baseline of a prediction is what
+the preset low at 512, as SD XL. Peak memory is all that the process ever held, libraries included. What is predicted
+for GPUs has bars, too. Prints a JSON list of {name, value, unit, baseline, ratio, bar, holds}; the baseline of a prediction is what
 was measured.
 """
 
@@ -57,9 +57,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def beside(name: str, memory: str, size: int, seen: dict[str, float]) -> dict[str, Any]:
+def beside(name: str, family: str, memory: str, size: int, seen: dict[str, float]) -> dict[str, Any]:
     """Return the line of a prediction for the CPU beside what was measured."""
-    expected, peak = predicted("sd1", memory, size=size, cpu=True) + seen["before"], seen["peak"]
+    expected, peak = predicted(family, memory, size=size, cpu=True) + seen["before"], seen["peak"]
     holds = abs(expected / peak - 1) <= WITHIN
     return row(name, expected, "GiB", peak, bar="within 15 %", holds=holds)
 
@@ -89,9 +89,10 @@ def main() -> None:
         print(memory, seen, file=sys.stderr, flush=True)
         limits = {"bar": f"<= {bar:g} GiB", "holds": seen["peak"] <= bar} if bar else {}
         results.append(row(f"peak memory of a step, {memory}", seen["peak"], "GiB", published, **limits))
-        results.append(beside(f"predicted peak, {memory}", memory, 256, seen))
-    seen = measured("ours", fast=False, memory="low", size=512, steps=2)
-    results.append(beside("predicted peak, low, 512 pixels", "low", 512, seen))
+        results.append(beside(f"predicted peak, {memory}", "sd1", memory, 256, seen))
+    for family, title in (("sd1", ""), ("sdxl", ", Stable Diffusion XL")):
+        seen = measured("ours", fast=False, family=family, memory="low", size=512, steps=1)
+        results.append(beside(f"predicted peak, low, 512 pixels{title}", family, "low", 512, seen))
     results += on_gpus()
     print(json.dumps(results, indent=1))
 
