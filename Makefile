@@ -80,7 +80,7 @@ $(PROGRAMS)/installed:
 	touch $@
 
 rehearsal: $(VENV)/installed $(LOWEST)/installed $(PROGRAMS)/installed  ## erase at full size, random weights, and open the exports elsewhere
-	$(FAST) ERASE_CONCEPT_CACHE= $(BIN)/python benchmarks/rehearsal.py runs/rehearsal --programs $(CURDIR)/$(PROGRAMS)/bin/python \
+	ERASE_CONCEPT_CACHE= $(BIN)/python benchmarks/rehearsal.py runs/rehearsal --programs $(CURDIR)/$(PROGRAMS)/bin/python \
 		--oldest $(CURDIR)/$(LOWEST)/bin/python
 
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
