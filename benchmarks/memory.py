@@ -5,8 +5,8 @@
 
 One forget and one retain row, in processes without any allocator settings: at 256 pixels, as the published flow, and in
 the preset low at 512, as SD XL. Peak memory is all that the process ever held, libraries included. What is predicted
-for GPUs has bars, too. Prints a JSON list of {name, value, unit, baseline, ratio, bar, holds}; the baseline of a prediction is what
-was measured.
+for GPUs has bars, too. Prints a JSON list of {name, value, unit, baseline, ratio, bar, holds}; the baseline of a
+prediction is what was measured.
 """
 
 from __future__ import annotations
