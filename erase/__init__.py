@@ -13,6 +13,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public names and where they live. They are imported when first used, so that importing the package loads no torch.
 _NAMES = {
+    "Classifier": "pipelines.classifiers.classifier",
     "CompareRequest": "eval.compare.comparison",
     "Comparison": "eval.compare.comparison",
     "Concept": "prompts.concept",
@@ -27,6 +28,7 @@ _NAMES = {
     "compare": "eval.compare.compare",
     "erase": "run",
     "evaluate": "eval.evaluate",
+    "evaluate_classifier": "eval.classification.evaluate",
     "export": "exports",
     "find_concept": "prompts.find",
     "iter_compare": "eval.compare.compare",
@@ -47,6 +49,7 @@ __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of 
 if TYPE_CHECKING:
     from erase_concept.classification.run import iter_unlearn, train_classifier, unlearn
     from erase_concept.errors import EraseError, RequestError
+    from erase_concept.eval.classification.evaluate import evaluate_classifier
     from erase_concept.eval.compare.compare import compare, iter_compare
     from erase_concept.eval.compare.comparison import CompareRequest, Comparison
     from erase_concept.eval.evaluate import evaluate, iter_evaluate
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from erase_concept.exports import export
     from erase_concept.masks.make import mask
     from erase_concept.masks.mask import Mask
+    from erase_concept.pipelines.classifiers.classifier import Classifier
     from erase_concept.pipelines.load import load
     from erase_concept.pipelines.model import Diffusion
     from erase_concept.pipelines.sample import iter_sample, sample

@@ -23,8 +23,8 @@ class Unlearner:
 
     ``summary`` says in one line what it does, ``paper`` where it was published. ``mask`` is the paper's own choice of
     weights. ``tuned_setting`` is the setting that makes it forget more or less. ``new_weights`` says that it needs a
-    network of new weights beside the classifier, and ``anew`` that it begins with them and needs none of the
-    classifier's.
+    network of new weights beside the classifier, ``anew`` that it begins with them and needs none of the classifier's,
+    and ``linear_head`` that the classifier's last layer must be linear.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Unlearner:
     tuned_setting: str = "lr"
     new_weights: bool = False
     anew: bool = False
+    linear_head: bool = False
 
 
 UNLEARNERS: Registry[Unlearner] = Registry("unlearners", "method")

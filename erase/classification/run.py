@@ -6,16 +6,18 @@ of the forgotten images), ``mask.safetensors``, ``log.jsonl``, ``checkpoints/`` 
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_concept.classification.data import SPLIT, ForgetRetainImages, Split, forget_retain, split_data
 from erase_concept.classification.forget import forget_rows
@@ -26,9 +28,15 @@ from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.frozen import check_frozen, save_base
 from erase_concept.masks.mask import Mask
-from erase_concept.pipelines.classifiers.architectures import TORCHSCRIPT
-from erase_concept.pipelines.classifiers.classifier import Classifier
-from erase_concept.pipelines.classifiers.load import is_architecture, load_classifier, new_classifier
+from erase_concept.pipelines.classifiers.classifier import Classifier, head_of
+from erase_concept.pipelines.classifiers.load import (
+    InPython,
+    is_architecture,
+    load_classifier,
+    new_classifier,
+    source_of,
+    take_classifier,
+)
 from erase_concept.pipelines.progress import bar
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
@@ -68,13 +76,13 @@ class UnlearnRun(os.PathLike[str]):
         lines = (self.path / "forget.txt").read_text(encoding="utf-8").split()
         return torch.tensor([int(line) for line in lines], dtype=torch.int64)
 
-    def classifier(self, split: Split) -> Classifier:
-        """Return the new classifier, for its data."""
-        return load_classifier(str(self.path), split.images)
+    def classifier(self, split: Split, module: nn.Module | None = None) -> Classifier:
+        """Return the new classifier, for its data. One that was a module in Python needs such a module."""
+        return load_classifier(str(self.path), split.images, module)
 
 
 def unlearn(
-    classifier: str | Path,
+    classifier: str | Path | nn.Module | Classifier,
     *,
     data: str | Mapping[str, Any],
     forget: str,
@@ -85,24 +93,41 @@ def unlearn(
 ) -> UnlearnRun:
     """Forget some of a classifier's training images, with a progress bar, and return the run.
 
-    ``classifier`` is the folder of a run or of a classifier, or ``ARCHITECTURE=FILE``. ``data``, ``forget`` and
-    ``values`` are as in ``unlearn_recipe``. Raises as ``iter_unlearn`` does.
+    ``classifier`` is the folder of a run or of a classifier, ``ARCHITECTURE=FILE``, a ``Classifier``, or a module that
+    takes images in [0, 1] and returns logits of the data's classes. What is given in Python stays as it is. ``data``,
+    ``forget`` and ``values`` are as in ``unlearn_recipe``. Raises as ``iter_unlearn`` does.
     """
-    return run_unlearn(unlearn_recipe(str(classifier), data, forget, method=method, preset=preset, **values), Path(out))
+    given = None if isinstance(classifier, str | Path) else classifier
+    source = str(classifier) if isinstance(classifier, str | Path) else source_of(classifier)
+    recipe = unlearn_recipe(source, data, forget, method=method, preset=preset, **values)
+    return run_unlearn(recipe, Path(out), classifier=given)
 
 
 def train_classifier(
-    architecture: str, *, data: str | Mapping[str, Any], out: str | Path, preset: str = "default", **values: Any
+    architecture: str | nn.Module | Callable[[], nn.Module],
+    *,
+    data: str | Mapping[str, Any],
+    out: str | Path,
+    preset: str = "default",
+    **values: Any,
 ) -> UnlearnRun:
-    """Train a new classifier on a data set's training images, with a progress bar, and return the run."""
-    return run_unlearn(
-        unlearn_recipe(architecture, data, NOTHING, method="retrain", preset=preset, **values), Path(out)
-    )
+    """Train a new classifier on a data set's training images, with a progress bar, and return the run.
+
+    ``architecture`` is a name, or a function that returns a module with new weights, such as the module's class. It
+    draws them from torch's own generator, to which the seed is given. A module is trained from the weights that it has,
+    in a copy.
+    """
+    given = None if isinstance(architecture, str) else architecture
+    source = architecture if isinstance(architecture, str) else source_of(architecture)
+    if isinstance(given, nn.Module):
+        given = partial(copy.deepcopy, given)
+    recipe = unlearn_recipe(source, data, NOTHING, method="retrain", preset=preset, **values)
+    return run_unlearn(recipe, Path(out), classifier=given)
 
 
-def run_unlearn(recipe: UnlearnRecipe, out: Path) -> UnlearnRun:
+def run_unlearn(recipe: UnlearnRecipe, out: Path, *, classifier: InPython | None = None) -> UnlearnRun:
     """Run a recipe to its end, with a progress bar, and return the run; see ``iter_unlearn``."""
-    events = iter_unlearn(recipe, out)
+    events = iter_unlearn(recipe, out, classifier=classifier)
     begun = [event for event in (next(events, None),) if event]  # a wrong request ends here, before there is a bar
     with bar() as shown:
         task = shown.add_task("start", total=None)
@@ -115,19 +140,31 @@ def run_unlearn(recipe: UnlearnRecipe, out: Path) -> UnlearnRun:
     return UnlearnRun(out)
 
 
-def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | TargetProgress | str]:
+def iter_unlearn(
+    recipe: UnlearnRecipe, out: str | Path, *, classifier: InPython | None = None
+) -> Iterator[Record | TargetProgress | str]:
     """Run a recipe in a folder, yielding the name of each stage as it begins and a record after each step.
 
     When it is exhausted, ``out/classifier`` holds the new classifier and ``out/unlearn.json`` says how it was made. A
-    run that is already complete yields nothing.
+    run that is already complete yields nothing. ``classifier`` gives the recipe's where it is no name, and stays as it
+    is.
 
     Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
     fails or a weight changed that should not have.
     """
-    out, method = Path(out), UNLEARNERS.find(recipe.method)
-    given = given_mask(recipe.mask)
+    out = Path(out)
     if _claimed(recipe, out) and complete(out, RUN_FILE):
         return
+    model, data = prepare(recipe, classifier)
+    # From here on the request is known to be sound: only now does the folder become the run's.
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out):
+        yield from _stages(recipe, model, data, out)
+
+
+def prepare(recipe: UnlearnRecipe, classifier: InPython | None = None) -> tuple[Classifier, ForgetRetainImages]:
+    """Return the classifier and the images of a recipe; raises RequestError when it cannot be followed."""
+    method, mask = UNLEARNERS.find(recipe.method), given_mask(recipe.mask)
     split = split_data(recipe.data)
     if recipe.forget == NOTHING and method.anew:
         rows = torch.empty(0, dtype=torch.int64)
@@ -135,20 +172,22 @@ def iter_unlearn(recipe: UnlearnRecipe, out: str | Path) -> Iterator[Record | Ta
             raise RequestError("mask.kind", recipe.mask.kind, "nothing is forgotten, so all weights are trained")
     else:
         rows = forget_rows(recipe.forget, split, recipe.seed)
-    if method.anew and is_architecture(recipe.classifier):
+    if classifier is not None:
+        model = take_classifier(classifier, split.images, stage_seed(recipe.seed, "before"))
+    elif method.anew and is_architecture(recipe.classifier):
         model = new_classifier(recipe.classifier, split.images, stage_seed(recipe.seed, "before"))
     else:
         model = load_classifier(recipe.classifier, split.images)
     learnt = {"name": split.images.name, **recipe.data.recorded()}
     _check_data(model, learnt)
-    if method.new_weights and model.architecture.startswith(TORCHSCRIPT):
-        raise RequestError("method", method.name, "needs new weights, which a TorchScript module cannot be given")
-    if given is not None:
-        given.check(model.network)
-    # From here on the request is known to be sound: only now does the folder become the run's.
-    out.mkdir(parents=True, exist_ok=True)
-    with only_process(out):
-        yield from _stages(recipe, replace(model, data=learnt), forget_retain(recipe.data, split, rows), out)
+    if method.new_weights and not model.renewable:
+        allowed = f"needs new weights, which {model.architecture} cannot be given"
+        raise RequestError("method", method.name, allowed)
+    if method.linear_head:
+        head_of(model)
+    if mask is not None:
+        mask.check(model.network)
+    return replace(model, data=learnt), forget_retain(recipe.data, split, rows)
 
 
 def _check_data(model: Classifier, data: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_concept.classification.data import Split, split_data
 from erase_concept.classification.run import UnlearnRun
@@ -66,26 +66,26 @@ class Judged:
 
 
 def evaluate_classifier(
-    run: str | Path | UnlearnRun, *, retrain: str | Path | UnlearnRun | None = None
+    run: str | Path | UnlearnRun, *, retrain: str | Path | UnlearnRun | None = None, module: nn.Module | None = None
 ) -> ClassifierReport:
     """Measure a run, and its distance from a run of Retrain that forgot the same images.
 
-    Raises RequestError for a folder without such a run and for a retrained classifier of other images.
+    ``module`` is one like that of the runs, where these are of a module that was given in Python. Raises RequestError
+    for a folder without such a run and for a retrained classifier of other images.
     """
     ours = run if isinstance(run, UnlearnRun) else UnlearnRun(Path(run))
     split = split_data(ours.recipe.data)
     forgotten = ours.forgotten
     if not len(forgotten):
         raise RequestError("run", ours.path, "has forgotten nothing: it is an original")
-    scores = measure(ours.classifier(split), split, forgotten, ours.recipe.forget)
+    scores = measure(ours.classifier(split, module), split, forgotten, ours.recipe.forget)
     gap = None
     if retrain is not None:
         theirs = retrain if isinstance(retrain, UnlearnRun) else UnlearnRun(Path(retrain))
         if theirs.recipe.data != ours.recipe.data or not torch.equal(theirs.forgotten, forgotten):
             raise RequestError("retrain", theirs.path, "has other images, or has forgotten others")
-        base = {
-            score.metric: score for score in measure(theirs.classifier(split), split, forgotten, ours.recipe.forget)
-        }
+        measured = measure(theirs.classifier(split, module), split, forgotten, ours.recipe.forget)
+        base = {score.metric: score for score in measured}
         scores = [_with_baseline(score, base[score.metric]) for score in scores]
         gap = average_gap({s.metric: s.value for s in scores}, {s.metric: s.value for s in base.values()})
     info = ours.run_info

@@ -1,4 +1,4 @@
-"""Architectures of classifiers by name: ``resnet18-cifar``, torchvision's and timm's; and TorchScript files.
+"""Architectures of classifiers by name: ``resnet18-cifar``, torchvision's and timm's; TorchScript files; modules.
 
 Options stand behind the name: ``resnet18-cifar[width=16,stride=2]``. Others: ``torchvision:resnet50``, ``timm:NAME``.
 """
@@ -15,6 +15,7 @@ from erase_concept.pipelines.classifiers.resnet import ResNet18
 
 CIFAR = "resnet18-cifar"
 TORCHSCRIPT = "torchscript:"  # a program, which brings its weights: loading one runs what its author wrote
+MODULE = "module:"  # a module that was given in Python, which no name can make again
 _OPTIONS = {"width": 64, "stride": 1}
 
 
@@ -25,6 +26,8 @@ def build(architecture: str, classes: int, channels: int, seed: int) -> nn.Modul
     """
     if architecture.startswith(TORCHSCRIPT):
         return _torchscript(architecture.removeprefix(TORCHSCRIPT))
+    if architecture.startswith(MODULE):
+        raise RequestError("classifier", architecture, "was a module in Python, which must be given there again")
     name, options = _parse(architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

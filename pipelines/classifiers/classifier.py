@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.classifiers.architectures import build
+from erase_concept.pipelines.classifiers.architectures import MODULE, TORCHSCRIPT, build
 from erase_concept.pipelines.model import weights_hash
 
 BatchNormPolicy = Literal["update", "frozen"]
@@ -42,7 +43,8 @@ class Classifier:
     The network is in evaluation mode but for the steps of a training. ``size`` is the side of its images in pixels.
     ``data`` describes the images that it learnt from, and is empty where nobody knows. ``batch_norm`` says what becomes
     of BatchNorm's running statistics in a training: "update" lets each step move them, whatever a mask freezes, and
-    "frozen" lets the whole training use them as they are. Its affine weights are weights like any others.
+    "frozen" lets the whole training use them as they are. Its affine weights are weights like any others. ``make``
+    returns a network with new weights, where the architecture's name does not say how.
     """
 
     architecture: str
@@ -53,6 +55,33 @@ class Classifier:
     source: str
     data: dict[str, Any]
     batch_norm: BatchNormPolicy = "update"
+    make: Callable[[], nn.Module] | None = None
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        labels: Sequence[str],
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        make: Callable[[], nn.Module] | None = None,
+    ) -> Classifier:
+        """Copy a module that returns logits [n, classes], with what it does not say itself.
+
+        ``labels`` are those of its outputs, ``size`` is the side of its images in pixels, and ``mean`` and ``std`` are
+        how each channel of an image in [0, 1] is normalised. ``make`` returns such a module with new weights; Retrain
+        and bad teacher need it. Raises RequestError for a module without weights, for one that shares a weight between
+        two names, and where ``make`` returns another kind of module.
+        """
+        source = module_source(module)
+        network = copy.deepcopy(module).eval()
+        _check_module(network, source)
+        found = cls(source, network, tuple(labels), Normalisation(tuple(mean), tuple(std)), size, source, {}, make=make)
+        if make is not None and _shapes(found.fresh(0)) != _shapes(network):
+            raise RequestError("classifier", source, "make returns a module with other weights")
+        return found
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits [n, classes] of images [n, c, h, w] in [0, 1]."""
@@ -90,8 +119,17 @@ class Classifier:
         finally:
             self.network.eval()
 
+    @property
+    def renewable(self) -> bool:
+        """Whether there can be a network of the same architecture with new weights."""
+        return self.make is not None or not self.architecture.startswith((MODULE, TORCHSCRIPT))
+
     def fresh(self, seed: int) -> nn.Module:
         """Return a network of the same architecture with the first weights of a seed."""
+        if self.make is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.make().eval().to(self.device)
         channels = len(self.normalisation.mean)
         return build(self.architecture, len(self.labels), channels, seed).to(self.device)
 
@@ -118,6 +156,28 @@ class Classifier:
             partial.write_text(json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def module_source(module: nn.Module) -> str:
+    """Return what stands for a module in a recipe: the name of its class, and the start of its weights' hash."""
+    return f"{MODULE}{type(module).__name__}@{weights_hash(module)[:12]}"
+
+
+def _check_module(network: nn.Module, source: str) -> None:
+    """Raise RequestError for a module whose weights cannot be trained and kept by their names."""
+    names = {id(p): name for name, p in network.named_parameters()}
+    if not names:
+        raise RequestError("classifier", source, "has no weights")
+    for name, p in network.named_parameters(remove_duplicate=False):
+        if names[id(p)] != name:
+            raise RequestError("classifier", source, f"shares a weight between {names[id(p)]} and {name}")
+    kinds = {str(p.dtype).removeprefix("torch.") for p in network.parameters()}
+    if kinds != {"float32"}:
+        raise RequestError("classifier", source, f"has weights of {', '.join(sorted(kinds))}, not float32 alone")
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
 def head_of(classifier: Classifier) -> str:
     """Return the name of the last linear layer; raises RequestError where its outputs are not the labels."""
     name, layer = "", None
@@ -125,6 +185,12 @@ def head_of(classifier: Classifier) -> str:
         if isinstance(module, nn.Linear):
             name, layer = name_of, module
     if layer is None or layer.out_features != len(classifier.labels):
-        has = "no linear layer" if layer is None else f"a last linear layer of {layer.out_features} outputs"
-        raise RequestError("classifier", classifier.source, f"has {has}, not one of {len(classifier.labels)}")
+        needed = f"one of {len(classifier.labels)} outputs is needed"
+        if layer is not None:
+            has = f"has a last linear layer of {layer.out_features} outputs"
+        elif isinstance(classifier.network, torch.jit.ScriptModule):
+            has = "is a TorchScript module, which has no linear layer that can be changed"
+        else:
+            has = "has no linear layer"
+        raise RequestError("classifier", classifier.source, f"{has}; {needed}")
     return name

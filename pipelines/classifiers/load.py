@@ -1,42 +1,91 @@
-"""Load a classifier: a folder that a run wrote, or an architecture with a file of weights."""
+"""Load a classifier: a folder that a run wrote, an architecture with a file of weights, or a module."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_concept.errors import RequestError, first_line
-from erase_concept.pipelines.classifiers.architectures import TORCHSCRIPT, build
-from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
+from erase_concept.pipelines.classifiers.architectures import MODULE, TORCHSCRIPT, build
+from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation, module_source
 from erase_concept.pipelines.classifiers.images import ImageData
 from erase_concept.pipelines.classifiers.weights import fill_weights, labels_beside, read_state
 from erase_concept.pipelines.processes import processes
 
+# A classifier that is no name: a module, a function that returns one with new weights, or a whole classifier.
+InPython = nn.Module | Callable[[], nn.Module] | Classifier
 
-def load_classifier(source: str, data: ImageData) -> Classifier:
+
+def load_classifier(source: str, data: ImageData, module: nn.Module | None = None) -> Classifier:
     """Load a classifier for a data set.
 
     ``source`` is the folder of a run or of its classifier, ``ARCHITECTURE=FILE`` with a state dict, or
     ``torchscript:FILE``, a module that normalises images itself. Labels may lie beside a file, with the suffix .txt;
     without them they are the data's. So is the normalisation of a state dict that has none of its own
-    ("normalize.mean", "normalize.std").
+    ("normalize.mean", "normalize.std"). The folder of a module that was given in Python needs ``module``, one like it,
+    which stays as it is.
     Raises RequestError when it is not there, has other classes than the data, or weights of another architecture.
     """
     folder = _folder(source)
     try:
-        found = _from_file(source, data) if folder is None else _from_folder(source, folder, data)
+        found = _from_file(source, data) if folder is None else _from_folder(source, folder, data, module)
     except ValueError as problem:
         raise RequestError("classifier", source, getattr(problem, "allowed", str(problem))) from None
+    return _checked(found, data)
+
+
+def take_classifier(given: InPython, data: ImageData, seed: int) -> Classifier:
+    """Return a copy of a classifier that is there in Python, for a data set.
+
+    A module takes images in [0, 1], which it normalises itself where it needs it, and its outputs are the data's
+    classes; ``Classifier.from_module`` says otherwise. A function gives a module with the first weights of a seed.
+    Raises RequestError where it does not fit the data.
+    """
+    device = processes().device
+    if isinstance(given, Classifier):
+        found = replace(given, network=copy.deepcopy(given.network).to(device))
+        return _checked(found, data)
+    channels, size = data.train.shape[0], data.train.shape[-1]
+    about: dict[str, Any] = {"labels": data.labels, "size": size, "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    if isinstance(given, nn.Module):
+        found = Classifier.from_module(given, **about)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = given()
+        if not isinstance(module, nn.Module):
+            raise RequestError("classifier", source_of(given), f"returns {type(module).__name__}, not a torch module")
+        found = Classifier.from_module(module, make=given, **about)
+        found = replace(found, architecture=source_of(given), source=source_of(given))
+    return _checked(replace(found, network=found.network.to(device)), data)
+
+
+def source_of(given: InPython) -> str:
+    """Return what stands in a recipe for a classifier that is there in Python."""
+    if isinstance(given, Classifier):
+        return given.source
+    return module_source(given) if isinstance(given, nn.Module) else f"{MODULE}{getattr(given, '__qualname__', given)}"
+
+
+def _checked(found: Classifier, data: ImageData) -> Classifier:
+    """Return a classifier; raises RequestError where it does not fit the data, or its weights are not finite."""
+    (channels, size), mean = (data.train.shape[0], data.train.shape[-1]), found.normalisation.mean
+    if (len(mean), found.size) != (channels, size):
+        allowed = f"takes {len(mean)} channels of {found.size} pixels; {data.name} has {channels} of {size}"
+        raise RequestError("classifier", found.source, allowed)
     if found.labels != data.labels:
-        raise RequestError("classifier", source, _other_classes(found.labels, data))
+        raise RequestError("classifier", found.source, _other_classes(found.labels, data))
     _check_outputs(found, data)
     if not all(bool(p.isfinite().all()) for p in found.network.parameters()):
-        raise RequestError("classifier", source, "has weights that are NaN or infinite")
+        raise RequestError("classifier", found.source, "has weights that are NaN or infinite")
     return found
 
 
@@ -59,8 +108,12 @@ def _check_outputs(model: Classifier, data: ImageData) -> None:
         allowed = f"cannot take {data.name}'s images of {tuple(images.shape[1:])}: {first_line(problem)}"
         raise RequestError("classifier", model.source, allowed) from None
     if not isinstance(logits, Tensor) or logits.shape != (2, len(model.labels)):
-        got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
-        raise RequestError("classifier", model.source, f"returns {got} for 2 images, not [2, {len(model.labels)}]")
+        if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == 2:
+            allowed = f"has {logits.shape[1]} outputs, and {data.name} has {len(model.labels)} classes"
+        else:
+            got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
+            allowed = f"returns {got} for 2 images, not [2, {len(model.labels)}]"
+        raise RequestError("classifier", model.source, allowed)
 
 
 def recorded_data(source: str) -> dict[str, Any]:
@@ -88,20 +141,18 @@ def is_architecture(source: str) -> bool:
     return not Path(source).exists() and not (_behind_options(source) if "[" in source else source.partition("="))[1]
 
 
-def _from_folder(source: str, folder: Path, data: ImageData) -> Classifier:
+def _from_folder(source: str, folder: Path, data: ImageData, module: nn.Module | None) -> Classifier:
     try:
         about: dict[str, Any] = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         mean, std, labels = (tuple(about[key]) for key in ("mean", "std", "labels"))
         size, known = int(about["size"]), dict(about["data"])
-        network = build(str(about["architecture"]), len(labels), len(mean), 0)
+        architecture = str(about["architecture"])
+        network = build(architecture, len(labels), len(mean), 0) if module is None else copy.deepcopy(module).eval()
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
         raise ValueError(f"{folder / 'classifier.json'} is damaged: {problem}") from None
-    if (len(mean), size) != (data.train.shape[0], data.train.shape[-1]):
-        channels, side = data.train.shape[0], data.train.shape[-1]
-        raise ValueError(f"takes {len(mean)} channels of {size} pixels; {data.name} has {channels} of {side}")
     fill_weights(network, read_state(folder / "weights.safetensors")[0])
     network.to(processes().device)
-    return Classifier(str(about["architecture"]), network, labels, Normalisation(mean, std), size, source, known)
+    return Classifier(architecture, network, labels, Normalisation(mean, std), size, source, known)
 
 
 def _from_file(source: str, data: ImageData) -> Classifier:

@@ -136,7 +136,7 @@ def test_a_step_that_is_too_large_is_an_error(model: Classifier, data: ForgetRet
 
 def test_the_head_is_the_last_linear_layer(model: Classifier) -> None:
     assert head_of(model) == "fc"
-    with pytest.raises(RequestError, match="has a last linear layer of 3 outputs, not one of 2"):
+    with pytest.raises(RequestError, match="has a last linear layer of 3 outputs; one of 2 outputs is needed"):
         head_of(replace(model, labels=("a", "b")))
 
 

@@ -372,6 +372,8 @@ def test_a_torchscript_module(fashion: str, tmp_path: Path) -> None:
     for method in ("retrain", "bad-teacher"):
         with pytest.raises(RequestError, match="cannot be given"):
             ec.unlearn(source, data=data, forget="random:10%", method=method, out=tmp_path / "no")
+    with pytest.raises(RequestError, match="TorchScript module, which has no linear layer that can be changed"):
+        ec.unlearn(source, data=data, forget="random:10%", method="boundary-expand", out=tmp_path / "no")
     assert not (tmp_path / "no").exists()
     run = ec.unlearn(source, data=data, forget="random:10%", out=tmp_path / "run", settings=SHORT)
     assert run.run_info["checks"]["changed_outside_mask"] == 0

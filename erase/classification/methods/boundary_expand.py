@@ -31,6 +31,7 @@ class BoundarySettings(ClassifierTraining):
     summary="Trains the images to forget to be of an extra class, which is dropped afterwards.",
     title="Boundary expanding (BE)",
     paper="arXiv 2303.11570",
+    linear_head=True,
 )
 def boundary_expand(
     model: Classifier,
