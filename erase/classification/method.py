@@ -24,7 +24,8 @@ class Unlearner:
     ``summary`` says in one line what it does, ``paper`` where it was published. ``mask`` is the paper's own choice of
     weights. ``tuned_setting`` is the setting that makes it forget more or less. ``new_weights`` says that it needs a
     network of new weights beside the classifier, ``anew`` that it begins with them and needs none of the classifier's,
-    and ``linear_head`` that the classifier's last layer must be linear.
+    and ``linear_head`` that the classifier's last layer must be linear. ``gradients`` returns how many images a method
+    without epochs takes the gradients of, for its settings and so many images to forget and to retain.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Unlearner:
     new_weights: bool = False
     anew: bool = False
     linear_head: bool = False
+    gradients: Callable[[Any, int, int], int] | None = None
 
 
 UNLEARNERS: Registry[Unlearner] = Registry("unlearners", "method")

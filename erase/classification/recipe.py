@@ -19,6 +19,7 @@ from erase_concept.classification.presets import classifier_preset
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.classifiers.load import recorded_data
+from erase_concept.recipe import read_recipe
 from erase_concept.settings import changed_settings, check_settings, merge
 
 NOTHING = "none"  # what is forgotten when an original is trained
@@ -63,10 +64,7 @@ class UnlearnRecipe:
 
 def make_unlearn_recipe(values: Mapping[str, Any]) -> UnlearnRecipe:
     """Make a recipe of nested plain values, as they stand in YAML; raises RequestError that names the first bad one."""
-    known = [one.name for one in fields(UnlearnRecipe)]
-    for name in values:
-        if name not in known:
-            raise RequestError(name, values[name], f"a recipe has no such entry; it has: {', '.join(known)}")
+    _check_names(values)
     for name in ("classifier", "forget"):
         if not values.get(name):
             raise RequestError(name, "(not given)", "needed in a recipe")
@@ -84,6 +82,26 @@ def make_unlearn_recipe(values: Mapping[str, Any]) -> UnlearnRecipe:
         data=check_settings(DataSettings, _mapping(values, "data"), "data."),
         seed=seed,
     )
+
+
+def read_unlearn_recipe(file: Path) -> dict[str, Any]:
+    """Read the values of a recipe file, such as a run's.
+
+    One that speaks of the data says all of it: what it leaves out is the default, and not what a classifier remembers.
+    Raises RequestError when it is no YAML mapping, or has an entry that a recipe does not have.
+    """
+    values = read_recipe(file)
+    _check_names(values)
+    if "data" in values:
+        values["data"] = DataSettings().recorded() | _mapping(values, "data")
+    return values
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    known = [one.name for one in fields(UnlearnRecipe)]
+    for name in values:
+        if name not in known:
+            raise RequestError(name, values[name], f"a recipe has no such entry; it has: {', '.join(known)}")
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

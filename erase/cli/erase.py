@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from erase_concept.cli.options import JsonOption, OutOption, RecipeOptions, examples, grouped
+from erase_concept.cli.options import (
+    CardOption,
+    DryRunOption,
+    JsonOption,
+    OutOption,
+    RecipeOptions,
+    examples,
+    grouped,
+)
 from erase_concept.cli.terminal import print_json, print_plan
 from erase_concept.errors import RequestError
 
@@ -22,14 +28,8 @@ EXAMPLES = examples(
 def erase(
     options: RecipeOptions,
     out: OutOption,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only print the plan, its memory and its time."),
-    ] = False,
-    card: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help='With --dry-run: plan for this graphics card, such as "RTX 4090".'),
-    ] = None,
+    dry_run: DryRunOption = False,
+    card: CardOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Erase concepts from a model. The run folder holds the erased pipeline; the same command resumes a killed run."""

@@ -55,6 +55,19 @@ SparsityOption = Annotated[
         metavar="SHARE", help="Share of the weights that stay frozen. (default: 0.5)", rich_help_panel=WEIGHTS
     ),
 ]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A recipe in YAML, such as a run's recipe.yaml; other options overrule it.",
+        rich_help_panel=SETTINGS,
+    ),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")]
+CardOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help='With --dry-run: plan for this graphics card, such as "RTX 4090".'),
+]
 SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of the whole run. (default: 0)")]
 EmaOption = Annotated[
     bool | None,
@@ -152,14 +165,7 @@ class RecipeOptions:
             rich_help_panel=SETTINGS,
         ),
     ] = "default"
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A recipe in YAML, such as a run's recipe.yaml; other options overrule it.",
-            rich_help_panel=SETTINGS,
-        ),
-    ] = None
+    recipe: RecipeOption = None
     memory: Annotated[
         str,
         typer.Option(

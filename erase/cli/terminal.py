@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from erase_concept.classification.recipe import UnlearnRecipe
     from erase_concept.dry_run import Expected
     from erase_concept.eval.report.report import Report
     from erase_concept.recipe import Recipe
@@ -24,9 +26,14 @@ if TYPE_CHECKING:
 _NAME = "bold cyan"
 
 
-def print_plan(recipe: Recipe, out: Path, expected: Expected, json_: bool) -> None:
-    """Print what a recipe would do, its settings in full and the folder, in YAML or JSON, and what it would take."""
-    plan = recipe.to_dict() | {"settings": asdict(recipe.settings), "out": str(out)}
+def print_plan(
+    recipe: Recipe | UnlearnRecipe, out: Path, expected: Expected, json_: bool, counts: Mapping[str, Any] | None = None
+) -> None:
+    """Print what a recipe would do, its settings in full, what is counted and the folder, and what it would take.
+
+    It is printed in YAML or JSON.
+    """
+    plan = recipe.to_dict() | {"settings": asdict(recipe.settings), "out": str(out), **(counts or {})}
     if json_:
         print_json(plan | {"expected": expected.to_dict()})
         return
@@ -44,7 +51,8 @@ def print_plan(recipe: Recipe, out: Path, expected: Expected, json_: bool) -> No
     card = expected.card
     title = f"expected on {card.name} ({card.memory / 2**30:.0f} GiB; {card.speed_from})"
     print_table(title, ["stage", "of what", "memory", "most of it", "time"], rows)
-    typer.echo(expected.advice)
+    if expected.advice:
+        typer.echo(expected.advice)
 
 
 def _duration(seconds: float) -> str:

@@ -10,15 +10,19 @@ import typer
 
 from erase_concept.cli.options import (
     SETTINGS,
+    CardOption,
+    DryRunOption,
     JsonOption,
     MaskOption,
     OutOption,
+    RecipeOption,
     SeedOption,
     SparsityOption,
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_json, print_table
+from erase_concept.cli.terminal import print_json, print_plan, print_table
+from erase_concept.errors import RequestError
 
 if TYPE_CHECKING:
     from erase_concept.classification.recipe import UnlearnRecipe
@@ -36,9 +40,11 @@ TRAIN_EXAMPLES = examples(
 EVAL_EXAMPLES = examples("erase-concept eval-classifier runs/salun --retrain runs/retrain -o runs/salun")
 
 DataOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        metavar="DATA", help="fashion-mnist, cifar10:DIR, cifar100:DIR, svhn:DIR, or folder:DIR with train and test."
+        metavar="DATA",
+        help="fashion-mnist, cifar10:DIR, cifar100:DIR, svhn:DIR, or folder:DIR with train and test. "
+        "(default: fashion-mnist)",
     ),
 ]
 SetOption = Annotated[
@@ -71,41 +77,66 @@ class UnlearnOptions:
         ),
     ]
     forget: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="IMAGES", help="random:10%, random:COUNT, class:NAME, or indices:FILE with one a line."),
-    ]
-    data: DataOption = "fashion-mnist"
-    method: Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="See 'list unlearners'.")] = "salun"
+    ] = None
+    data: DataOption = None
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", metavar="NAME", help="See 'list unlearners'. (default: salun)")
+    ] = None
     set: SetOption = None
     seed: SeedOption = None
     mask: MaskOption = None
     sparsity: SparsityOption = None
     preset: PresetOption = "default"
+    recipe: RecipeOption = None
 
     def read(self) -> UnlearnRecipe:
         """Return the checked recipe; raises RequestError for the first bad value."""
-        values = _values(self.data, self.set, self.seed)
+        from erase_concept.classification.recipe import read_unlearn_recipe, unlearn_recipe
+        from erase_concept.settings import merge
+
+        given = _values(self.data, self.set, self.seed)
         mask = {"kind": self.mask, "sparsity": self.sparsity}
-        values["mask"] = {key: value for key, value in mask.items() if value is not None} | values["mask"]
-        from erase_concept.classification.recipe import unlearn_recipe
+        given["mask"] = {key: value for key, value in mask.items() if value is not None} | given["mask"]
+        given |= {"forget": self.forget, "method": self.method}
+        values = {} if self.recipe is None else read_unlearn_recipe(self.recipe)
+        # What was not given must not touch the file's own value, be it as wrong as it may.
+        values = merge(values, {key: value for key, value in given.items() if value not in (None, {})})
+        values.pop("classifier", None)
+        forget, data = values.pop("forget", None), values.pop("data", {})
+        if not forget:
+            raise RequestError("forget", "(not given)", "needed, here or in the recipe")
+        return unlearn_recipe(self.classifier, data, str(forget), preset=self.preset, **values)
 
-        data = values.pop("data")
-        return unlearn_recipe(self.classifier, data, self.forget, method=self.method, preset=self.preset, **values)
 
-
-def _values(data: str, texts: list[str] | None, seed: int | None) -> dict[str, Any]:
+def _values(data: str | None, texts: list[str] | None, seed: int | None) -> dict[str, Any]:
     """Return what the options that both commands have say, as values of a recipe."""
     from erase_concept.recipe import read_settings
 
     values: dict[str, Any] = dict(read_settings(texts or ()))
-    values["data"] = {"source": data} | values["data"]
+    values["data"] = ({} if data is None else {"source": data}) | values["data"]
     return values | ({} if seed is None else {"seed": seed})
 
 
 @grouped
-def unlearn(options: UnlearnOptions, out: OutOption, json_: JsonOption = False) -> None:
+def unlearn(
+    options: UnlearnOptions,
+    out: OutOption,
+    dry_run: DryRunOption = False,
+    card: CardOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Forget training images of a classifier. The same command resumes a killed run."""
+    if card is not None and not dry_run:
+        raise RequestError("card", card, "goes with --dry-run")
     recipe = options.read()
+    if dry_run:
+        from erase_concept.classification.dry_run import plan_unlearn
+
+        plan = plan_unlearn(recipe, card)
+        print_plan(recipe, out, plan.expected, json_, plan.counts())
+        return
     from erase_concept.classification.run import run_unlearn
 
     run = run_unlearn(recipe, out)
@@ -126,7 +157,7 @@ def train(
         ),
     ],
     out: OutOption,
-    data: DataOption = "fashion-mnist",
+    data: DataOption = None,
     set: SetOption = None,
     seed: SeedOption = None,
     preset: PresetOption = "default",

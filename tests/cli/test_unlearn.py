@@ -40,6 +40,25 @@ def test_from_training_to_the_report(command: Command, images: str, tmp_path: Pa
     info = json.loads(out)
     assert (code, info["images"], info["mask"]["kind"]) == (0, {"forget": 18, "retain": 72}, "salient")
     assert info["mask"]["density"] == pytest.approx(0.2, abs=1e-3)
+    lines = (runs / "salun" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    code, out, _ = command(*asked, "--sparsity", "0.8", "-o", str(runs / "plan"), "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["images"]) == (0, info["images"])
+    assert plan["weights"] == {"all": info["checks"]["weights"], "may_change": round(0.2 * info["checks"]["weights"])}
+    assert plan["expected"]["stages"]["unlearn"]["times"] == len(lines)
+    code, out, _ = command(*asked, "-o", str(runs / "plan"), "--dry-run", "--card", "RTX 4090")
+    assert code == 0
+    assert "expected on RTX 4090" in out
+    assert not (runs / "plan").exists()
+    again = ("unlearn", str(runs / "original"), "--recipe", str(runs / "salun" / "recipe.yaml"))
+    code, out, _ = command(*again, "-o", str(runs / "salun"), "--json")  # is complete already
+    assert (code, json.loads(out)["recipe"]) == (0, info["recipe"])
+    code, out, _ = command(
+        *again, "--seed", "3", "-m", "ssd", "-s", "batch_size=20", "-o", str(runs / "x"), "--dry-run"
+    )
+    assert code == 0
+    assert "seed: 3" in out
+    assert "6 batches of 20 for one change" in out  # 18 and 90 images
     code, out, _ = command(*asked, "-m", "retrain", "-o", str(runs / "retrain"))
     assert code == 0
     assert "18 of 90 training images forgotten" in out
@@ -67,6 +86,9 @@ def test_from_training_to_the_report(command: Command, images: str, tmp_path: Pa
         (("--forget", "random:10%", "--preset", "best"), "--preset best: allowed: default, paper, small"),
         (("--forget", "random:10%", "--mask", "half"), "--mask half: not a readable mask"),
         (("--forget", "random:10%"), "CLASSIFIER nowhere: is no folder of a classifier"),
+        (("--forget", "random:10%", "--card", "RTX 4090"), "--card RTX 4090: goes with --dry-run"),
+        (("--forget", "random:10%", "--recipe", "no.yaml"), "--recipe no.yaml: not readable"),
+        ((), "--forget (not given): needed, here or in the recipe"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -40,6 +40,7 @@ class InfluenceSettings:
     title="Influence unlearning (IU)",
     paper="arXiv 2304.04934",
     tuned_setting="alpha",
+    gradients=lambda settings, forget, retain: forget + retain + min(settings.samples, retain),
 )
 def influence(
     model: Classifier,

@@ -38,6 +38,7 @@ class SSDSettings:
     title="Selective synaptic dampening (SSD)",
     paper="arXiv 2308.07707",
     tuned_setting="alpha",
+    gradients=lambda settings, forget, retain: 2 * forget + retain,
 )
 def ssd(
     model: Classifier,
