@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
@@ -31,6 +31,7 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import Classifier, head_of
 from erase_concept.pipelines.classifiers.load import (
     InPython,
+    Module,
     is_architecture,
     load_classifier,
     new_classifier,
@@ -76,8 +77,11 @@ class UnlearnRun(os.PathLike[str]):
         lines = (self.path / "forget.txt").read_text(encoding="utf-8").split()
         return torch.tensor([int(line) for line in lines], dtype=torch.int64)
 
-    def classifier(self, split: Split, module: nn.Module | None = None) -> Classifier:
-        """Return the new classifier, for its data. One that was a module in Python needs such a module."""
+    def classifier(self, split: Split, module: Module | None = None) -> Classifier:
+        """Return the new classifier, for its data.
+
+        One that was a module in Python needs such a module, or a function that returns one with new weights.
+        """
         return load_classifier(str(self.path), split.images, module)
 
 
@@ -104,7 +108,7 @@ def unlearn(
 
 
 def train_classifier(
-    architecture: str | nn.Module | Callable[[], nn.Module],
+    architecture: str | Module,
     *,
     data: str | Mapping[str, Any],
     out: str | Path,

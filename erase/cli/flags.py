@@ -28,7 +28,7 @@ FLAGS = {
     name: f"--{name.replace('_', '-')}"
     for name in (
         *("concept", "anchor", "retain", "templates", "out", "method", "preset", "recipe", "memory", "seed", "scope"),
-        *("forget", "retrain"),
+        *("forget", "retrain", "shadow_models"),
         *("prompts", "category", "limit", "seeds", "steps", "guidance", "scheduler", "guard", "batch_size"),
         *("benchmark", "baseline", "judge", "metric", "fail_if"),
         *("methods", "concepts", "masks", "multipliers", "tune", "trials"),

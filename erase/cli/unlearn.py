@@ -183,13 +183,21 @@ def eval_classifier(
         Path | None,
         typer.Option(metavar="RUN", help="Run folder of 'unlearn --method retrain', to measure the gap to it."),
     ] = None,
+    shadow_models: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --retrain: also attack by LiRA with so many shadow models, each trained as Retrain was on half "
+            "of the images. 4 to 7 run its offline variant. They are kept in the folder of Retrain.",
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure what a classifier forgot, and how far it is from one that never saw the forgotten images."""
     from erase_concept.eval.classification.evaluate import evaluate_classifier
     from erase_concept.eval.classification.report import write_classifier_report
 
-    report = evaluate_classifier(run, retrain=retrain)
+    report = evaluate_classifier(run, retrain=retrain, shadow_models=shadow_models)
     write_classifier_report(report, out)
     if json_:
         typer.echo((out / "report.json").read_text(encoding="utf-8"))

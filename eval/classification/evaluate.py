@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase_concept.classification.data import Split, split_data
+from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.run import UnlearnRun
-from erase_concept.errors import EraseError, RequestError
+from erase_concept.errors import RequestError
 from erase_concept.eval.classification.gap import average_gap
+from erase_concept.eval.classification.judged import judged
 from erase_concept.eval.classification.membership import loss_threshold, svc_confidence
+from erase_concept.eval.classification.shadow import ask_shadow_models
 from erase_concept.eval.metrics.accuracy import share
 from erase_concept.eval.score import Score
 from erase_concept.pipelines.classifiers.classifier import Classifier
-from erase_concept.pipelines.classifiers.images import Images
+from erase_concept.pipelines.classifiers.load import Module
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -51,40 +52,43 @@ class ClassifierReport:
         return {score.metric: score.value for score in self.scores}
 
 
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """What a classifier says of n images: the probability of each one's true class, and whether that is the largest."""
-
-    confidence: NDArray[np.float64]
-    right: NDArray[np.bool_]
-
-    @property
-    def loss(self) -> NDArray[np.float64]:
-        """The cross-entropy of each image."""
-        loss: NDArray[np.float64] = -np.log(np.maximum(self.confidence, 1e-30))
-        return loss
-
-
 def evaluate_classifier(
-    run: str | Path | UnlearnRun, *, retrain: str | Path | UnlearnRun | None = None, module: nn.Module | None = None
+    run: str | Path | UnlearnRun,
+    *,
+    retrain: str | Path | UnlearnRun | None = None,
+    shadow_models: int | None = None,
+    module: Module | None = None,
 ) -> ClassifierReport:
     """Measure a run, and its distance from a run of Retrain that forgot the same images.
 
-    ``module`` is one like that of the runs, where these are of a module that was given in Python. Raises RequestError
-    for a folder without such a run and for a retrained classifier of other images.
+    With ``shadow_models``, four or more, there is LiRA too, a membership attack by so many networks, which are trained
+    as Retrain was and kept in its folder. ``module`` is one like that of the runs, where these are of a module that was
+    given in Python, or a function that returns one with new weights, as LiRA needs it.
+
+    Raises RequestError for a folder without such a run and for a retrained classifier of other images.
     """
+    if retrain is None and shadow_models is not None:
+        raise RequestError("shadow_models", shadow_models, "needs retrain: shadow models are trained as it was")
     ours = run if isinstance(run, UnlearnRun) else UnlearnRun(Path(run))
     split = split_data(ours.recipe.data)
     forgotten = ours.forgotten
     if not len(forgotten):
         raise RequestError("run", ours.path, "has forgotten nothing: it is an original")
-    scores = measure(ours.classifier(split, module), split, forgotten, ours.recipe.forget)
-    gap = None
+    model, target = ours.classifier(split, module), ours.recipe.forget
+    scores, gap = measure(model, split, forgotten, target), None
     if retrain is not None:
         theirs = retrain if isinstance(retrain, UnlearnRun) else UnlearnRun(Path(retrain))
+        if not UNLEARNERS.find(theirs.recipe.method).anew:
+            raise RequestError("retrain", theirs.path, f"is a run of {theirs.recipe.method}, not of retrain")
         if theirs.recipe.data != ours.recipe.data or not torch.equal(theirs.forgotten, forgotten):
             raise RequestError("retrain", theirs.path, "has other images, or has forgotten others")
-        measured = measure(theirs.classifier(split, module), split, forgotten, ours.recipe.forget)
+        base_model = theirs.classifier(split, module)
+        measured = measure(base_model, split, forgotten, target)
+        if shadow_models is not None:
+            asked = ask_shadow_models(theirs, split, forgotten, shadow_models, module)
+            scores, measured = (
+                [*found, asked.attack(one, split, target)] for found, one in ((scores, model), (measured, base_model))
+            )
         base = {score.metric: score for score in measured}
         scores = [_with_baseline(score, base[score.metric]) for score in scores]
         gap = average_gap({s.metric: s.value for s in scores}, {s.metric: s.value for s in base.values()})
@@ -137,20 +141,6 @@ def measure(model: Classifier, split: Split, forgotten: Tensor, target: str) -> 
         ),
         score("mia_loss", loss, f"forgotten images that a threshold of the loss calls non-members; {members}"),
     ]
-
-
-@torch.no_grad()
-def judged(model: Classifier, images: Images, labels: Tensor, rows: Tensor) -> Judged:
-    """Return what a classifier says of images; raises EraseError where its outputs are not finite."""
-    confidence, right = [], []
-    for some in rows.split(_BATCH):
-        logits = model.logits(images[some].to(model.device).float() / 255).double().cpu()
-        if not bool(logits.isfinite().all()):
-            raise EraseError(f"{model.source} returned values that are no numbers")
-        own = labels[some]
-        confidence.append(logits.softmax(1)[torch.arange(len(some)), own])
-        right.append(logits.argmax(1) == own)
-    return Judged(torch.cat(confidence).numpy(), torch.cat(right).numpy())
 
 
 def _with_baseline(score: Score, base: Score) -> Score:

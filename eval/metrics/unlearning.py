@@ -32,6 +32,15 @@ METRICS.add(
 )
 METRICS.add(
     Metric(
+        "mia_lira",
+        "Membership inference (MIA), LiRA",
+        "Share of the forgotten images that a likelihood ratio over shadow models calls no training images.",
+        "forget",
+        "higher",
+    )
+)
+METRICS.add(
+    Metric(
         "average_gap",
         "Average gap to Retrain",
         "Mean difference of UA, RA, TA and MIA from a classifier that never saw the forgotten images.",

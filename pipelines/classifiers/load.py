@@ -20,18 +20,18 @@ from erase_concept.pipelines.classifiers.images import ImageData
 from erase_concept.pipelines.classifiers.weights import fill_weights, labels_beside, read_state
 from erase_concept.pipelines.processes import processes
 
-# A classifier that is no name: a module, a function that returns one with new weights, or a whole classifier.
-InPython = nn.Module | Callable[[], nn.Module] | Classifier
+Module = nn.Module | Callable[[], nn.Module]  # or a function that returns one with new weights, such as its class
+InPython = Module | Classifier  # a classifier that is no name
 
 
-def load_classifier(source: str, data: ImageData, module: nn.Module | None = None) -> Classifier:
+def load_classifier(source: str, data: ImageData, module: Module | None = None) -> Classifier:
     """Load a classifier for a data set.
 
     ``source`` is the folder of a run or of its classifier, ``ARCHITECTURE=FILE`` with a state dict, or
     ``torchscript:FILE``, a module that normalises images itself. Labels may lie beside a file, with the suffix .txt;
     without them they are the data's. So is the normalisation of a state dict that has none of its own
-    ("normalize.mean", "normalize.std"). The folder of a module that was given in Python needs ``module``, one like it,
-    which stays as it is.
+    ("normalize.mean", "normalize.std"). The folder of a module that was given in Python needs ``module``, one like it
+    or a function that returns one.
     Raises RequestError when it is not there, has other classes than the data, or weights of another architecture.
     """
     folder = _folder(source)
@@ -58,12 +58,7 @@ def take_classifier(given: InPython, data: ImageData, seed: int) -> Classifier:
     if isinstance(given, nn.Module):
         found = Classifier.from_module(given, **about)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = given()
-        if not isinstance(module, nn.Module):
-            raise RequestError("classifier", source_of(given), f"returns {type(module).__name__}, not a torch module")
-        found = Classifier.from_module(module, make=given, **about)
+        found = Classifier.from_module(_new_module(given, seed), make=given, **about)
         found = replace(found, architecture=source_of(given), source=source_of(given))
     return _checked(replace(found, network=found.network.to(device)), data)
 
@@ -73,6 +68,16 @@ def source_of(given: InPython) -> str:
     if isinstance(given, Classifier):
         return given.source
     return module_source(given) if isinstance(given, nn.Module) else f"{MODULE}{getattr(given, '__qualname__', given)}"
+
+
+def _new_module(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return a module with the first weights of a seed; raises RequestError where a function returns something else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+    if not isinstance(module, nn.Module):
+        raise RequestError("classifier", source_of(make), f"returns {type(module).__name__}, not a torch module")
+    return module
 
 
 def _checked(found: Classifier, data: ImageData) -> Classifier:
@@ -141,18 +146,23 @@ def is_architecture(source: str) -> bool:
     return not Path(source).exists() and not (_behind_options(source) if "[" in source else source.partition("="))[1]
 
 
-def _from_folder(source: str, folder: Path, data: ImageData, module: nn.Module | None) -> Classifier:
+def _from_folder(source: str, folder: Path, data: ImageData, module: Module | None) -> Classifier:
     try:
         about: dict[str, Any] = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         mean, std, labels = (tuple(about[key]) for key in ("mean", "std", "labels"))
         size, known = int(about["size"]), dict(about["data"])
         architecture = str(about["architecture"])
-        network = build(architecture, len(labels), len(mean), 0) if module is None else copy.deepcopy(module).eval()
+        network = build(architecture, len(labels), len(mean), 0) if module is None else _like(module)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
         raise ValueError(f"{folder / 'classifier.json'} is damaged: {problem}") from None
     fill_weights(network, read_state(folder / "weights.safetensors")[0])
     network.to(processes().device)
-    return Classifier(architecture, network, labels, Normalisation(mean, std), size, source, known)
+    make = None if isinstance(module, nn.Module) else module
+    return Classifier(architecture, network, labels, Normalisation(mean, std), size, source, known, make=make)
+
+
+def _like(module: Module) -> nn.Module:
+    return (copy.deepcopy(module) if isinstance(module, nn.Module) else _new_module(module, 0)).eval()
 
 
 def _from_file(source: str, data: ImageData) -> Classifier:
