@@ -26,6 +26,7 @@ class BuiltinModel:
     preset: str  # the preset that "default" stands for
     demo: str  # the concept that the demo erases
     compare: tuple[str, ...]  # the concepts that a comparison erases where none are named
+    images: str | None = None  # the module whose ``read`` gives labelled images of what it draws, for classifiers
 
 
 @cache

@@ -1,8 +1,12 @@
-"""Labelled images: Fashion-MNIST, CIFAR-10, CIFAR-100, SVHN, or a folder for each class. Nothing is downloaded."""
+"""Labelled images: Fashion-MNIST, CIFAR-10, CIFAR-100, SVHN, a folder for each class, or what a built-in model draws.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from erase_concept.errors import RequestError, did_you_mean, first_line
+from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.classifier import Normalisation
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
@@ -106,21 +111,26 @@ class ImageData:
 def read_images(source: str, size: int = 32) -> ImageData:
     """Read a data set: ``fashion-mnist``, ``cifar10:DIR``, ``cifar100:DIR``, ``svhn:DIR`` or ``folder:DIR``.
 
-    Each may name the folder of its files. An image folder holds ``train`` and ``test``, with a folder of images for
-    each class in both; ``size`` is the side to which its images are scaled. Raises RequestError when files are missing.
+    The name of a built-in model stands for images of what it draws. Each may name the folder of its files. An image
+    folder holds ``train`` and ``test``, with a folder of images for each class in both; ``size`` is the side to which
+    its images are scaled. Raises RequestError when files are missing.
     """
     name, _, folder = source.partition(":")
-    if name not in SETS:
-        raise RequestError(
-            "data.source", source, f"{did_you_mean(name, SETS)}allowed: {', '.join(SETS)}, each with :DIR"
-        )
+    builtin = {model.name: model.images for model in builtin_models().values() if model.images}
+    known = (*SETS, *builtin)
+    if name not in known:
+        allowed = f"{did_you_mean(name, known)}allowed: {', '.join(known)}, each with :DIR"
+        raise RequestError("data.source", source, allowed)
     if not folder and name != "fashion-mnist":
         raise RequestError("data.source", source, f"needs the folder of its files: {name}:DIR")
     where = Path(folder) if folder else FASHION_MNIST
     if not where.is_dir():
         how = "; Debian has it in the package dataset-fashion-mnist, or say fashion-mnist:DIR" if not folder else ""
         raise RequestError("data.source", source, f"there is no folder {where}{how}")
-    return SETS[name](source, where, size)
+    read: Callable[[str, Path, int], ImageData] = (
+        SETS[name] if name in SETS else importlib.import_module(builtin[name]).read
+    )
+    return read(source, where, size)
 
 
 def _fashion_mnist(source: str, folder: Path, _: int) -> ImageData:

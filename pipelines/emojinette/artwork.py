@@ -1,7 +1,7 @@
 """Emoji artwork to labelled 64 x 64 renderings: 20 objects in 4 styles.
 
-Only the training uses this. The artwork comes from npm packages by name and version, all under permissive licences;
-none of it is shipped with erase-concept, only what a model learnt from it.
+``python -m erase_concept.pipelines.emojinette.artwork DIR`` fetches the artwork. It comes from npm packages by name and
+version, all under permissive licences; none of it is shipped with erase-concept, only what a model learnt from it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import repeat
@@ -198,14 +200,17 @@ def build(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
     index = np.arange(count)
     objects, styles = index % len(CATALOG.objects), index // len(CATALOG.objects) % len(CATALOG.styles)
     with ProcessPoolExecutor() as pool:
-        parts = pool.map(_build_part, repeat(folder), repeat(seed), np.array_split(index, 64))
+        parts = pool.map(
+            render_rows, repeat(folder), repeat(seed), [part.tolist() for part in np.array_split(index, 64)]
+        )
         return np.concatenate(list(parts)), objects, styles
 
 
-def _build_part(folder: Path, seed: int, index: np.ndarray) -> np.ndarray:
+def render_rows(folder: Path, seed: int, index: Sequence[int]) -> np.ndarray:
+    """Render the images of these numbers, uint8 [n, 64, 64, 3]; image i depends on (seed, i) alone."""
     art = load(folder)
     images = np.empty((len(index), SIZE, SIZE, 3), np.uint8)
-    for row, i in enumerate(index.tolist()):
+    for row, i in enumerate(index):
         label, style = (
             CATALOG.labels[i % len(CATALOG.objects)],
             CATALOG.styles[i // len(CATALOG.objects) % len(CATALOG.styles)],
@@ -214,3 +219,7 @@ def _build_part(folder: Path, seed: int, index: np.ndarray) -> np.ndarray:
         variant = variants[i // (len(CATALOG.objects) * len(CATALOG.styles)) % len(variants)]
         images[row] = np.asarray(render(variant, style, np.random.default_rng((seed, i))))
     return images
+
+
+if __name__ == "__main__":
+    download(Path(sys.argv[1]))
