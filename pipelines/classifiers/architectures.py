@@ -85,6 +85,9 @@ def _timm(model: str, classes: int, channels: int) -> nn.Module:
         import timm
     except ImportError:
         raise RequestError("classifier", model, 'needs timm: pip install "erase-concept[classifiers]"') from None
+    known = timm.list_models()
+    if model.partition(".")[0] not in known:
+        raise RequestError("classifier", model, f"{did_you_mean(model, known)}timm has no such classifier")
     try:
         return timm.create_model(model, pretrained=False, num_classes=classes, in_chans=channels)
     except RuntimeError as problem:

@@ -200,9 +200,8 @@ def build(folder: Path, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, 
     index = np.arange(count)
     objects, styles = index % len(CATALOG.objects), index // len(CATALOG.objects) % len(CATALOG.styles)
     with ProcessPoolExecutor() as pool:
-        parts = pool.map(
-            render_rows, repeat(folder), repeat(seed), [part.tolist() for part in np.array_split(index, 64)]
-        )
+        rows = [part.tolist() for part in np.array_split(index, 64)]
+        parts = pool.map(render_rows, repeat(folder), repeat(seed), rows)
         return np.concatenate(list(parts)), objects, styles
 
 

@@ -49,7 +49,8 @@ class Renderings:
 def read(source: str, folder: Path, size: int) -> ImageData:
     """Return renderings of the artwork in a folder, with the objects as classes.
 
-    Raises RequestError where the folder lacks some of it: ``python -m erase_concept.pipelines.emojinette.artwork DIR`` fetches the artwork.
+    Raises RequestError where the folder lacks some of it, which
+    ``python -m erase_concept.pipelines.emojinette.artwork DIR`` fetches.
     """
     missing = [package for package in artwork.PACKAGES if not (folder / package).is_dir()]
     if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,21 @@ def test_libraries_classifiers_take_colours(fashion: str, tmp_path: Path) -> Non
         new_classifier("torchvision:resnet18", grey, 0)
     with pytest.raises(RequestError, match="cannot take pets's images"):
         new_classifier("torchvision:alexnet", pets, 0)
+
+
+def test_timms_classifiers_take_any_channels(fashion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    data = settings(fashion)
+    original = ec.train_classifier("timm:test_efficientnet", data=data, out=tmp_path / "original", settings=SHORT)
+    run = ec.unlearn(original, data=data, forget="random:10%", out=tmp_path / "run", settings=SHORT)
+    assert run.run_info["base"]["architecture"] == "timm:test_efficientnet"
+    assert run.run_info["checks"]["changed_outside_mask"] == 0
+    assert run.classifier(split_data(run.recipe.data)).logits(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(RequestError, match="did you mean test_resnet"):
+        new_classifier("timm:test_resne", read_images(fashion), 0)
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    with pytest.raises(RequestError, match=r'needs timm: pip install "erase-concept\[classifiers\]"'):
+        new_classifier("timm:test_resnet", read_images(fashion), 0)
 
 
 def test_cifar_and_svhn_are_read_as_torchvision_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
