@@ -43,8 +43,8 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="fashion-mnist, cifar10:DIR, cifar100:DIR, svhn:DIR, or folder:DIR with train and test. "
-        "(default: fashion-mnist)",
+        help="fashion-mnist, cifar10:DIR, cifar100:DIR, svhn:DIR, folder:DIR with train and test, or what a built-in "
+        "model draws. (default: fashion-mnist)",
     ),
 ]
 SetOption = Annotated[
