@@ -177,7 +177,7 @@ def prepare(recipe: UnlearnRecipe, classifier: InPython | None = None) -> tuple[
     else:
         rows = forget_rows(recipe.forget, split, recipe.seed)
     if classifier is not None:
-        model = take_classifier(classifier, split.images, stage_seed(recipe.seed, "before"))
+        model = take_classifier(classifier, split.images, stage_seed(recipe.seed, "before"), recipe.classifier)
     elif method.anew and is_architecture(recipe.classifier):
         model = new_classifier(recipe.classifier, split.images, stage_seed(recipe.seed, "before"))
     else:

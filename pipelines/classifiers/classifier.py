@@ -109,9 +109,7 @@ class Classifier:
         """
         if recompute:
             raise ValueError("a classifier's activations are not computed anew in the backward pass")
-        # A scripted module knows the name of its class alone.
-        named = [(getattr(one, "original_name", type(one).__name__), one) for one in self.network.modules()]
-        norms = [one for name, one in named if name in _BATCH_NORMS]
+        norms = [one for one in self.network.modules() if _is_batch_norm(one)]
         try:
             for norm in norms:
                 norm.train(self.batch_norm == "update")
@@ -154,6 +152,11 @@ class Classifier:
             save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, partial)
         with atomic_write(folder / "classifier.json") as partial:
             partial.write_text(json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a BatchNorm, or a library's own version of it; a scripted one knows its name alone."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "original_name", "") in _BATCH_NORMS
 
 
 def module_source(module: nn.Module) -> str:

@@ -42,12 +42,12 @@ def load_classifier(source: str, data: ImageData, module: Module | None = None) 
     return _checked(found, data)
 
 
-def take_classifier(given: InPython, data: ImageData, seed: int) -> Classifier:
+def take_classifier(given: InPython, data: ImageData, seed: int, source: str) -> Classifier:
     """Return a copy of a classifier that is there in Python, for a data set.
 
     A module takes images in [0, 1], which it normalises itself where it needs it, and its outputs are the data's
     classes; ``Classifier.from_module`` says otherwise. A function gives a module with the first weights of a seed.
-    Raises RequestError where it does not fit the data.
+    ``source`` is what stands for it in a recipe. Raises RequestError where it does not fit the data.
     """
     device = processes().device
     if isinstance(given, Classifier):
@@ -58,9 +58,9 @@ def take_classifier(given: InPython, data: ImageData, seed: int) -> Classifier:
     if isinstance(given, nn.Module):
         found = Classifier.from_module(given, **about)
     else:
-        found = Classifier.from_module(_new_module(given, seed), make=given, **about)
-        found = replace(found, architecture=source_of(given), source=source_of(given))
-    return _checked(replace(found, network=found.network.to(device)), data)
+        found = Classifier.from_module(_new_module(given, seed, source), make=given, **about)
+    found = replace(found, architecture=source, source=source, network=found.network.to(device))
+    return _checked(found, data)
 
 
 def source_of(given: InPython) -> str:
@@ -70,13 +70,13 @@ def source_of(given: InPython) -> str:
     return module_source(given) if isinstance(given, nn.Module) else f"{MODULE}{getattr(given, '__qualname__', given)}"
 
 
-def _new_module(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _new_module(make: Callable[[], nn.Module], seed: int, source: str) -> nn.Module:
     """Return a module with the first weights of a seed; raises RequestError where a function returns something else."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make()
     if not isinstance(module, nn.Module):
-        raise RequestError("classifier", source_of(make), f"returns {type(module).__name__}, not a torch module")
+        raise RequestError("classifier", source, f"returns {type(module).__name__}, not a torch module")
     return module
 
 
@@ -152,7 +152,7 @@ def _from_folder(source: str, folder: Path, data: ImageData, module: Module | No
         mean, std, labels = (tuple(about[key]) for key in ("mean", "std", "labels"))
         size, known = int(about["size"]), dict(about["data"])
         architecture = str(about["architecture"])
-        network = build(architecture, len(labels), len(mean), 0) if module is None else _like(module)
+        network = build(architecture, len(labels), len(mean), 0) if module is None else _like(module, architecture)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
         raise ValueError(f"{folder / 'classifier.json'} is damaged: {problem}") from None
     fill_weights(network, read_state(folder / "weights.safetensors")[0])
@@ -161,8 +161,8 @@ def _from_folder(source: str, folder: Path, data: ImageData, module: Module | No
     return Classifier(architecture, network, labels, Normalisation(mean, std), size, source, known, make=make)
 
 
-def _like(module: Module) -> nn.Module:
-    return (copy.deepcopy(module) if isinstance(module, nn.Module) else _new_module(module, 0)).eval()
+def _like(module: Module, source: str) -> nn.Module:
+    return (copy.deepcopy(module) if isinstance(module, nn.Module) else _new_module(module, 0, source)).eval()
 
 
 def _from_file(source: str, data: ImageData) -> Classifier:

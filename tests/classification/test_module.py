@@ -101,7 +101,9 @@ def test_training_begins_with_the_weights_of_a_seed_or_of_a_module(asked: dict[s
     assert torch.equal(first["conv.weight"], second["conv.weight"])
     assert not torch.equal(first["conv.weight"], other["conv.weight"])
     assert torch.equal(start(network(7), "d", 1)["conv.weight"], network(7).conv.weight)
-    assert UnlearnRun(tmp_path / "a").recipe.classifier == "module:Net"
+    for out, name in (("a", "module:Net"), ("d", f"module:Net@{weights_hash(network(7))[:12]}")):
+        run = UnlearnRun(tmp_path / out)
+        assert run.recipe.classifier == run.run_info["base"]["architecture"] == name
 
 
 class Tied(nn.Module):

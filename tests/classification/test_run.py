@@ -342,6 +342,10 @@ def test_timms_classifiers_take_any_channels(fashion: str, tmp_path: Path, monke
     assert run.run_info["base"]["architecture"] == "timm:test_efficientnet"
     assert run.run_info["checks"]["changed_outside_mask"] == 0
     assert run.classifier(split_data(run.recipe.data)).logits(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    before, after = (load_file(one.path / "classifier" / "weights.safetensors") for one in (original, run))
+    statistics = [name for name in before if name.endswith("running_mean")]  # of timm's own kind of BatchNorm
+    assert statistics
+    assert not any(torch.equal(before[name], after[name]) for name in statistics)
     with pytest.raises(RequestError, match="did you mean test_resnet"):
         new_classifier("timm:test_resne", read_images(fashion), 0)
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
