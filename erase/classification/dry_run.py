@@ -95,7 +95,7 @@ def _mask_of_that_size(recipe: UnlearnRecipe, model: Classifier) -> Mask | None:
     """Return a mask with as many weights as the run's own: which they are makes no difference to what it takes."""
     if recipe.mask.kind == "none":
         return None
-    return given_mask(recipe.mask) or masks.random(model.network, recipe.mask.sparsity, seed=0)
+    return given_mask(recipe.mask) or masks.random(model.network, 1 - recipe.mask.sparsity, seed=0)
 
 
 def _gradients(model: Classifier, data: ForgetRetainImages, images: int, batch_size: int) -> tuple[_Taken, int]:

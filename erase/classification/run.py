@@ -86,7 +86,7 @@ class UnlearnRun(os.PathLike[str]):
 
 
 def unlearn(
-    classifier: str | Path | nn.Module | Classifier,
+    classifier: str | os.PathLike[str] | nn.Module | Classifier,
     *,
     data: str | Mapping[str, Any],
     forget: str,
@@ -101,8 +101,8 @@ def unlearn(
     takes images in [0, 1] and returns logits of the data's classes. What is given in Python stays as it is. ``data``,
     ``forget`` and ``values`` are as in ``unlearn_recipe``. Raises as ``iter_unlearn`` does.
     """
-    given = None if isinstance(classifier, str | Path) else classifier
-    source = str(classifier) if isinstance(classifier, str | Path) else source_of(classifier)
+    given = None if isinstance(classifier, str | os.PathLike) else classifier
+    source = os.fspath(classifier) if isinstance(classifier, str | os.PathLike) else source_of(classifier)
     recipe = unlearn_recipe(source, data, forget, method=method, preset=preset, **values)
     return run_unlearn(recipe, Path(out), classifier=given)
 

@@ -48,8 +48,10 @@ def test_the_ratio_of_likelihoods_is_the_papers(models: int) -> None:
 @pytest.mark.parametrize("models", [4, 64])
 def test_the_offline_score_rises_with_the_papers(models: int) -> None:
     observed, shadow, member = made_up(models)
-    beyond = [1 - b.cdf(x) for x, b in zip(observed, normals(shadow, ~member), strict=True)]
-    assert offline_likelihood(observed, shadow, member) == pytest.approx([-math.log(p) for p in beyond], rel=1e-6)
+    outside = normals(shadow, ~member)
+    beyond = [math.erfc(b.zscore(x) / math.sqrt(2)) / 2 for x, b in zip(observed, outside, strict=True)]
+    assert beyond[0] == pytest.approx(1 - outside[0].cdf(observed[0]))  # to fewer digits where it is small
+    assert offline_likelihood(observed, shadow, member) == pytest.approx([-math.log(p) for p in beyond])
     far = offline_likelihood(observed + 1000, shadow, member)
     assert np.isfinite(far).all()  # where the probability itself would be zero
 
@@ -75,15 +77,15 @@ def mlp() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def runs(fashion: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[UnlearnRun, UnlearnRun]:
-    """A classifier that learnt 100 images by heart and has hardly forgotten 30 of them, and Retrain."""
+    """A classifier that learnt 100 images by heart and has hardly forgotten 50 of them, and Retrain."""
     folder, data = tmp_path_factory.mktemp("lira"), {"source": fashion, "train": 100, "validation": 0.5, "test": 50}
     data |= {"crop": 0, "flip": False}
     about: dict[str, Any] = {"size": 8, "mean": (0.4,), "std": (0.2,), "make": mlp}
     given = ec.Classifier.from_module(mlp(), labels=read_images(fashion).labels, **about)
-    training = {"epochs": 20, "batch_size": 25, "lr": 0.05, "milestones": ()}
+    training = {"epochs": 20, "batch_size": 25, "lr": 0.1, "milestones": ()}
     original = ec.train_classifier(mlp, data=data, out=folder / "original", settings=training)
     learnt = original.classifier(split_data(original.recipe.data), module=mlp)
-    asked: dict[str, Any] = {"data": data, "forget": "random:30%"}
+    asked: dict[str, Any] = {"data": data, "forget": "random:50%"}
     weak = {"epochs": 1, "lr": 1e-4}
     kept = ec.unlearn(learnt, method="fine-tune", out=folder / "kept", settings=weak, **asked)
     return kept, ec.unlearn(given, method="retrain", out=folder / "retrain", settings=training, **asked)
@@ -96,10 +98,9 @@ def test_lira_tells_what_was_forgotten(models: int, words: str, runs: tuple[Unle
     report = ec.evaluate_classifier(kept, retrain=retrain, module=mlp, shadow_models=models)
     (score,) = [one for one in report.scores if one.metric == "mia_lira"]
     assert words in score.protocol
-    assert score.n == 30
+    assert score.n == 50
     assert score.baseline is not None
-    assert score.value < 0.4  # it has learnt them
-    assert score.baseline > 0.6  # it has never seen them
+    assert score.value + 0.3 < score.baseline  # one has learnt them, the other has never seen them
     files = sorted((retrain.path / "shadow-models" / str(models)).iterdir())
     assert [file.name for file in files] == sorted(f"{i}.safetensors" for i in range(models))
     times = [file.stat().st_mtime_ns for file in files]
