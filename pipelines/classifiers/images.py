@@ -30,7 +30,9 @@ _SAMPLED = 2000  # images that the normalisation is measured on
 class Images(Protocol):
     """Images by number: uint8 [c, h, w] each."""
 
-    shape: tuple[int, ...]  # of one image
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
 
     def __len__(self) -> int:
         """Return how many there are."""
