@@ -59,8 +59,9 @@ def in_diffusers(family: str, size: int, name: str) -> None:
         "unet-fp16": lambda: with_unet(f"{family}-unet-fp16.safetensors"),
         "unet": lambda: with_unet(f"{family}-unet.safetensors"),
         "delta": lambda: from_folder(f"{family}-applied"),
-        "lora": lambda: with_lora(f"{family}-lora.safetensors"),
     }
+    if family == "sd1" or not name.startswith("oldest"):  # which refuses XL's LoRA for its layers of the time step
+        opened["lora"] = lambda: with_lora(f"{family}-lora.safetensors")
     drawn = {}
     for form, load in opened.items():
         pipe = load()
@@ -76,7 +77,7 @@ def in_diffusers(family: str, size: int, name: str) -> None:
         gc.collect()
     for one, other in (("single-file", "diffusers-fp16"), ("single-file", "unet-fp16"), ("unet", "delta")):
         check(torch.equal(drawn[one], drawn[other]), f"{one} and {other} draw different images in {name}")
-    for form in ("single-file", "unet", "lora"):
+    for form in drawn.keys() & {"single-file", "unet", "lora"}:
         check(not torch.equal(drawn["base"], drawn[form]), f"{form} draws the base's image in {name}")
 
 
