@@ -107,6 +107,7 @@ class UnlearnOptions:
         forget, data = values.pop("forget", None), values.pop("data", {})
         if not forget:
             raise RequestError("forget", "(not given)", "needed, here or in the recipe")
+        values["method"] = str(values.get("method", "salun"))
         return unlearn_recipe(self.classifier, data, str(forget), preset=self.preset, **values)
 
 

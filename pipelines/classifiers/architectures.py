@@ -6,6 +6,7 @@ Options stand behind the name: ``resnet18-cifar[width=16,stride=2]``. Others: ``
 from __future__ import annotations
 
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -61,7 +62,9 @@ def _parse(architecture: str) -> tuple[str, dict[str, int]]:
 
 def _torchscript(file: str) -> nn.Module:
     try:
-        module: nn.Module = torch.jit.load(file, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, that it would rather have another format
+            module: nn.Module = torch.jit.load(file, map_location="cpu")
     except (OSError, RuntimeError, ValueError) as problem:
         raise RequestError("classifier", file, f"is no TorchScript module: {first_line(problem)}") from None
     return module.eval()

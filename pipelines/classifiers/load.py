@@ -172,6 +172,8 @@ def _from_file(source: str, data: ImageData) -> Classifier:
         network = build(source, len(names), channels, 0).to(processes().device)
         as_it_is = Normalisation((0.0,) * channels, (1.0,) * channels)
         return Classifier(source, network, names, as_it_is, size, source, {})
+    if source.startswith(MODULE):
+        build(source, len(data.labels), channels, 0)  # says that it cannot be made
     architecture, equals, file = source.partition("=") if "[" not in source else _behind_options(source)
     if not equals:
         raise ValueError("is no folder of a classifier; needed: one, or ARCHITECTURE=FILE with the weights")
@@ -181,7 +183,8 @@ def _from_file(source: str, data: ImageData) -> Classifier:
     normalisation = Normalisation(mean, std) if mean and std else data.normalisation
     head = [value for name, value in state.items() if name.endswith(".weight") and value.ndim == 2]
     if head and len(head[-1]) != len(labels or data.labels):
-        raise ValueError(f"has {len(head[-1])} outputs, and {data.name} has {len(labels or data.labels)} classes")
+        other = f"{len(labels)} labels beside it" if labels else f"{data.name} has {len(data.labels)} classes"
+        raise ValueError(f"has {len(head[-1])} outputs, and {other}")
     network = build(architecture, len(labels or data.labels), channels, 0)
     fill_weights(network, state)
     network.to(processes().device)

@@ -61,6 +61,8 @@ def test_a_module_is_unlearned_in_a_copy(asked: dict[str, Any], tmp_path: Path) 
     assert torch.equal(found.logits(images), net(images))  # it normalises images itself
     with pytest.raises(RequestError, match="was a module in Python, which must be given there again"):
         run.classifier(split)
+    with pytest.raises(RequestError, match="was a module in Python, which must be given there again"):
+        ec.unlearn(run.recipe.classifier, out=tmp_path / "b", **asked)
     with pytest.raises(RequestError, match="holds a run with another recipe"):
         ec.unlearn(network(1), out=run.path, **asked)
 

@@ -285,6 +285,9 @@ def test_a_state_dict_with_a_named_architecture(original: UnlearnRun, fashion: s
     (tmp_path / "model.txt").write_text("\n".join(images.labels[::-1]), encoding="utf-8")
     with pytest.raises(RequestError, match="has the class 'Ankle boot' where fashion-mnist has 'T-shirt/top'"):
         load_classifier(f"{ARCHITECTURE}={tmp_path / 'model.safetensors'}", images)
+    (tmp_path / "model.txt").write_text("\n".join(images.labels[:9]), encoding="utf-8")
+    with pytest.raises(RequestError, match="has 10 outputs, and 9 labels beside it"):
+        load_classifier(f"{ARCHITECTURE}={tmp_path / 'model.safetensors'}", images)
     fewer = state | {"fc.weight": state["fc.weight"][:4], "fc.bias": state["fc.bias"][:4]}
     save_file(fewer, tmp_path / "other.safetensors")
     with pytest.raises(RequestError, match="has 4 outputs, and fashion-mnist has 10 classes"):

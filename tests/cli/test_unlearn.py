@@ -86,12 +86,16 @@ def test_from_training_to_the_report(command: Command, images: str, tmp_path: Pa
         (("--forget", "random:10%", "--card", "RTX 4090"), "--card RTX 4090: goes with --dry-run"),
         (("--forget", "random:10%", "--recipe", "no.yaml"), "--recipe no.yaml: not readable"),
         ((), "--forget (not given): needed, here or in the recipe"),
+        (("--recipe", "{0}"), "--method 5: allowed: bad-teacher"),
     ],
 )
 def test_bad_input_is_one_line(
     options: tuple[str, ...], line: str, command: Command, images: str, tmp_path: Path
 ) -> None:
-    code, out, err = command("unlearn", "nowhere", "--data", images, *options, "-o", str(tmp_path / "run"))
+    file = tmp_path / "bad.yaml"
+    file.write_text("forget: random:10%\nmethod: 5\n", encoding="utf-8")
+    given = (option.format(file) for option in options)
+    code, out, err = command("unlearn", "nowhere", "--data", images, *given, "-o", str(tmp_path / "run"))
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert line in err
     assert not (tmp_path / "run").exists()
