@@ -48,9 +48,10 @@ from erase_concept.recipe import (
     recipe_for,
 )
 from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
-from erase_concept.run_log import checkpoint_file, logged
+from erase_concept.run_log import checkpoint_file, logged, logged_losses
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16
+from erase_concept.training.health import watched
 from erase_concept.training.loop import Record, TargetProgress
 from erase_concept.training.offload import offload_to_disk
 
@@ -242,7 +243,8 @@ def _train(
     """Run the method, and write each record to the log."""
     checkpoint = checkpoint_file(out)
     method = METHODS.find(recipe.method)
-    return logged(out, method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint))
+    events = method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint)
+    return logged(out, watched(events, model, data, mask, recipe.settings, logged_losses(out)))
 
 
 def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:

@@ -28,6 +28,13 @@ def logged(out: Path, events: Iterator[Record | TargetProgress]) -> Iterator[Rec
             yield record
 
 
+def logged_losses(out: Path) -> list[float]:
+    """Return the losses of the steps that an earlier process took, the first step first."""
+    log = out / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+
+
 def _keep_log(log: Path, steps: int) -> None:
     """Drop log lines of steps that will be done again."""
     if log.exists():

@@ -85,6 +85,17 @@ class Training:
         bool, described("Compute activations anew in the backward pass: less memory, a third more time, the same bits.")
     ] = False
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 100
+    probe_every: Annotated[
+        int,
+        described("Steps from one look at retained prompts to the next, and before each checkpoint; 0: none.", ge=0),
+    ] = 50
+    max_retain_change: Annotated[
+        float,
+        described("Stop when predictions for retained prompts differ from the base's by this share; 0: never.", ge=0),
+    ] = 1.0
+    max_loss_growth: Annotated[
+        float, described("Stop when the loss is so many times that of the first ten steps; 0: never.", ge=0)
+    ] = 100.0
 
     def epoch_steps(self, rows: int) -> int:
         """Return the steps of one pass over so many rows; the last step of a pass may have fewer."""
