@@ -48,6 +48,14 @@ def mistaken_for(file: Path) -> str:
     return ""
 
 
+def relative(file: Path, folder: Path) -> str:
+    """Return the path from a folder to a file, with ``/`` between its parts on every system."""
+    try:
+        return Path(os.path.relpath(file, folder)).as_posix()
+    except ValueError:  # on Windows there is no way from one drive to another
+        return file.resolve().as_posix()
+
+
 def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file; its first ten digits are the AutoV2 of model managers."""
     with file.open("rb") as stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,18 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, first_line, out_of_memory
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.families.family import Configs, Family
-from erase_concept.pipelines.formats.folder import load_folder, read_configs, read_family
-from erase_concept.pipelines.formats.single_file import SUFFIXES, load_single_file, single_file_configs
+from erase_concept.pipelines.formats.folder import component_weights, load_folder, read_configs, read_family
+from erase_concept.pipelines.formats.single_file import (
+    SUFFIXES,
+    load_single_file,
+    original_weights,
+    single_file_configs,
+)
 from erase_concept.pipelines.formats.weights import align_weights, check_finite
 from erase_concept.pipelines.hub import download, silence_hub_logs
 from erase_concept.pipelines.model import Diffusion
@@ -83,12 +90,28 @@ def configs(model: str | Path, *, ema: bool | None = None) -> ModelConfigs:
     ``ema`` is as for ``load``. Raises RequestError when there is no such model, it is on the hub and cannot be
     downloaded, or it is a single file that ``load`` would refuse for its UNets.
     """
-    path = _path(model)
+    path = locate(model)
     if path.is_file():
         return ModelConfigs(*single_file_configs(path, str(model), ema=ema))
-    folder = _folder(path, str(model))
-    family = read_family(folder, str(model))
-    return ModelConfigs(family, read_configs(folder, family))
+    family = read_family(path, str(model))
+    return ModelConfigs(family, read_configs(path, family))
+
+
+def locate(model: str | Path) -> Path:
+    """Return the folder or the file of a model; one on the hub is downloaded. Raises RequestError as ``load`` does."""
+    path = _path(model)
+    return path if path.is_file() else _folder(path, str(model))
+
+
+def stored_weights(model: str | Path, part: str, *, ema: bool | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield a component's weights as they are stored, one at a time, by their published names in order.
+
+    At no time is more than a part of the component in memory. ``ema`` is as for ``load``, and so are the errors.
+    """
+    path, name = locate(model), str(model)
+    if path.is_file():
+        return original_weights(path, name, part, ema=ema)
+    return component_weights(path / part, read_family(path, name), name)
 
 
 def _load(model: str | Path | DiffusionPipeline, *, ema: bool | None) -> Diffusion:
@@ -96,10 +119,10 @@ def _load(model: str | Path | DiffusionPipeline, *, ema: bool | None) -> Diffusi
     if isinstance(model, DiffusionPipeline):
         shared = Diffusion.from_pipeline(model)
         return shared.with_components(**{name: copy.deepcopy(module) for name, module in shared.modules.items()})
-    path = _path(model)
+    path = locate(model)
     if path.is_file():
         return load_single_file(path, str(model), ema=ema)
-    return load_folder(_folder(path, str(model)), str(model))
+    return load_folder(path, str(model))
 
 
 def _path(model: str | Path) -> Path:

@@ -289,9 +289,25 @@ def weights_hash(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     The names are the published ones, so that a model has the same hash with every version of the libraries. ``dtype``
     is the one in which floating point weights count; by default each counts in its own.
     """
-    digest = hashlib.sha256()
+    hashed = WeightsHash(dtype)
     for name, value in sorted((published_name(module, name), value) for name, value in module.state_dict().items()):
-        counted = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        digest.update(f"{name} {counted.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(counted.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        hashed.add(name, value)
+    return hashed.hexdigest()
+
+
+class WeightsHash:
+    """The hash that ``weights_hash`` returns, of weights that come one at a time, in the order of their names."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        """Begin with no weights; ``dtype`` is as for ``weights_hash``."""
+        self.dtype, self._digest = dtype, hashlib.sha256()
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Count one more weight, by its published name."""
+        counted = value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
+        self._digest.update(f"{name} {counted.dtype} {tuple(value.shape)}\n".encode())
+        self._digest.update(counted.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """Return the SHA-256 over the weights so far."""
+        return self._digest.hexdigest()

@@ -139,6 +139,23 @@ def _folder(source: str) -> Path | None:
     return next((folder for folder in folders if (folder / "classifier.json").is_file()), None)
 
 
+def classifier_state(source: str) -> dict[str, Tensor]:
+    """Return the weights and statistics of a classifier, by name, without its data; ``source`` is a folder or a file.
+
+    Raises ValueError when it holds none.
+    """
+    folder = _folder(source)
+    if folder is not None:
+        return read_state(folder / "weights.safetensors")[0]
+    if source.startswith(TORCHSCRIPT):
+        return dict(build(source, 2, 3, 0).state_dict())
+    _, equals, file = source.partition("=") if "[" not in source else _behind_options(source)
+    if not equals:
+        raise ValueError("is no folder of a classifier; needed: one, or ARCHITECTURE=FILE with the weights")
+    state = {re.sub(r"^module\.", "", name): value for name, value in read_state(Path(file))[0].items()}
+    return {name: value for name, value in state.items() if not name.startswith("normalize.")}
+
+
 def is_architecture(source: str) -> bool:
     """Tell whether a source is an architecture alone, without weights."""
     if source.startswith(TORCHSCRIPT):

@@ -9,6 +9,7 @@ numbers take the fewest bytes that hold most of them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,29 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
             raise EraseError(f"{delta.file} leads this model to weights that are no numbers: it does not transfer")
     elif weights_hash(unet) != promised:
         raise EraseError(f"{delta.file} led to another model than it promised: it is damaged")
+
+
+def moved_weights(delta: Delta, base: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights to which a delta leads, one at a time, from the base UNet's; their hash is not checked.
+
+    Raises RequestError when a weight does not fit, or the delta has one that the base has not.
+    """
+    left = dict(delta.shapes)
+    try:
+        with safe_open(delta.file, "pt") as tensors:
+            moved = _changed(tensors)
+            for name, value in base:
+                if tuple(value.shape) != left.pop(name, None):
+                    raise RequestError("delta", delta.file, f"does not fit the base model: {name}")
+                before = value.to(delta.dtype)
+                after = _floats(_moved(tensors, name, before), delta.dtype) if name in moved else before
+                yield name, after.view(value.shape)
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as problem:
+        if isinstance(problem, RequestError):
+            raise
+        raise RequestError("delta", delta.file, f"is damaged: {problem}") from None
+    if left:
+        raise RequestError("delta", delta.file, f"does not fit the base model: {next(iter(left))}")
 
 
 def _changed(tensors: Any) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,21 @@ def _load_component(folder: Path, family: Family, name: str) -> nn.Module:
     The libraries' own loaders do not do this: where they know a weight by another name, they put random numbers in its
     place. Raises RequestError naming the first weight that is missing, has another shape, or has no place.
     """
+    module, tensors = _places(folder, family, name)
+    assign_weights(module, {key: tensors[published_name(module, key)] for key in module.state_dict()})
+    return module
+
+
+def _places(folder: Path, family: Family, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a component on the meta device, and the tensors of its files by the published names of its weights.
+
+    Raises RequestError as ``_load_component`` does.
+    """
     make = family.components[folder.name].make
     assert make is not None  # only components with weights come here
     with torch.device("meta"):
         module = make(read_json(folder / "config.json"))
-    places = {published_name(module, key): (key, list(value.shape)) for key, value in module.state_dict().items()}
+    places = {published_name(module, key): list(value.shape) for key, value in module.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for stored, value in read_weights(folder).items():
         key = stored
@@ -136,14 +147,23 @@ def _load_component(folder: Path, family: Family, name: str) -> nn.Module:
             tensors[place] = value
     if not tensors:
         raise RequestError("model", name, f"no weights in {folder.name}/")
-    for key, (_, asked) in places.items():
+    for key, asked in places.items():
         has = f"has shape {list(tensors[key].shape)}" if key in tensors else "is missing"
         if key not in tensors or list(tensors[key].shape) != asked:
             raise RequestError("model", name, f"{folder.name}: {key} {has}, its configuration asks for {asked}")
     if extra := sorted(tensors.keys() - places.keys()):
         raise RequestError("model", name, f"{folder.name}: {extra[0]} has no place in what its configuration describes")
-    assign_weights(module, {key: tensors[place] for place, (key, _) in places.items()})
-    return module
+    return module, tensors
+
+
+def component_weights(folder: Path, family: Family, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield a component's weights by their published names, in the order of the names, in the dtypes of its files.
+
+    They are mapped to the files and let go one by one. Raises RequestError as loading does.
+    """
+    tensors = _places(folder, family, name)[1]
+    for place in sorted(tensors):
+        yield place, tensors.pop(place)
 
 
 def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:

@@ -76,6 +76,13 @@ def of_any_model(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def content_hash(file: Path) -> str:
+    """Return the SHA-256 of all tensors' bytes, as they lie in a safetensors file."""
+    with file.open("rb") as stream:
+        stream.seek(int.from_bytes(stream.read(8), "little"), 1)
+        return stream_sha256(stream)
+
+
 def write_content_hash(file: Path) -> None:
     """Put the SHA-256 of all tensors' bytes, as they lie in the file, in the place of the zeros in its metadata.
 

@@ -6,7 +6,8 @@ name, ``model/`` beside ``model.safetensors``, where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from erase_concept.pipelines.formats.weights import (
     check_same,
     dtype_names,
     is_safetensors,
+    published_name,
     read_tensors,
 )
 from erase_concept.pipelines.model import Diffusion
@@ -76,6 +78,32 @@ def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffu
     return Diffusion(family, components, source=name, settings=dict(family.settings), stored=stored, taken=opened.taken)
 
 
+def original_weights(
+    file: Path, name: str, part: str, *, ema: bool | None = None, like: tuple[Family, Configs] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a component's weights by their published names, in the order of the names, in the dtypes of the file.
+
+    They are mapped to the file and let go one by one. ``like`` are the family and the configurations that the file's
+    model has, where they are known from elsewhere. Raises RequestError as ``load_single_file`` does.
+    """
+    opened = _open(file, name, ema, like)
+    module, layout = opened.modules[part], _layout(opened.family).layouts[part]
+    state = module.state_dict()
+    places = {one: _present(original, opened.tensors) for one, original in layout.names(state).items()}
+    tensors = {original: opened.tensors.get(original) for original in places.values()}
+    del opened
+    left = Counter(places.values())
+    for one in sorted(places, key=lambda one: published_name(module, one)):
+        original = places[one]
+        value = tensors[original]
+        if value is None:
+            raise RequestError("model", file, f"{original} is missing: this is no whole checkpoint")
+        left[original] -= 1
+        if not left[original]:
+            del tensors[original]
+        yield published_name(module, one), layout.unpack(one, original, value, state[one])
+
+
 def single_file_configs(file: Path, name: str, *, ema: bool | None = None) -> tuple[Family, Configs]:
     """Return the family of a checkpoint and the configurations of its components, by diffusers' names.
 
@@ -106,14 +134,11 @@ class _Opened:
     taken: str
 
 
-def _open(file: Path, name: str, ema: bool | None) -> _Opened:
+def _open(file: Path, name: str, ema: bool | None, like: tuple[Family, Configs] | None = None) -> _Opened:
     """Read a checkpoint, and find out what it is; raises RequestError as ``load_single_file`` does."""
     tensors, metadata = read_tensors(file)
-    family = _family(file, tensors)
+    family, configs, told = _what_it_is(file, tensors, metadata) if like is None else (*like, True)
     layout = _layout(family)
-    configs, told = _configs(file, family, tensors, metadata)
-    for part, widths in layout.widths(tensors).items():
-        configs[part] |= widths
     makes = {part: one.make for part, one in family.components.items() if one.make}
     with torch.device("meta"):
         modules: dict[str, nn.Module] = {part: make(configs[part]) for part, make in makes.items()}
@@ -123,6 +148,15 @@ def _open(file: Path, name: str, ema: bool | None) -> _Opened:
         raise RequestError("model", file, str(problem)) from None
     tensors, taken = choose_unet(tensors, names, ema, name)
     return _Opened(family, configs, modules, tensors, metadata, told, taken)
+
+
+def _what_it_is(file: Path, tensors: State, metadata: Mapping[str, str]) -> tuple[Family, Configs, bool]:
+    """Return a checkpoint's family and configurations, and whether anything tells its prediction type."""
+    family = _family(file, tensors)
+    configs, told = _configs(file, family, tensors, metadata)
+    for part, widths in _layout(family).widths(tensors).items():
+        configs[part] |= widths
+    return family, configs, told
 
 
 def _configs(file: Path, family: Family, tensors: State, metadata: Mapping[str, str]) -> tuple[Configs, bool]:
@@ -199,7 +233,7 @@ def from_original(tensors: State, states: Mapping[str, State], family: Family) -
         layout = _layout(family).layouts[part]
         found[part] = {}
         for name, original in layout.names(state).items():
-            present = original if original in tensors else original.replace("text_model.", "", 1)  # as in some merges
+            present = _present(original, tensors)
             if present not in tensors:
                 raise ValueError(f"{original} is missing: this is no whole checkpoint of {family.title}")
             value = layout.unpack(name, original, tensors[present], state[name])
@@ -208,6 +242,11 @@ def from_original(tensors: State, states: Mapping[str, State], family: Family) -
                 raise ValueError(f"{original} has shape {list(value.shape)}, {needed}")
             found[part][name] = value
     return found
+
+
+def _present(original: str, tensors: State) -> str:
+    """Return the name under which a tensor is in a file: some merges leave a part of it out."""
+    return original if original in tensors else original.replace("text_model.", "", 1)
 
 
 def save_original(model: Diffusion, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> int:
