@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.eval.images import gather
-from erase_concept.eval.measure import measure
+from erase_concept.eval.images import EvalImages, gather
+from erase_concept.eval.judgements import save_judgements
+from erase_concept.eval.measure import judge_images, measure
 from erase_concept.eval.plan import EvalPlan, make_plan
 from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.verdict import main_scores
 from erase_concept.eval.report.write import report_json, write_report
-from erase_concept.eval.request import EvalRequest
+from erase_concept.eval.request import EvalRequest, told
+from erase_concept.files import file_sha256, relative
+from erase_concept.pipelines.image_set import MANIFEST, SETTINGS
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
 
@@ -81,13 +84,26 @@ def iter_evaluate(request: EvalRequest) -> Iterator[Progress | Report]:
     if not processes().is_main_process:
         return
     gathered = time.perf_counter()
-    report = measure(plan, images)
+    judged = judge_images(plan, images)
+    report = measure(plan, images, judged)
     seconds = {"sampling": round(images.seconds, 2), "measuring": round(time.perf_counter() - gathered, 2)}
     about = {**report.provenance, "sampled": dict(images.made), "seconds": seconds}
+    about |= {
+        "request": told(request, plan.benchmark.name),
+        "evidence": _evidence(images, save_judgements(judged, request.out)),
+    }
     report = replace(report, provenance=about)
     write_report(report, request.out)
     _write_card(plan, report)
     yield report
+
+
+def _evidence(images: EvalImages, judgements: Path) -> dict[str, str]:
+    """Return the SHA-256 of what the report's numbers are counted from, by paths from the report's folder."""
+    folder = judgements.parent
+    sides = [some.files[0].parent for some in (images.erased, images.base) if some is not None]
+    files = [judgements, *(side / name for side in sides for name in (MANIFEST, SETTINGS))]
+    return {relative(file, folder): file_sha256(file) for file in files if file.is_file()}
 
 
 def _write_card(plan: EvalPlan, report: Report) -> None:

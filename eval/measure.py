@@ -12,6 +12,7 @@ import numpy as np
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.images import EvalImages, folder_of, sampling
+from erase_concept.eval.judgements import Judged
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.metrics.metric import JudgedImages, MetricInput, MetricResult
@@ -37,8 +38,13 @@ class Measured:
     missing: Mapping[str, str]
 
 
-def measure(plan: EvalPlan, images: EvalImages) -> Report:
-    """Judge the images and measure; raises RequestError when a judge fails, or a metric that was asked for by name.
+def judge_images(plan: EvalPlan, images: EvalImages) -> Judged:
+    """Let all judges of a plan judge the images of both models; raises RequestError when one fails."""
+    return Judged(_judged(plan, images.erased), None if images.base is None else _judged(plan, images.base))
+
+
+def measure(plan: EvalPlan, images: EvalImages, judged: Judged) -> Report:
+    """Measure what the judges say of images; raises RequestError when a metric that was asked for by name fails.
 
     The report's provenance says why other metrics were not measured.
     """
@@ -50,8 +56,8 @@ def measure(plan: EvalPlan, images: EvalImages) -> Report:
         targets=plan.targets(rows, (plan.concept,)),
         forget=forget,
         judges=plan.prepared.judges,
-        erased=_judged(plan, images.erased),
-        base=None if images.base is None else _judged(plan, images.base),
+        erased=judged.erased,
+        base=judged.base,
         cache=plan.cache,
         earlier=plan.targets(rows, plan.earlier),
     )

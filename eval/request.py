@@ -63,6 +63,26 @@ class EvalRequest:
     ema: bool | None = None
 
 
+def told(request: EvalRequest, benchmark: str) -> dict[str, Any]:
+    """Return what of a request bears on the numbers, in plain values that JSON holds.
+
+    ``benchmark`` is the name of the one that was chosen. Prompts and a concept that are described and not named are
+    told as "described": they are in the manifests and in the report.
+    """
+    prompts, concept = request.prompts, request.concept
+    return {
+        "benchmark": benchmark,
+        "concept": concept if concept is None or isinstance(concept, str) else "described",
+        "prompts": prompts if prompts is None or isinstance(prompts, str) else "described",
+        "judges": list(request.judges),
+        "metrics": list(request.metrics),
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in request.settings.items()},
+        "guard": request.guard,
+        "fail_if": list(request.fail_if),
+        "first_seed": request.first_seed,
+    }
+
+
 @dataclass(frozen=True)
 class ErasedRun:
     """What a run folder says of itself: ``run_info`` is its run.json, ``recipe`` its recipe.yaml.

@@ -187,7 +187,7 @@ def prepare_trial(context: TrialContext, trial: Trial) -> None:
 def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
     """Erase, sample and judge. Keeps a few of the images in ``samples/KEY`` of the comparison's folder."""
     from erase_concept.eval.images import EvalImages
-    from erase_concept.eval.measure import measure
+    from erase_concept.eval.measure import judge_images, measure
     from erase_concept.eval.report.report import drawn
     from erase_concept.pipelines.image_set import read_images
     from erase_concept.pipelines.load import load
@@ -203,7 +203,8 @@ def run_trial(context: TrialContext, trial: Trial, key: str) -> TrialResult:
             return result
     with tempfile.TemporaryDirectory() as folder:
         images = _sampled(loaded, plan, Path(folder) / "erased", guarded=True)
-        report = measure(plan, EvalImages(images, read_images(_base_folder(context, recipe)), {}, 0.0))
+        both = EvalImages(images, read_images(_base_folder(context, recipe)), {}, 0.0)
+        report = measure(plan, both, judge_images(plan, both))
         _keep_examples(
             [report.pairs[place] for place in drawn(report.pairs, EXAMPLES)], context.folder / "samples" / key
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from erase_concept.eval.report.markdown import markdown, markdown_of_all
 from erase_concept.eval.report.plots import pareto
 from erase_concept.eval.report.report import SCHEMA, SHOWN, Pair, Report, drawn
 from erase_concept.eval.report.verdict import headline, summary
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, relative
 
 COMPARED = 300  # images at most on a page of many runs
 
@@ -38,7 +37,7 @@ def write_report(report: Report, folder: Path) -> None:
     """
     places = drawn(report.pairs)
     pairs = [report.pairs[place] for place in places]
-    content = _json(_plain(report, folder))
+    content = _json(report_content(report, folder))
     page = render("report.html.j2", report=report, summary=summary(report), pairs=pairs)
     _write(folder / "report.md", markdown(report, pairs))
     _write(folder / "report.html", page)
@@ -63,7 +62,7 @@ def write_side_by_side(reports: Mapping[str, Report], folder: Path) -> None:
     shown = {name: tuple(row[place] for _, row in rows) for place, name in enumerate(reports)}
     content = {
         "schema": SCHEMA,
-        "runs": {name: _plain(replace(report, pairs=shown[name]), folder) for name, report in reports.items()},
+        "runs": {name: report_content(replace(report, pairs=shown[name]), folder) for name, report in reports.items()},
         "pareto": plot,
     }
     page = render("compare.html.j2", reports=reports, metrics=names, rows=rows, common=common, front=front)
@@ -94,21 +93,14 @@ def _common(reports: Sequence[Report]) -> tuple[list[tuple[Pair, tuple[Pair, ...
     return [(heads[place], rows[place]) for place in places], len(rows)
 
 
-def _plain(report: Report, folder: Path) -> dict[str, Any]:
-    """Return the report as JSON holds it, its images' paths relative to the folder it is written to."""
+def report_content(report: Report, folder: Path) -> dict[str, Any]:
+    """Return what report.json holds in a folder: ``report_json`` with the images' paths relative to it."""
     plain = report_json(report)
     for pair in plain["pairs"]:
         for side in ("erased", "base"):
             if pair[side] is not None:
-                pair[side] = _away(folder, Path(pair[side]))
+                pair[side] = relative(Path(pair[side]), folder)
     return plain
-
-
-def _away(folder: Path, file: Path) -> str:
-    try:
-        return Path(os.path.relpath(file, folder)).as_posix()
-    except ValueError:  # on Windows there is no way from one drive to another
-        return file.resolve().as_posix()
 
 
 def _json(content: Any) -> bytes:

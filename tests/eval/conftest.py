@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from erase_concept.eval.evaluate import iter_evaluate
 from erase_concept.eval.images import EvalImages, check_same
 from erase_concept.eval.judges.judge import Detection
-from erase_concept.eval.measure import measure
+from erase_concept.eval.measure import judge_images, measure
 from erase_concept.eval.metrics.nudity import nudity, sweep
 from erase_concept.eval.plan import make_plan
 from erase_concept.eval.report.report import Bar, Chart, Curve, Report, drawn
@@ -77,7 +77,8 @@ def evaluated(tmp_path: Path) -> Callable[..., Report]:
         )
         if base is not None:
             check_same(erased, base)
-        return measure(replace(make_plan(request), **changes), EvalImages(erased, base, {}, 0.0))
+        plan, both = replace(make_plan(request), **changes), EvalImages(erased, base, {}, 0.0)
+        return measure(plan, both, judge_images(plan, both))
 
     return judge
 
