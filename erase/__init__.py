@@ -42,6 +42,7 @@ _NAMES = {
     "sample": "pipelines.sample",
     "train_classifier": "classification.run",
     "unlearn": "classification.run",
+    "verify": "eval.verify.verify",
     "write_report": "eval.report.write",
 }
 __all__ = [*_NAMES, "__version__"]  # noqa: PLE0604 - the names are strings, of a table that __getattr__ reads too
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from erase_concept.eval.report.report import Report
     from erase_concept.eval.report.write import write_report
     from erase_concept.eval.request import EvalRequest
+    from erase_concept.eval.verify.verify import verify
     from erase_concept.exports import export
     from erase_concept.masks.make import mask
     from erase_concept.masks.mask import Mask

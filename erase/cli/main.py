@@ -22,6 +22,7 @@ from erase_concept.cli import (
     report,
     sample,
     unlearn,
+    verify,
 )
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
@@ -49,6 +50,7 @@ for _name, _command, _epilog, _panel in (
     ("eval", evaluate.evaluate, evaluate.EXAMPLES, "Measure"),
     ("report", report.report, report.EXAMPLES, "Measure"),
     ("compare", compare.compare, compare.EXAMPLES, "Measure"),
+    ("verify", verify.verify, verify.EXAMPLES, "Measure"),
     ("export", export.export, export.EXAMPLES, "Use"),
     ("apply", apply.apply, apply.EXAMPLES, "Use"),
     ("sample", sample.sample, sample.EXAMPLES, "Use"),

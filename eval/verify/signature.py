@@ -1,0 +1,92 @@
+"""Signs a statement with an Ed25519 key, and checks a signature: a DSSE envelope, as in-toto's own tools read it.
+
+DSSE (https://github.com/secure-systems-lab/dsse) signs the type and the bytes of what is inside, so that nothing has to
+be brought into a canonical form.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from erase_concept.errors import RequestError, first_line
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+
+
+def read_private_key(file: Path) -> Any:
+    """Read an Ed25519 private key in PEM, without a password; raises RequestError for anything else."""
+    serialization, _, private = _cryptography()
+    try:
+        key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as problem:
+        raise RequestError(
+            "sign", file, f"is no private key in PEM without a password: {first_line(problem)}"
+        ) from None
+    if not isinstance(key, private):
+        raise RequestError("sign", file, "is a key of another kind; allowed: Ed25519")
+    return key
+
+
+def read_public_key(file: Path) -> Any:
+    """Read an Ed25519 public key in PEM; raises RequestError for anything else."""
+    serialization, public, _ = _cryptography()
+    try:
+        key = serialization.load_pem_public_key(file.read_bytes())
+    except (OSError, ValueError, TypeError) as problem:
+        raise RequestError("public_key", file, f"is no public key in PEM: {first_line(problem)}") from None
+    if not isinstance(key, public):
+        raise RequestError("public_key", file, "is a key of another kind; allowed: Ed25519")
+    return key
+
+
+def key_id(public: Any) -> str:
+    """Return the SHA-256 of a public key's 32 bytes, by which an envelope names it."""
+    return hashlib.sha256(public.public_bytes_raw()).hexdigest()
+
+
+def envelope(payload: bytes, private: Any) -> dict[str, Any]:
+    """Return the DSSE envelope of a statement, signed with a private key."""
+    signature = private.sign(_signed_bytes(payload))
+    signed = {"keyid": key_id(private.public_key()), "sig": base64.b64encode(signature).decode()}
+    return {"payloadType": PAYLOAD_TYPE, "payload": base64.b64encode(payload).decode(), "signatures": [signed]}
+
+
+def check_envelope(file: Path, payload: bytes, public: Any) -> str:
+    """Say what is wrong with the envelope in a file of a statement's bytes; "" where the key's signature holds."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        inside = base64.b64decode(content["payload"], validate=True)
+        signatures = [base64.b64decode(one["sig"], validate=True) for one in content["signatures"]]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return f"is missing or damaged: {first_line(problem)}"
+    if content.get("payloadType") != PAYLOAD_TYPE or inside != payload:
+        return "signs another certificate"
+    for signature in signatures:
+        try:
+            public.verify(signature, _signed_bytes(payload))
+        except InvalidSignature:
+            continue
+        return ""
+    return "has no signature of this key"
+
+
+def _signed_bytes(payload: bytes) -> bytes:
+    """Return what is signed: DSSE's pre-authentication encoding of type and payload."""
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def _cryptography() -> tuple[Any, Any, Any]:
+    """Return what is used of the package: its reader of keys, and the kinds of public and private keys."""
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise RequestError("sign", "(cryptography)", 'is not installed: pip install "erase-concept[sign]"') from None
+    return serialization, ed25519.Ed25519PublicKey, ed25519.Ed25519PrivateKey

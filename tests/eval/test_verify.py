@@ -1,0 +1,481 @@
+"""A run is verified against its base model and its own records, and each kind of tampering names its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import erase_concept as ec
+from erase_concept.cli import main as cli
+from erase_concept.errors import RequestError
+from erase_concept.eval.judgements import JUDGEMENTS
+from erase_concept.eval.verify.verify import Verification, verify
+from erase_concept.exports import EXPORT_FORMATS, export
+from erase_concept.files import file_sha256
+from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.load import load, stored_weights
+from erase_concept.prompts.concept import Concept
+from erase_concept.recipe import make_recipe
+from erase_concept.run import run_recipe
+
+UNET = "pipeline/unet/diffusion_pytorch_model.safetensors"
+BENCHMARK = """
+about: three shapes, by how bright an image is
+prompts: prompts.csv
+labels: object
+metrics: [ua, ira]
+settings: {steps: 2, guidance: 2.0}
+"""
+PROMPTS = "prompt,seed,object\n" + "".join(
+    f"a {shape} {number},{number},{shape}\n" for shape in ("square", "circle", "line") for number in range(4)
+)
+
+
+class Brightness(nn.Module):
+    """Tells three shapes apart by the mean of each colour, far enough apart for the test's noise."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 50 * images.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def made(new_model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a run, its report and its exports in all formats."""
+    folder = tmp_path_factory.mktemp("verified")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        save_pipeline(new_model(tokenizer), Path("model"))
+        square = Concept("square", "object", "circle", ("a {O}", "one {O}"), retain=("circle", "line"), others=("",))
+        settings = {"steps": 2, "batch_size": 2, "lr": 1e-2}
+        values = {"model": "model", "concept": square, "data": {"forget": 2, "retain": 2, "steps": 2}}
+        run = run_recipe(make_recipe(values | {"settings": settings}), Path("run"))
+        for name in EXPORT_FORMATS:
+            suffix = "" if name == "diffusers" else ".safetensors"
+            export(run, f"out-{name}{suffix}", name, dtype=None if name in ("lora", "delta") else "fp16")
+        torch.jit.save(torch.jit.script(Brightness()), "judge.pt")
+        Path("judge.txt").write_text("square\ncircle\nline\n")
+        Path("own.yaml").write_text(BENCHMARK)
+        Path("prompts.csv").write_text(PROMPTS)
+        ec.evaluate(run, benchmark="own.yaml", judges=("torchscript:judge.pt",))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to tamper with, in which the tests work."""
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def check(**options: Any) -> Verification:
+    return verify("run", base="model", **options)
+
+
+def faults(done: Verification) -> list[str]:
+    return [one.file for one in done.checks if one.holds is False]
+
+
+def alone(folder: Path) -> None:
+    """Leave the exports out, where they are not what is tampered with."""
+    for path in folder.glob("out-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def change(file: str, how: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change a safetensors file's tensors and keep its metadata."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    how(tensors)
+    save_file(tensors, file, metadata)
+
+
+def edit(file: str, how: Callable[[Any], None]) -> None:
+    content = json.loads(Path(file).read_text())
+    how(content)
+    Path(file).write_text(json.dumps(content, indent=1))
+
+
+def test_a_run_holds_and_gets_a_certificate(folder: Path) -> None:
+    done = check(seed=3)
+    assert not [one for one in done.checks if not one.holds]
+    assert {one.holds for one in done.checks} == {True}
+    found = {one.what: one.found for one in done.checks}
+    assert "none outside the mask" in found["unet"]
+    assert all("bit-identical" in found[part] for part in ("vae", "text_encoder"))
+    assert sum(name.startswith("export ") for name in found) == len(EXPORT_FORMATS)
+    assert "24 prompts" not in found["numbers of report.json"]
+    assert "2 images judged anew (5% of the images, drawn with seed 3)" in found[f"judgements in {JUDGEMENTS}"]
+    content = json.loads(Path("run/certificate.json").read_text())
+    assert content["_type"] == "https://in-toto.io/Statement/v1"
+    for one in (*content["subject"], *content["predicate"]["evidence"]):
+        assert one["digest"] == {"sha256": file_sha256(Path("run") / one["name"])}
+    names = {one["name"] for one in content["subject"]}
+    assert {UNET, "pipeline/model_index.json", "../out-lora.safetensors", "../out-diffusers/model_index.json"} <= names
+    said = content["predicate"]
+    assert said["about"]["removed"]["concept"] == "square"
+    assert said["about"]["base"] == {
+        "name": "model",
+        "family": json.loads(Path("run/run.json").read_text())["base"]["family"],
+        "unet_sha256": said["components"][0]["base"],
+    }
+    report = json.loads(Path("run/report.json").read_text())
+    assert [(one["metric"], one["value"], one["ci95"]) for one in said["scores"]] == [
+        (one["metric"], one["value"], one["ci95"]) for one in report["scores"]
+    ]
+    assert any("Attacks" in line for line in said["not_tested"])
+    assert str(folder) not in Path("run/certificate.json").read_text()
+
+
+def test_the_counts_are_those_of_whole_models(folder: Path) -> None:
+    """Against both models in memory, and the mask's own bits."""
+    alone(folder)
+    before, after = (load(name).unet.state_dict() for name in ("model", "run"))
+    mask = Mask.load(Path("run/mask.safetensors"))
+    differs = {name: before[name].view(torch.int32) != after[name].view(torch.int32) for name in before}
+    assert not any((differs[name] & ~mask.dense(name)).any() for name in differs)
+    check()
+    unet = json.loads(Path("run/certificate.json").read_text())["predicate"]["components"][0]
+    assert unet["changed"] == sum(int(one.sum()) for one in differs.values()) > 0
+    assert unet["weights"] == mask.total
+    info = json.loads(Path("run/run.json").read_text())
+    assert (unet["base"], unet["erased"]) == (info["base"]["unet"], info["erased"]["unet"])
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_come_one_at_a_time_as_they_load(family: Any, part: str, tmp_path: Path) -> None:
+    """From a folder, and from a single file whose names and shapes are others."""
+    from erase_concept.pipelines.formats.single_file import save_original
+    from erase_concept.pipelines.formats.weights import published_name
+
+    save_pipeline(family, tmp_path / "model")
+    save_original(family, tmp_path / "model.safetensors", torch.float16, {})
+    module = family.modules[part]
+    wanted = {published_name(module, name): value for name, value in module.state_dict().items()}
+    for source, dtype in (("model", torch.float32), ("model.safetensors", torch.float16)):
+        found = list(stored_weights(tmp_path / source, part))
+        assert [name for name, _ in found] == sorted(wanted)
+        assert all(torch.equal(value, wanted[name].to(dtype)) for name, value in found)
+
+
+def note(part: str, **values: Any) -> None:
+    """Change what run.json notes."""
+    edit("run/run.json", lambda info: (info[part] if part else info).update(values))
+
+
+def outside(folder: Path) -> None:
+    """Move one weight outside the mask by one bit, and mend the hash of its file."""
+    mask = Mask.load(folder / "run/mask.safetensors")
+    name = next(name for name in mask.bits if not mask.dense(name).all())
+    place = int((~mask.dense(name)).flatten().nonzero()[0])
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(torch.int32).view(-1)[place] ^= 1
+
+    change(f"run/{UNET}", flip)
+    note("files", **{UNET.removeprefix("pipeline/"): file_sha256(Path("run") / UNET)})
+
+
+def other_vae(folder: Path) -> None:
+    file = "run/pipeline/vae/diffusion_pytorch_model.safetensors"
+    change(file, lambda tensors: tensors["decoder.conv_in.weight"].add_(1))
+    note("files", **{file.removeprefix("run/pipeline/"): file_sha256(Path(file))})
+
+
+def manifest_row(folder: Path) -> None:
+    file = folder / "run/samples/erased/manifest.jsonl"
+    file.write_text(file.read_text().replace('"object": "square"', '"object": "line"', 1))
+
+
+def image(folder: Path) -> None:
+    Image.new("RGB", (16, 16)).save(folder / "run/samples/base/00002.png")
+
+
+def judgement(folder: Path) -> None:
+    change(f"run/{JUDGEMENTS}", lambda tensors: tensors["erased/torchscript:judge.pt/scores"][0].mul_(0.5))
+
+
+def consistent_judgement(folder: Path) -> None:
+    """Change a judgement and the hash of its file: the numbers no longer follow."""
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        scores = tensors["erased/torchscript:judge.pt/scores"]
+        scores.copy_(scores.roll(1, dims=1))
+
+    change(f"run/{JUDGEMENTS}", turn)
+    digest = file_sha256(folder / "run" / JUDGEMENTS)
+    edit("run/report.json", lambda report: report["provenance"]["evidence"].update({JUDGEMENTS: digest}))
+
+
+def score(folder: Path) -> None:
+    edit("run/report.json", lambda report: report["scores"][0].update(value=0.123))
+
+
+def page(folder: Path) -> None:
+    file = folder / "run/report.html"
+    file.write_text(file.read_text().replace("Is it gone?", "It is gone."))
+
+
+def mask_bit(folder: Path) -> None:
+    change("run/mask.safetensors", lambda bits: bits["conv_in.weight"].bitwise_xor_(1))
+
+
+def noted_hash(folder: Path) -> None:
+    note("files", **{UNET.removeprefix("pipeline/"): "0" * 64})
+
+
+def recipe(folder: Path) -> None:
+    file = folder / "run/recipe.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a weight outside the mask": (outside, UNET),
+    "another component": (other_vae, "pipeline/vae/diffusion_pytorch_model.safetensors"),
+    "a noted hash of a file": (noted_hash, UNET),
+    "the noted hash of the base": (lambda _: note("base", unet="0" * 64), "run.json"),
+    "the noted hash of the erased": (lambda _: note("erased", unet="0" * 64), "run.json"),
+    "a noted count": (lambda _: note("checks", changed=1), "run.json"),
+    "the noted concept": (lambda _: note("", concept="line"), "run.json"),
+    "the recipe": (recipe, "recipe.yaml"),
+    "a bit of the mask": (mask_bit, "mask.safetensors"),
+    "a row of a manifest": (manifest_row, "samples/erased/manifest.jsonl"),
+    "an image": (image, "samples/base/00002.png"),
+    "a judgement": (judgement, JUDGEMENTS),
+    "a judgement and its hash": (consistent_judgement, "report.json"),
+    "a score": (score, "report.json"),
+    "the page": (page, "report.html"),
+    "the report": (lambda f: (f / "run/report.json").write_text("{}"), "report.json"),
+    "no judgements": (lambda f: (f / "run" / JUDGEMENTS).unlink(), JUDGEMENTS),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_what_was_tampered_with_is_named(what: str, folder: Path) -> None:
+    alone(folder)
+    tamper, file = TAMPERED[what]
+    tamper(folder)
+    done = check()
+    assert file in faults(done), done.checks
+    assert done.certificate is None
+    assert not Path("run/certificate.json").exists()
+
+
+def test_a_judgement_that_is_wrong_throughout_is_found_by_judging_anew(folder: Path) -> None:
+    """The judgements, their hash and all numbers agree with each other, and not with the judge."""
+    from erase_concept.eval import evaluate
+
+    alone(folder)
+    wrong = evaluate.judge_images
+
+    def turned(plan: Any, images: Any) -> Any:
+        judged = wrong(plan, images)
+        for one in judged.erased.judgements.values():
+            one.scores[:] = one.scores[:, ::-1].copy()
+        return judged
+
+    evaluate.judge_images = turned
+    try:
+        ec.evaluate("run", benchmark="own.yaml", judges=("torchscript:judge.pt",))
+    finally:
+        evaluate.judge_images = wrong
+    assert faults(check(recheck=1)) == [JUDGEMENTS]
+    assert check(recheck=0).holds, "nothing is judged anew, and the certificate says so"
+    said = json.loads(Path("run/certificate.json").read_text())["predicate"]["not_tested"]
+    assert any("0 images were judged anew" in line for line in said)
+
+
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_a_changed_export_is_named(name: str, folder: Path) -> None:
+    """With its hash mended too, so that only its weights tell."""
+    path = Path("out-diffusers") if name == "diffusers" else Path(f"out-{name}.safetensors")
+    file = path / "unet/diffusion_pytorch_model.safetensors" if name == "diffusers" else path
+    largest = {"lora": 1e3, "delta": 1}
+
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(key for key, value in tensors.items() if value.ndim > 1 or key.endswith(":steps"))
+        tensors[key].view(-1)[0] += largest.get(name, 0.5)
+
+    change(str(file), move)
+    if path.is_file():
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata()
+        metadata = {key: value for key, value in metadata.items() if "hash" not in key}
+        save_file(load_file(file), file, metadata)
+        digest = file_sha256(file)
+        edit("run/run.json", lambda info: [e.update(sha256=digest) for e in info["exports"] if e["file"] == path.name])
+    assert faults(check()) == [f"../{path.name}"]
+
+
+def test_an_export_is_found_by_its_path_and_a_strange_one_is_refused(folder: Path) -> None:
+    Path("far/away").mkdir(parents=True)
+    for path in Path().glob("out-*"):
+        path.rename(Path("far/away") / ("renamed.safetensors" if path.name == "out-lora.safetensors" else path.name))
+    missing = [one for one in check().checks if one.holds is None]
+    assert len(missing) == len(EXPORT_FORMATS)
+    Path("run/certificate.json").unlink()
+    done = check(exports=(Path("far/away/renamed.safetensors"), Path("far/away/out-diffusers")))
+    assert done.holds
+    assert sum(one.holds is None for one in done.checks) == len(EXPORT_FORMATS) - 2
+    with pytest.raises(RequestError, match="is no export of this run"):
+        check(exports=(Path("judge.pt"),))
+
+
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_an_export_is_verified_alone(name: str, folder: Path) -> None:
+    path = Path("out-diffusers") if name == "diffusers" else Path(f"out-{name}.safetensors")
+    done = verify(path, base="model")
+    assert done.holds, done.checks
+    assert done.certificate == Path(f"{path.stem}.certificate.json")
+    assert Path(f"{path.stem}.certificate.html").is_file()
+    if path.is_file():
+        file = path.read_bytes()
+        path.write_bytes(file[:-1] + bytes([file[-1] ^ 1]))
+        assert path.name in faults(verify(path, base="model"))
+
+
+def test_a_model_that_is_its_own_base_is_no_erasure(folder: Path) -> None:
+    assert faults(verify("model", base="model")) == ["model"]
+
+
+def test_bad_input_is_refused(folder: Path) -> None:
+    bad = {
+        r"base \(not given\): needed": {"model": "run"},
+        "model absent: there is no such run": {"model": "absent", "base": "model"},
+        "base absent: no such model": {"model": "run", "base": "absent"},
+        "recheck 2": {"model": "run", "base": "model", "recheck": 2},
+        "is not the model that this run erased from": {"model": "run", "base": "run"},
+        "is no private key": {"model": "run", "base": "model", "sign": Path("own.yaml")},
+        "there is no certificate.json yet": {"model": "run", "base": "model", "public_key": key(folder)[1]},
+        "is no certificate": {"model": "run/report.json"},
+    }
+    for message, options in bad.items():
+        with pytest.raises(RequestError, match=message):
+            verify(**options)
+    assert not Path("run/certificate.json").exists()
+
+
+def key(folder: Path, name: str = "key") -> tuple[Path, Path]:
+    """Write a new pair of keys, private and public."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private, files = Ed25519PrivateKey.generate(), (folder / f"{name}.pem", folder / f"{name}-public.pem")
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    files[0].write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    files[1].write_bytes(private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return files
+
+
+def test_a_signature_holds_until_anything_is_changed(folder: Path) -> None:
+    alone(folder)
+    private, public = key(folder)
+    assert check(sign=private).holds
+    certificate = Path("run/certificate.json")
+    done = verify(certificate, public_key=public)
+    assert done.holds
+    assert {one.holds for one in done.checks} == {True}
+    assert faults(verify(certificate, public_key=key(folder, "other")[1])) == ["certificate.dsse.json"]
+    assert check(public_key=public).holds, "what is certified can be verified again, and stays signed"
+    text = certificate.read_text()
+    certificate.write_text(text.replace('"square"', '"circle"'))
+    assert set(faults(verify(certificate, public_key=public))) == {"certificate.dsse.json", "certificate.html"}
+    assert "certificate.json" in faults(check())
+    certificate.write_text(text)
+    edit("run/certificate.dsse.json", lambda one: one["signatures"][0].update(sig="AAAA"))
+    assert faults(verify(certificate, public_key=public)) == ["certificate.dsse.json"]
+
+
+def test_the_envelope_is_dsse(folder: Path) -> None:
+    """Checked by DSSE's own words: what is signed is the type and the bytes, with their lengths before them."""
+    import base64
+
+    from erase_concept.eval.verify.signature import envelope, read_private_key, read_public_key
+
+    private, public = key(folder)
+    made = envelope(b'{"hello": "world"}', read_private_key(private))
+    assert base64.b64decode(made["payload"]) == b'{"hello": "world"}'
+    signed = b'DSSEv1 28 application/vnd.in-toto+json 18 {"hello": "world"}'
+    read_public_key(public).verify(base64.b64decode(made["signatures"][0]["sig"]), signed)
+
+
+@pytest.mark.parametrize("file", [UNET, "run.json", "log.jsonl", "samples/base/00000.png", JUDGEMENTS, "grid.png"])
+def test_evidence_that_was_changed_afterwards_is_named(file: str, folder: Path) -> None:
+    alone(folder)
+    check()
+    with (Path("run") / file).open("ab") as stream:
+        stream.write(b" ")
+    assert file in faults(verify("run/certificate.json"))
+
+
+def test_a_file_of_a_certificate_may_be_elsewhere_but_in_the_run(folder: Path) -> None:
+    """Who gets one export and the certificate can check it; the run's own folder must be whole."""
+    check()
+    Path("far/got").mkdir(parents=True)
+    for file in ("out-unet.safetensors", "run/certificate.json"):
+        shutil.copy(file, "far/got")
+    done = verify("far/got/certificate.json")
+    assert done.holds
+    assert "are not here" in done.checks[0].found
+    Path("far/got/out-unet.safetensors").unlink()
+    assert not verify("far/got/certificate.json").holds
+    Path("run/log.jsonl").unlink()
+    assert faults(check()) == ["log.jsonl"]
+
+
+def test_the_page_runs_nothing_and_escapes_what_it_shows(folder: Path, hostile: str) -> None:
+    alone(folder)
+    check()
+    text = Path("run/certificate.html").read_text()
+    assert "default-src 'none'" in text
+    from erase_concept.eval.verify.certificate import page as page_of
+
+    content = json.loads(Path("run/certificate.json").read_text())
+    content["predicate"]["about"]["removed"]["concept"] = hostile
+    content["predicate"]["about"]["recipe"]["notes"] = [hostile]
+    content["predicate"]["checks"][0]["found"] = hostile
+    content["subject"][0]["name"] = hostile
+    made = page_of(content).decode()
+    assert "<script>alert" not in made
+    assert 'onerror="' not in made
+    assert made.count("<script>") == 1
+
+
+def test_the_command_ends_with_0_1_and_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["erase-concept", "verify", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    alone(folder)
+    code, out, _ = call("run", "--base", "model", "--recheck", "10%", "--json")
+    assert code == 0
+    assert json.loads(out)["holds"] is True
+    code, out, _ = call("run/certificate.json")
+    assert (code, "Certificate: run/certificate.json" in out) == (0, True)
+    Path("run/log.jsonl").write_text("")
+    code, out, _ = call("run", "--base", "model")
+    assert (code, "Does not hold: log.jsonl" in out) == (1, True)
+    code, _, err = call("run")
+    assert (code, err) == (2, "erase-concept: --base (not given): needed: the model that was erased from\n")
+    assert call("run", "--base", "model", "--recheck", "much")[0] == 2
