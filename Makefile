@@ -22,7 +22,7 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test test-lowest lint wheel-test docs rehearsal bench comparison classification train measure clean
+.PHONY: demo test faults faults-full test-lowest lint wheel-test docs rehearsal bench comparison classification train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,12 @@ demo: $(VENV)/installed  ## erase "church" from the built-in model and write the
 test: $(VENV)/installed  ## run the tests, then those that need shipped files again on the built wheel
 	$(TESTS) $(BIN)/pytest $(WORKERS)
 	$(MAKE) --no-print-directory wheel-test
+
+faults: $(VENV)/installed  ## kill every command at seeded moments and run it again, and fill disks under it
+	$(TESTS) $(BIN)/pytest tests/faults
+
+faults-full: $(VENV)/installed  ## the same at every operation on a file (some half an hour on one core)
+	$(TESTS) FAULTS=full $(BIN)/pytest tests/faults
 
 wheel-test: $(VENV)/installed
 	rm -rf build  # setuptools would pack what an earlier build left there

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import file_sha256
+from erase_concept.files import file_sha256, only_process
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
@@ -87,6 +90,42 @@ def export(
     if format != "diffusers" and file.suffix != ".safetensors":
         raise RequestError("out", file, "a file's name must end in .safetensors, by which others know what it is")
     check_out(file, run / "pipeline", source)
+    # Noted before it gets its name: so where the name exists, the export is complete.
+    with only_process(run, wait=True), _named_last(file) as unnamed:
+        surviving, fit = _write(run, run_info, unnamed, format, dtype, rank, lora_style, ema)
+        is_file = unnamed.is_file()
+        kind = str(EXPORT_DTYPES[dtype or "fp32"]).removeprefix("torch.")
+        written = read_dtypes(unnamed) if is_file and format != "delta" else kind
+        exported = Exported(file, format, written, file_sha256(unnamed) if is_file else None, surviving, fit)
+        _note(run, exported)
+    return exported
+
+
+@contextmanager
+def _named_last(out: Path) -> Iterator[Path]:
+    """Give a path beside ``out`` that gets its name when the context ends, or is removed when that fails."""
+    path = out.with_name(f"partial-{out.name}")
+    try:
+        yield path
+        path.replace(out)
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def _write(
+    run: Path,
+    run_info: dict[str, Any],
+    file: Path,
+    format: str,
+    dtype: str | None,
+    rank: int | None,
+    lora_style: str | None,
+    ema: bool | None,
+) -> tuple[float | None, Fit | None]:
+    """Write an export and read it back; return the share of changed weights that survives, and how a LoRA fits."""
+    source, embedded = Path(base_source(run_info)), "text_encoder" in run_info["erased"]
     copied = format == "single-file" and not embedded and source.is_file() and is_safetensors(source)
     kind = None if copied and dtype is None else EXPORT_DTYPES[dtype or "fp32"]
     surviving, fit = None if format == "lora" else _surviving_share(run_info, kind), None
@@ -108,17 +147,16 @@ def export(
         fit = save_lora(_base(run, run_info, format, ema), erased.unet, file, **options)
     else:
         save_delta(_base(run, run_info, format, ema).unet, erased.unet, file, _about(run, run_info))
-    written = read_dtypes(file) if file.is_file() and format != "delta" else str(kind).removeprefix("torch.")
-    exported = Exported(file, format, written, file_sha256(file) if file.is_file() else None, surviving, fit)
-    _note(run, run_info, exported)
-    return exported
+    return surviving, fit
 
 
-def _note(run: Path, run_info: dict[str, Any], done: Exported) -> None:
-    """Note an export in ``run.json``."""
+def _note(run: Path, done: Exported) -> None:
+    """Note an export in ``run.json``, once."""
     told: dict[str, str | None] = {"file": done.path.name, "format": done.format, "dtype": done.dtype}
     told |= {"sha256": done.sha256, "autov2": done.autov2}
-    write_json(run / "run.json", run_info | {"exports": [*run_info.get("exports", ()), told]})
+    run_info = read_run(run)
+    if told not in (exports := run_info.get("exports", [])):
+        write_json(run / "run.json", run_info | {"exports": [*exports, told]})
 
 
 def _save_copy(

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +25,7 @@ from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.scheduler import stated
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.run_folder import LOCK, versions
+from erase_concept.run_folder import versions
 
 VARIABLE = "ERASE_CONCEPT_CACHE"
 
@@ -53,8 +52,7 @@ class LatentsCache:
             return found
         made = make()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / LOCK), atomic_write(file) as partial:
+            with atomic_write(file) as partial:
                 save_file({"latents": made.contiguous()}, partial, {"sha256": _sha256(made)})
         except (OSError, EraseError) as problem:
             warnings.warn(f"sampled latents could not be kept in {self.folder}: {problem}", stacklevel=2)

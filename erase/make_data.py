@@ -32,6 +32,7 @@ from erase_concept.prompts.concept import Concept, plain_name
 from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import DataRecipe, Recipe, in_low_precision
 from erase_concept.seed import stage_generator, stage_seed
+from erase_concept.signals import finish_first
 from erase_concept.tokens import name_spans
 from erase_concept.training.loop import Training
 
@@ -304,7 +305,8 @@ class _Maker:
         side = self.size // self.model.factor
         found = [torch.empty(0, self.model.unet.config.in_channels, side, side)]
         for i in progress(range(0, count, BATCH), f"sampling: {part}", math.ceil(count / BATCH)):
-            found.append(self._batch(embeddings[which[i : i + BATCH]], seeds[i : i + BATCH]))
+            with finish_first():
+                found.append(self._batch(embeddings[which[i : i + BATCH]], seeds[i : i + BATCH]))
         return torch.cat(found), which
 
     def _batch(self, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:

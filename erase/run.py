@@ -22,6 +22,7 @@ from erase_concept import masks
 from erase_concept.data import ForgetRetain
 from erase_concept.errors import RequestError
 from erase_concept.exports import Exported, export
+from erase_concept.files import only_process
 from erase_concept.frozen import check_frozen, save_base
 from erase_concept.make_data import cached_data, check_data, image_folders
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
@@ -47,7 +48,7 @@ from erase_concept.recipe import (
     read_recipe,
     recipe_for,
 )
-from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
+from erase_concept.run_folder import claimed, complete, read_run, versions, weights_files, write_json
 from erase_concept.run_log import checkpoint_file, logged, logged_losses
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16

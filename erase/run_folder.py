@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write, file_sha256
+from erase_concept.files import LOCK, PARTIAL, atomic_write, file_sha256
 
 RUN_FILE = "run.json"  # of a run that erases from a diffusion model
-LOCK = ".lock"  # held by the process that works in the folder
 
 
 def complete(folder: Path, file: str = RUN_FILE) -> bool:
@@ -35,20 +31,14 @@ def claimed(out: Path, same: Callable[[Path], bool]) -> bool:
         if not same(file):
             raise RequestError("out", out, "holds a run with another recipe; choose another folder")
         return True
-    if out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(_of_a_start(entry.name) for entry in out.iterdir())):
         raise RequestError("out", out, "exists and is no run folder; choose another one")
     return False
 
 
-@contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold a run folder; raises RequestError where another process on this machine works in it."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
+def _of_a_start(name: str) -> bool:
+    """Tell whether a run that was killed as soon as it began may have left this name."""
+    return name == LOCK or name.endswith(PARTIAL)
 
 
 def base_source(run_info: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from erase_concept.files import atomic_write
-from erase_concept.training.loop import Record, TargetProgress, steps_done
+from erase_concept.training.checkpoint import steps_in
+from erase_concept.training.loop import Record, TargetProgress
 
 
 def checkpoint_file(out: Path) -> Path:
@@ -19,7 +20,7 @@ def checkpoint_file(out: Path) -> Path:
 def logged(out: Path, events: Iterator[Record | TargetProgress]) -> Iterator[Record | TargetProgress]:
     """Yield a method's events, and write each record to the log of the run in ``out``."""
     # MACE has a checkpoint for each of several concepts.
-    _keep_log(out / "log.jsonl", sum(steps_done(file) for file in (out / "checkpoints").glob("*.safetensors")))
+    _keep_log(out / "log.jsonl", steps_in(out / "checkpoints"))
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
         for record in events:
             if isinstance(record, Record):

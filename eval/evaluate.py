@@ -18,7 +18,7 @@ from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.verdict import main_scores
 from erase_concept.eval.report.write import report_json, write_report
 from erase_concept.eval.request import EvalRequest, told
-from erase_concept.files import file_sha256, relative
+from erase_concept.files import file_sha256, only_process, relative
 from erase_concept.pipelines.image_set import MANIFEST, SETTINGS
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar
@@ -93,8 +93,10 @@ def iter_evaluate(request: EvalRequest) -> Iterator[Progress | Report]:
         "evidence": _evidence(images, save_judgements(judged, request.out)),
     }
     report = replace(report, provenance=about)
-    write_report(report, request.out)
-    _write_card(plan, report)
+    request.out.mkdir(parents=True, exist_ok=True)
+    with only_process(request.out, wait=True):  # so that its files are those of one report
+        write_report(report, request.out)
+        _write_card(plan, report)
     yield report
 
 

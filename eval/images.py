@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.request import is_images
+from erase_concept.files import LOCK, PARTIAL, only_process
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:
@@ -193,16 +194,21 @@ def _key(model: Diffusion, prompts: PromptSet, sampling: Sampling) -> str:
 
 def _copy(folder: Path, target: Path) -> None:
     """Copy a folder of samples, whole or not at all. Images become hard links where the file system allows."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(target.name + PARTIAL)
     try:
-        partial.mkdir(parents=True)
-        for file in folder.iterdir():
-            try:
-                # A manifest is written to again, so each folder gets a copy of its own.
-                (os.link if file.suffix == ".png" else shutil.copy2)(file, partial / file.name)
-            except OSError:  # two file systems, or one without links
-                shutil.copy2(file, partial / file.name)
-        partial.replace(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with only_process(target.parent, wait=True):
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+            partial.mkdir()
+            for file in folder.iterdir():
+                if file.name == LOCK:
+                    continue
+                try:
+                    # A manifest is written to again, so each folder gets a copy of its own.
+                    (os.link if file.suffix == ".png" else shutil.copy2)(file, partial / file.name)
+                except OSError:  # two file systems, or one without links
+                    shutil.copy2(file, partial / file.name)
+            partial.replace(target)
     except OSError:  # a full disk, or another process was first: then it is sampled, or stays where it is
         shutil.rmtree(partial, ignore_errors=True)
 

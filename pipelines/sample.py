@@ -6,7 +6,9 @@ import hashlib
 import inspect
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, only_process
 from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.scheduler import knows_zero_snr
 from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
@@ -44,6 +46,7 @@ from erase_concept.prompts.find_prompts import find_prompts
 from erase_concept.prompts.minors import DROPPED
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 from erase_concept.settings import check_settings, described, settings
+from erase_concept.signals import finish_first
 
 SAMPLER = "DPM-Solver++ 2M"  # where no scheduler is named
 # The schedulers that diffusers lists for Stable Diffusion, and the two of its distilled models. Two are left out: one
@@ -145,45 +148,59 @@ def sample_latents(
 
 
 def sample_images(
-    model: Diffusion, rows: Sequence[PromptRow], sampling: Sampling = DEFAULT, *, share: tuple[int, int] = (0, 1)
+    model: Diffusion,
+    rows: Sequence[PromptRow],
+    sampling: Sampling = DEFAULT,
+    *,
+    places: Collection[int] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (place in rows, uint8 image [h, w, 3]) for every row; batches mix prompts but not sizes.
 
-    Each prompt is encoded once. ``share`` (k, n) samples only every n-th batch from the k-th on. Batches stay whole, so
-    an image is the same to the bit however many processes share the work. Raises EraseError when there is too little
-    memory for a batch.
+    Each prompt is encoded once. ``places`` are those that are asked for, where it is not every row. ``share`` (k, n)
+    samples only every n-th batch from the k-th on. Batches stay whole, so an image is the same to the bit however many
+    processes share the work, and whatever was sampled before a kill. Ctrl-C and SIGTERM wait for the end of a batch.
+    Raises EraseError when there is too little memory for a batch.
     """
-    batches = _batches(rows, sampling.batch_size)[share[0] :: share[1]]
+    wanted = range(len(rows)) if places is None else frozenset(places)
+    every = _batches(rows, sampling.batch_size)
+    batches = [batch for batch in every if any(i in wanted for i in batch)][share[0] :: share[1]]
     if not batches:
         return
     uncond = model.encode_uncond()
-    left = Counter(rows[i].prompt for batch in batches for i in batch)
-    encoded: dict[str, Tensor] = {}  # the prompts that are still to come, in main memory
+    encoder = _Encoder(
+        model,
+        sampling.guard,
+        _encoded_together([[rows[i].prompt for i in batch] for batch in every]),
+        Counter(rows[i].prompt for batch in batches for i in batch),
+    )
     for batch in batches:
-        prompts = [rows[i].prompt for i in batch]
-        size = (rows[batch[0]].height, rows[batch[0]].width)
-        try:
-            _encode_new(model, prompts, sampling.guard, encoded)
-            latents = sample_latents(
-                model,
-                torch.cat([encoded[prompt] for prompt in prompts]).to(uncond.device),
-                uncond,
-                [rows[i].seed for i in batch],
-                [sampling.guidance if (g := rows[i].guidance) is None else g for i in batch],
-                sampling,
-                size=size,
-            )
-            images = model.decode(latents).numpy()
-        except (RuntimeError, MemoryError) as problem:
-            if not out_of_memory(problem):
-                raise
-            height, width = (side or model.size for side in size)
-            raise EraseError(_too_little_memory(len(batch), f"{width} x {height} pixels")) from problem
-        left.subtract(prompts)
-        for prompt in set(prompts):
-            if not left[prompt]:
-                del encoded[prompt]
-        yield from zip(batch, images, strict=True)
+        with finish_first():
+            images = _batch_images(model, [rows[i] for i in batch], sampling, encoder, uncond)
+            yield from ((i, image) for i, image in zip(batch, images, strict=True) if i in wanted)
+
+
+def _batch_images(
+    model: Diffusion, rows: Sequence[PromptRow], sampling: Sampling, encoder: _Encoder, uncond: Tensor
+) -> np.ndarray:
+    """Return the images uint8 [n, h, w, 3] of rows of one size."""
+    size = (rows[0].height, rows[0].width)
+    try:
+        latents = sample_latents(
+            model,
+            encoder.next([row.prompt for row in rows]).to(uncond.device),
+            uncond,
+            [row.seed for row in rows],
+            [sampling.guidance if row.guidance is None else row.guidance for row in rows],
+            sampling,
+            size=size,
+        )
+        return model.decode(latents).numpy()
+    except (RuntimeError, MemoryError) as problem:
+        if not out_of_memory(problem):
+            raise
+        height, width = (side or model.size for side in size)
+        raise EraseError(_too_little_memory(len(rows), f"{width} x {height} pixels")) from problem
 
 
 def in_halves(make: Callable[[slice], Tensor], first: int, last: int) -> Tensor:
@@ -200,13 +217,41 @@ def in_halves(make: Callable[[slice], Tensor], first: int, last: int) -> Tensor:
     return torch.cat([in_halves(make, first, middle), in_halves(make, middle, last)])
 
 
-def _encode_new(
-    model: Diffusion, prompts: Sequence[str], guard: AppliedGuard | None, encoded: dict[str, Tensor]
-) -> None:
-    """Encode the prompts that are not in ``encoded`` yet, and add them to it as [1, tokens, width] each."""
-    if new := list(dict.fromkeys(prompt for prompt in prompts if prompt not in encoded)):
-        embeddings = model.encode_prompts(new) if guard is None else guard.encode(model, new)
-        encoded.update((prompt, row.clone()) for prompt, row in zip(new, embeddings.cpu().split(1), strict=True))
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes each prompt once, and keeps it in main memory until it has come for the last time.
+
+    ``together`` are the prompts that each one is encoded with: always the same ones, for the same bits. ``left`` says
+    how often each is still to come.
+    """
+
+    model: Diffusion
+    guard: AppliedGuard | None
+    together: Mapping[str, tuple[str, ...]]
+    left: Counter[str]
+    encoded: dict[str, Tensor] = field(default_factory=dict)
+
+    def next(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings [n, tokens, width] of a batch of prompts."""
+        for new in dict.fromkeys(self.together[prompt] for prompt in prompts if prompt not in self.encoded):
+            guard = self.guard
+            rows = (self.model.encode_prompts(new) if guard is None else guard.encode(self.model, new)).cpu().split(1)
+            self.encoded.update((one, row.clone()) for one, row in zip(new, rows, strict=True) if self.left[one])
+        embeddings = torch.cat([self.encoded[prompt] for prompt in prompts])
+        self.left.subtract(prompts)
+        for prompt in set(prompts):
+            if not self.left[prompt]:
+                del self.encoded[prompt]
+        return embeddings
+
+
+def _encoded_together(batches: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Return for each prompt those that come with it in the batch in which it comes for the first time."""
+    found: dict[str, tuple[str, ...]] = {}
+    for prompts in batches:
+        new = tuple(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
+        found |= dict.fromkeys(new, new)
+    return found
 
 
 def _too_little_memory(images: int, size: str) -> str:
@@ -255,7 +300,8 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
     Images are named by their place in the set; ``manifest.jsonl`` gets a line for each, with its row and SHA-256.
     Run again with the same model, prompts and settings, it samples only what is missing or has changed since. Raises
     RequestError when the folder holds images of another model, prompt set or setting, and for a sexual prompt that
-    mentions minors. Raises EraseError at the end when every image is of one colour.
+    mentions minors, and where another process samples into it. Raises EraseError at the end when every image is of one
+    colour.
 
     Where Accelerate has started several processes, they share the batches, and each yields the images that it makes.
     When all have finished, the folder is as one process would have made it.
@@ -264,19 +310,25 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
     if any(row.sexual_with_minors for row in prompts.rows):
         raise RequestError("prompts", prompts.name, DROPPED)
     make_scheduler(model, sampling.scheduler, sampling.steps)
+    out.mkdir(parents=True, exist_ok=True)
+    with only_process(out) if processes().is_main_process else nullcontext():
+        yield from _sample_missing(model, prompts, out, sampling)
+
+
+def _sample_missing(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> Iterator[Path]:
+    """Sample what is missing in a folder, yielding each image's file."""
     _start(model, prompts, out, sampling)
     state = processes()
     done = {line["image"] for line in read_manifest(out)}
     state.wait_for_everyone()  # before anybody writes a line that somebody has not read yet
     missing = [place for place in range(len(prompts.rows)) if image_name(place) not in done]
-    rows = [prompts.rows[place] for place in missing]
     share = (state.process_index, state.num_processes)
     with (out / manifest_name(*share)).open("a", encoding="utf-8") as stream:
-        for place, image in sample_images(model, rows, sampling, share=share):
-            file = out / image_name(missing[place])
+        for place, image in sample_images(model, prompts.rows, sampling, places=missing, share=share):
+            file = out / image_name(place)
             with atomic_write(file) as partial:
                 Image.fromarray(image).save(partial, format="PNG")
-            stream.write(manifest_line(file, rows[place]))
+            stream.write(manifest_line(file, prompts.rows[place]))
             stream.flush()
             yield file
     state.wait_for_everyone()
@@ -289,7 +341,6 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
 def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> None:
     """Write the settings into the folder, or check that they are the same; merge what killed processes left."""
     told = made_from(model, prompts, sampling)
-    out.mkdir(parents=True, exist_ok=True)
     about = out / SETTINGS
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != told:
         raise RequestError("out", out, "holds images of another model, prompt set or setting; choose another folder")

@@ -25,7 +25,7 @@ from erase_concept.classification.mask import given_mask, make_mask
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, only_process
 from erase_concept.frozen import check_frozen, save_base
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import Classifier, head_of
@@ -40,10 +40,11 @@ from erase_concept.pipelines.classifiers.load import (
 )
 from erase_concept.pipelines.progress import bar
 from erase_concept.recipe import read_recipe
-from erase_concept.run_folder import claimed, complete, only_process, read_run, versions, weights_files, write_json
+from erase_concept.run_folder import claimed, complete, read_run, versions, weights_files, write_json
 from erase_concept.run_log import checkpoint_file, logged
 from erase_concept.seed import stage_seed
-from erase_concept.training.loop import Record, TargetProgress, steps_done
+from erase_concept.training.checkpoint import steps_done
+from erase_concept.training.loop import Record, TargetProgress
 
 RUN_FILE = "unlearn.json"  # another name than that of runs of diffusion models: neither is taken for the other
 

@@ -15,7 +15,8 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import BatchNormPolicy, Classifier
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.loop import Record, Start, TargetProgress, Tensors, Training, steps_done, train
+from erase_concept.training.checkpoint import steps_done
+from erase_concept.training.loop import Record, Start, TargetProgress, Tensors, Training, train
 
 _SALUN = "SalUn, arXiv 2310.12508"
 Events = Iterator[Record | TargetProgress]

@@ -28,6 +28,7 @@ from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.processes import main_process
+from erase_concept.signals import terminable
 
 app = typer.Typer(
     name="erase-concept",
@@ -74,16 +75,24 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr."""
+    """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr.
+
+    A file that cannot be read or written is the request's. Ctrl-C ends with 130, SIGTERM with 143.
+    """
     try:
-        with nullcontext() if main_process() else redirect_stdout(io.StringIO()):
+        with terminable(), nullcontext() if main_process() else redirect_stdout(io.StringIO()):
             code = app(prog_name="erase-concept", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except SystemExit as end:
+        code = end.code
     except RequestError as problem:
         _fail(problem, in_flags(problem), 2)
-    except (EraseError, OSError) as problem:
-        _fail(problem, str(problem) or type(problem).__name__, 1)
+    except EraseError as problem:
+        _fail(problem, str(problem), 1)
+    except OSError as problem:  # a full disk, a folder that may not be written, a file that is gone
+        named = f"{problem.filename}: {problem.strerror}" if problem.filename and problem.strerror else str(problem)
+        _fail(problem, named or type(problem).__name__, 2)
     except Exception as problem:
         # The command line parser's own errors, whose class depends on the version of typer.
         if hasattr(problem, "format_message"):
@@ -96,8 +105,9 @@ def main() -> None:
             raise
         advice = "a lower --memory or smaller batches may help, and 'erase --dry-run' tells what to expect"
         _fail(problem, f"there is too little memory: {advice}", 1)
-    if code == 130:
-        print("erase-concept: interrupted; the same command goes on from here", file=sys.stderr)
+    if code in (130, 143):
+        what = "interrupted" if code == 130 else "terminated"
+        print(f"erase-concept: {what}; the same command goes on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

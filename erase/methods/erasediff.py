@@ -17,8 +17,9 @@ from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
+from erase_concept.training.checkpoint import steps_done
 from erase_concept.training.gradients import dot, onto_half_space, salient_gradient, with_gradient
-from erase_concept.training.loop import Loss, Record, TargetProgress, Tensors, Training, steps_done, train
+from erase_concept.training.loop import Loss, Record, TargetProgress, Tensors, Training, train
 
 if TYPE_CHECKING:
     from erase_concept.recipe import Recipe
@@ -69,6 +70,10 @@ class EraseDiffSettings(Training):
         """Return the steps of an epoch: with the constraint weight K inner passes over the rows, and K outer ones."""
         factor = 2 * self.passes if self.constraint == "weight" else 1
         return factor * super().epoch_steps(rows)
+
+    def can_resume_after(self, step: int) -> bool:
+        """Tell whether a run can go on from a step: with the constraint weight, from the end of an epoch alone."""
+        return self.constraint == "projection" or step % self.checkpoint_every == 0
 
 
 def _check(recipe: Recipe) -> None:

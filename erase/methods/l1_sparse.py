@@ -14,7 +14,8 @@ from erase_concept.masks.mask import Mask
 from erase_concept.method import Phase, method
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.settings import described, settings
-from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, steps_done, train
+from erase_concept.training.checkpoint import steps_done
+from erase_concept.training.loop import Record, TargetProgress, Tensors, Training, train
 
 
 @settings

@@ -12,16 +12,15 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from erase_concept.errors import EraseError
-from erase_concept.files import atomic_write
 from erase_concept.masks.mask import Mask
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
+from erase_concept.signals import finish_first
+from erase_concept.training.checkpoint import read_checkpoint, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
 
@@ -107,6 +106,10 @@ class Training:
             return self
         return replace(self, steps=self.epochs * self.epoch_steps(rows), epochs=None)
 
+    def can_resume_after(self, step: int) -> bool:
+        """Tell whether a run can go on from a step, counted from 1, with weights and moments alone."""
+        return True
+
     def rule(self) -> Adam | SGD:
         """Return the optimizer's settings."""
         if self.optimizer == "sgd":
@@ -163,7 +166,8 @@ def train(
 
     ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
-    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept.
+    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. Ctrl-C
+    and SIGTERM end the training after the step, with a checkpoint.
     """
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
@@ -182,20 +186,23 @@ def train(
             yield TargetProgress(step + 1, settings.steps)
     masked = MaskedOptimizer(trained, mask, settings.rule())
     if first and checkpoint is not None:
-        _restore(masked, checkpoint)
+        masked.restore(read_checkpoint(checkpoint))
     elif start is not None:
         start(model)
     steps = _Steps(accelerator, accelerator.prepare(trained), masked, loss, settings, generators, targets)
     prepared = model.with_components(**{part: steps.trained})
     try:
-        with model.in_training(recompute=settings.recompute):
+        with model.in_training(recompute=settings.recompute), finish_first() as interrupted:
             for step in range(first, settings.steps):
                 mean, terms = steps.take(step, prepared, checkpoint)
                 yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
                 # After the yield, so that a step in the checkpoint is always in the caller's log.
                 due = step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0
+                due = due or (interrupted() and settings.can_resume_after(step + 1))
                 if checkpoint is not None and accelerator.is_main_process and due:
-                    _save(masked, checkpoint, step + 1)
+                    save_checkpoint(checkpoint, masked.state(), step + 1)
+                if interrupted():
+                    break
     finally:
         for p in trained.parameters():
             p.requires_grad_(False)
@@ -268,22 +275,3 @@ class _Steps:
         if not self.in_backward:
             self.masked.step()
         return mean, terms
-
-
-def _save(masked: MaskedOptimizer, file: Path, step: int) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in masked.state().items()}
-    with atomic_write(file) as partial:
-        save_file(tensors, partial, {"step": str(step)})
-
-
-def steps_done(checkpoint: Path | None) -> int:
-    """Return how many steps a checkpoint has behind it: none when there is no such file."""
-    if checkpoint is None or not checkpoint.exists():
-        return 0
-    with safe_open(checkpoint, "pt") as tensors:
-        return int(tensors.metadata()["step"])
-
-
-def _restore(masked: MaskedOptimizer, file: Path) -> None:
-    with safe_open(file, "pt") as tensors:
-        masked.restore({name: tensors.get_tensor(name) for name in tensors.keys()})

@@ -19,6 +19,7 @@ from erase_concept.errors import RequestError
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.judge import Detection, Judge, Judgement, LoadedJudge, package
 from erase_concept.eval.judges.opencv import image_bytes, of_readable, read_bgr
+from erase_concept.files import append_lines
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
@@ -100,17 +101,19 @@ def detect(files: Sequence[Path], *, batch_size: int = 16, cache: Path | None = 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         hashes = list(pool.map(_sha256, files))
-        missing = [(h, file) for h, file in dict(zip(hashes, files, strict=True)).items() if h not in known]
-        if missing:
+        unique = list(dict(zip(hashes, files, strict=True)).items())
+        size = max(1, min(batch_size, len(unique)) // threads)
+        batches = [unique[start : start + size] for start in range(0, len(unique), size)]
+        # Batches stay whole: an image's scores are the same to the bit whatever was judged before.
+        batches = [batch for batch in batches if any(h not in known for h, _ in batch)]
+        if batches:
             network = _network(weights)
-            size = max(1, min(batch_size, len(missing)) // threads)
-            batches = [missing[start : start + size] for start in range(0, len(missing), size)]
             judged = pool.map(lambda batch: _detect_batch(network, [file for _, file in batch]), batches)
             for batch, found in zip(batches, judged, strict=True):
                 new = {h: detections for (h, _), detections in zip(batch, found, strict=True)}
-                known |= new
                 if cache is not None:
-                    _add_to_cache(cache, model, new)
+                    _add_to_cache(cache, model, {h: new[h] for h in new if h not in known})
+                known = new | known
     return [known[h] for h in hashes]
 
 
@@ -201,17 +204,11 @@ def _read_cache(file: Path, model: str) -> dict[str, tuple[Detection, ...]]:
 
 
 def _add_to_cache(file: Path, model: str, found: dict[str, tuple[Detection, ...]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps({"image": image, "model": model, "detections": [[d.label, d.score] for d in detections]}) + "\n"
         for image, detections in found.items()
     ]
-    with file.open("ab+") as stream:
-        if stream.tell():
-            stream.seek(-1, 2)
-            if stream.read() != b"\n":
-                lines.insert(0, "\n")  # a kill cut the last line short
-        stream.write("".join(lines).encode())
+    append_lines(file, lines)
 
 
 def counts(

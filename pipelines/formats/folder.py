@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, write_error
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
@@ -196,7 +196,7 @@ def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
     except SafetensorError as problem:
-        raise EraseError(f"{folder} could not be written: {problem}") from None
+        raise write_error(problem, folder) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,0 +1,101 @@
+"""Checkpoints of a training: the last two, each with the checksum of what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from erase_concept.files import atomic_write
+
+PREVIOUS = ".previous"  # how the name of the checkpoint before the last ends
+
+
+def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Write the tensors after so many steps; the checkpoint of before is kept beside it.
+
+    Steps draw from generators of their own, so their number is all that a training needs beside its tensors.
+    """
+    saved = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_write(file) as partial:
+        save_file(saved, partial, {"step": str(step), "sha256": _sha256(saved, step)})
+        if file.exists():
+            file.replace(previous(file))
+
+
+def previous(file: Path) -> Path:
+    """Return where the checkpoint before the last one is kept."""
+    return file.with_name(file.name + PREVIOUS)
+
+
+def steps_done(file: Path | None) -> int:
+    """Return how many steps the newest sound checkpoint has behind it: none where there is no such file."""
+    found = None if file is None else _newest(file)
+    return 0 if found is None else found.step
+
+
+def steps_in(folder: Path) -> int:
+    """Return how many steps all trainings of a folder have behind them."""
+    names = {file.name.removesuffix(PREVIOUS) for file in folder.glob("*.safetensors*")}
+    return sum(steps_done(folder / name) for name in names if name.endswith(".safetensors"))
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of the newest sound checkpoint, and drop a damaged one, so that it is never the one before."""
+    found = _newest(file)
+    if found is None:
+        raise FileNotFoundError(f"no sound checkpoint {file}")
+    if found.file != file:
+        file.unlink(missing_ok=True)
+    with safe_open(found.file, "pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    file: Path
+    step: int
+
+
+def _newest(file: Path) -> _Checkpoint | None:
+    for one in (file, previous(file)):
+        if one.is_file():
+            about = one.stat()
+            if (step := _checked(one, about.st_size, about.st_mtime_ns)) is not None:
+                return _Checkpoint(one, step)
+    return None
+
+
+@lru_cache(maxsize=8)
+def _checked(file: Path, size: int, changed: int) -> int | None:
+    """Return the steps of a checkpoint of this size and time; None, with a warning, where it is damaged."""
+    try:
+        with safe_open(file, "pt") as stored:
+            about = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        step = int(about["step"])
+        if _sha256(tensors, step) == about["sha256"]:
+            return step
+        problem = "its checksum is another one"
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        problem = str(error) or type(error).__name__
+    logging.getLogger("erase_concept").warning("erase-concept: %s is damaged and not used: %s", file, problem)
+    return None
+
+
+def _sha256(tensors: Mapping[str, Tensor], step: int) -> str:
+    """Return the SHA-256 over the step and over the tensors' names, types, shapes and bytes."""
+    digest = hashlib.sha256(f"{step}\n".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Killed at any moment and run again, a command ends with the same weights, images and scores, to the bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erase_concept.training.checkpoint import steps_in
+
+STAGES = (
+    *("erase", "mask", "sample", "eval", "compare", "train", "unlearn", "eval-classifier"),
+    *(f"export {name}" for name in ("diffusers", "unet", "single-file", "lora", "delta")),
+)
+CHAIN = 4  # kills of one command before it may end
+
+
+def finished(stage: Any, ended: Any) -> bool:
+    """Tell whether a command ended well, or has nothing left to do."""
+    return ended.code == 0 or bool(ended.code == 2 and stage.once and "exists already" in ended.err)
+
+
+def tear(folder: Path, chance: random.Random) -> None:
+    """Cut the last line of some of the files short that grow by lines, as a kill in the middle of a write would."""
+    for file in sorted(folder.rglob("*.jsonl")):
+        lines = file.read_bytes().splitlines(keepends=True)
+        # A step that is in a checkpoint was in the log before.
+        kept = steps_in(file.parent / "checkpoints") if file.name == "log.jsonl" else 0
+        if len(lines) > kept and chance.random() < 0.5:
+            lines[-1] = lines[-1][: chance.randint(1, len(lines[-1]))]
+            file.write_bytes(b"".join(lines))
+
+
+def test_every_stage_is_here(stages: Any) -> None:
+    assert {*STAGES} == {*stages}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_it_goes_on_to_the_same_bits(
+    name: str,
+    world: Any,
+    whole: Callable[[str], Any],
+    contents: Callable[[Path], dict[str, str]],
+    kills: dict[str, int],
+    full: bool,
+) -> None:
+    """Kill at operations on files that a seed chooses, some at a time of the clock; all of them, when asked for."""
+    expected, done = whole(name)
+    operations, chance = done.operations["write"], random.Random(name)
+    if full:
+        plans = [[{"harm": "kill", "at": at}] for at in range(1, operations + 1)]
+        plans += [[{"after": chance.uniform(0, done.seconds)} for _ in range(3)] for _ in range(5)]
+    else:
+        plans = [[{"harm": "kill", "at": chance.randint(1, operations)} for _ in range(CHAIN - 1)]]
+        plans[0].append({"after": chance.uniform(0, done.seconds)})
+    for plan in plans:
+        stage = world.begin(name)
+        for fault in plan:
+            ended = world.run(*stage.command, **fault)
+            if ended.code != -signal.SIGKILL:
+                assert finished(stage, ended), (plan, ended.err)
+                break  # it had less left to do
+            kills[name] = kills.get(name, 0) + 1
+            tear(world.folder, chance)
+        ended = world.run(*stage.command)
+        assert finished(stage, ended), (plan, ended.err)
+        found = contents(world.folder)
+        assert found == expected, (plan, {key for key in {*found, *expected} if found.get(key) != expected.get(key)})
