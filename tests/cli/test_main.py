@@ -97,7 +97,7 @@ def test_wrong_requests_get_one_line_and_2(folder: Path, command: Command, case:
     assert not (folder / "x" / "recipe.yaml").exists()  # the corrected request may use the same folder
 
 
-def test_a_full_disk_gets_one_line_and_1(folder: Path, command: Command) -> None:
+def test_a_full_disk_gets_one_line_and_2(folder: Path, command: Command) -> None:
     """/dev/full refuses every byte, as a full disk does."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -105,7 +105,7 @@ def test_a_full_disk_gets_one_line_and_1(folder: Path, command: Command) -> None
     (folder / "x" / "00000.png.partial").symlink_to("/dev/full")
     (folder / "p.csv").write_text("prompt\na\n")
     code, _, err = command("sample", "model", "-p", "p.csv", "-o", "x", "--steps", "1")
-    assert (code, "No space left on device" in err, len(err.strip().splitlines())) == (1, True, 1)
+    assert (code, "No space left on device" in err, len(err.strip().splitlines())) == (2, True, 1)
     assert not (folder / "x" / "00000.png").exists()
 
 

@@ -135,6 +135,27 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(model: Path, square: Concept, tmp_path: Path) -> None:
+    often = {"steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 1}
+    run(recipe(model, square, settings=often), tmp_path / "whole")
+    for event in iter_erase(recipe(model, square, settings=often), tmp_path / "killed"):
+        if getattr(event, "step", 0) == 4:
+            break
+    last = tmp_path / "killed" / "checkpoints" / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    again = run(recipe(model, square, settings=often), tmp_path / "killed")
+    assert [event.step for event in again if isinstance(event, Record)] == [3, 4]
+    assert read_run(tmp_path / "killed")["erased"] == read_run(tmp_path / "whole")["erased"]
+
+
+def test_a_run_that_was_killed_as_it_began_can_begin(model: Path, square: Concept, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml.partial").write_text("model:")
+    run(recipe(model, square), tmp_path / "run")
+    assert read_run(tmp_path / "run")["checks"]["changed_outside_mask"] == 0
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
 def test_two_processes_do_not_work_in_one_folder(model: Path, square: Concept, tmp_path: Path) -> None:
     first = iter_erase(recipe(model, square), tmp_path / "run")
     assert [next(first), next(first)] == ["load", "data"]

@@ -1,0 +1,82 @@
+"""A signal waits for the end of a step, and a second one does not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from erase_concept.signals import finish_first, terminable
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Where the tests run in the background, interrupts are ignored; and no handler is left behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    yield
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == (
+        signal.default_int_handler,
+        before[1],
+    )
+    signal.signal(signal.SIGINT, before[0])
+
+
+def test_a_signal_waits_for_the_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), finish_first() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        done.append("step")
+    assert done == ["step"]
+
+
+def test_a_second_one_acts_at_once() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), finish_first():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("never")
+    assert not done
+
+
+def test_the_outermost_end_counts() -> None:
+    with pytest.raises(SystemExit) as end, terminable(), finish_first():
+        with finish_first() as interrupted:
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupted()
+    assert end.value.code == 143
+
+
+def test_contexts_may_end_in_any_order() -> None:
+    """As those of generators do that are closed one after the other."""
+    first, second = finish_first(), finish_first()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    signal.raise_signal(signal.SIGINT)  # still held back
+    with pytest.raises(KeyboardInterrupt):
+        second.__exit__(None, None, None)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with finish_first() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupted()
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) == signal.SIG_IGN
+
+
+def test_other_threads_have_no_signals() -> None:
+    found = []
+
+    def work() -> None:
+        with finish_first() as interrupted:
+            found.append((interrupted(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, signal.default_int_handler)]
