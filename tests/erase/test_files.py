@@ -41,7 +41,7 @@ def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path, mask: int, m
 
 def test_an_error_names_the_file_and_not_the_partial_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory|File exists") as problem, atomic_write(tmp_path / "file" / "a"):
+    with pytest.raises(OSError, match=r"Not a directory|File exists") as problem, atomic_write(tmp_path / "file" / "a"):
         pass
     assert str(problem.value.filename).startswith(str(tmp_path / "file"))
     with pytest.raises(OSError, match="too large") as problem, atomic_write(tmp_path / "a"):
@@ -91,8 +91,8 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
-    with only_process(tmp_path), pytest.raises(RequestError, match="out .* another process is at work in it"):
-        with only_process(tmp_path):
-            pass
+    told = r"out .* another process is at work in it"
+    with only_process(tmp_path), pytest.raises(RequestError, match=told), only_process(tmp_path):
+        pass
     with only_process(tmp_path):
         pass

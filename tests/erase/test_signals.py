@@ -25,28 +25,42 @@ def handlers() -> Iterator[None]:
 
 def test_a_signal_waits_for_the_end() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), finish_first() as interrupted:
-        assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
-        assert interrupted()
-        done.append("step")
+
+    def step() -> None:
+        with finish_first() as interrupted:
+            assert not interrupted()
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted()
+            done.append("step")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
     assert done == ["step"]
 
 
 def test_a_second_one_acts_at_once() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), finish_first():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        done.append("never")
+
+    def step() -> None:
+        with finish_first():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
     assert not done
 
 
 def test_the_outermost_end_counts() -> None:
-    with pytest.raises(SystemExit) as end, terminable(), finish_first():
-        with finish_first() as interrupted:
-            signal.raise_signal(signal.SIGTERM)
-        assert interrupted()
+    def step() -> None:
+        with terminable(), finish_first():
+            with finish_first() as interrupted:
+                signal.raise_signal(signal.SIGTERM)
+            assert interrupted()
+
+    with pytest.raises(SystemExit) as end:
+        step()
     assert end.value.code == 143
 
 
