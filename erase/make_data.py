@@ -27,12 +27,12 @@ from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
 from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, in_halves, sample_latents
+from erase_concept.pipelines.signals import finish_first
 from erase_concept.prompts.catalog import folder_names
 from erase_concept.prompts.concept import Concept, plain_name
 from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import DataRecipe, Recipe, in_low_precision
 from erase_concept.seed import stage_generator, stage_seed
-from erase_concept.signals import finish_first
 from erase_concept.tokens import name_spans
 from erase_concept.training.loop import Training
 

@@ -42,11 +42,11 @@ from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import progress
+from erase_concept.pipelines.signals import finish_first
 from erase_concept.prompts.find_prompts import find_prompts
 from erase_concept.prompts.minors import DROPPED
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 from erase_concept.settings import check_settings, described, settings
-from erase_concept.signals import finish_first
 
 SAMPLER = "DPM-Solver++ 2M"  # where no scheduler is named
 # The schedulers that diffusers lists for Stable Diffusion, and the two of its distilled models. Two are left out: one

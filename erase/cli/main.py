@@ -28,7 +28,7 @@ from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.processes import main_process
-from erase_concept.signals import terminable
+from erase_concept.pipelines.signals import terminable
 
 app = typer.Typer(
     name="erase-concept",

@@ -17,9 +17,9 @@ from typing_extensions import Self
 
 from erase_concept.errors import EraseError
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.signals import finish_first
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.signals import finish_first
 from erase_concept.training.checkpoint import read_checkpoint, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
@@ -110,6 +110,11 @@ class Training:
         """Tell whether a run can go on from a step, counted from 1, with weights and moments alone."""
         return True
 
+    def checkpoint_due(self, step: int, *, interrupted: bool) -> bool:
+        """Tell whether a checkpoint is written after a step, counted from 1."""
+        regular = step == self.steps or step % self.checkpoint_every == 0
+        return regular or (interrupted and self.can_resume_after(step))
+
     def rule(self) -> Adam | SGD:
         """Return the optimizer's settings."""
         if self.optimizer == "sgd":
@@ -166,8 +171,8 @@ def train(
 
     ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
-    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. Ctrl-C
-    and SIGTERM end the training after the step, with a checkpoint.
+    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. A signal
+    ends the training after the step, with a checkpoint.
     """
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
@@ -197,9 +202,8 @@ def train(
                 mean, terms = steps.take(step, prepared, checkpoint)
                 yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
                 # After the yield, so that a step in the checkpoint is always in the caller's log.
-                due = step + 1 == settings.steps or (step + 1) % settings.checkpoint_every == 0
-                due = due or (interrupted() and settings.can_resume_after(step + 1))
-                if checkpoint is not None and accelerator.is_main_process and due:
+                due = accelerator.is_main_process and settings.checkpoint_due(step + 1, interrupted=interrupted())
+                if checkpoint is not None and due:
                     save_checkpoint(checkpoint, masked.state(), step + 1)
                 if interrupted():
                     break

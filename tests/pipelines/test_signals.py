@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from erase_concept.signals import finish_first, terminable
+from erase_concept.pipelines.signals import finish_first, terminable
 
 
 @pytest.fixture(autouse=True)
