@@ -184,10 +184,7 @@ def train(
     generators = _Generators(seed, accelerator.process_index)
     if precompute is not None:
         for step in range(first, settings.steps):
-            for batch in range(settings.accumulation):
-                with torch.no_grad(), _autocast(model, settings):
-                    found = precompute(model, generators.of(step, batch))
-                targets[step, batch] = tuple(target.cpu() for target in found)
+            targets |= _targets(model, precompute, settings, generators, step)
             yield TargetProgress(step + 1, settings.steps)
     masked = MaskedOptimizer(trained, mask, settings.rule())
     if first and checkpoint is not None:
@@ -213,6 +210,19 @@ def train(
             p.grad = None
         if model.device.type != "cpu":  # there it would only collect garbage, which takes most of a second
             accelerator.free_memory()
+
+
+@torch.no_grad()
+def _targets(
+    model: _M, precompute: PrecomputeTargets[_M], settings: Training, generators: _Generators, step: int
+) -> dict[tuple[int, int], Tensors]:
+    """Compute the targets of each batch of a step, in main memory."""
+    found: dict[tuple[int, int], Tensors] = {}
+    for batch in range(settings.accumulation):
+        with _autocast(model, settings):
+            targets = precompute(model, generators.of(step, batch))
+        found[step, batch] = tuple(target.cpu() for target in targets)
+    return found
 
 
 def _trained(model: Trainable, part: str, settings: Training) -> nn.Module:
