@@ -33,8 +33,8 @@ demo: $(VENV)/installed  ## erase "church" from the built-in model and write the
 	$(FAST) $(BIN)/erase-concept demo --out runs/demo
 
 test: $(VENV)/installed  ## run the tests, then those that need shipped files again on the built wheel
-	$(TESTS) $(BIN)/pytest $(WORKERS)
-	$(MAKE) --no-print-directory wheel-test
+	$(TESTS) $(BIN)/pytest $(WORKERS) --ignore tests/faults
+	$(MAKE) --no-print-directory faults wheel-test
 
 faults: $(VENV)/installed  ## kill every command at seeded moments and run it again, and fill disks under it
 	$(TESTS) $(BIN)/pytest tests/faults
