@@ -89,9 +89,7 @@ def export(
         raise RequestError("format", format, "the run changed the text encoder; allowed: diffusers, single-file")
     if format != "diffusers" and file.suffix != ".safetensors":
         raise RequestError("out", file, "a file's name must end in .safetensors, by which others know what it is")
-    check_out(file, run / "pipeline", source)
-    # Noted before it gets its name: so where the name exists, the export is complete.
-    with only_process(run, wait=True), _named_last(file) as unnamed:
+    with only_process(run, wait=True), _named_last(file, run / "pipeline", source) as unnamed:
         surviving, fit = _write(run, run_info, unnamed, format, dtype, rank, lora_style, ema)
         is_file = unnamed.is_file()
         kind = str(EXPORT_DTYPES[dtype or "fp32"]).removeprefix("torch.")
@@ -102,8 +100,12 @@ def export(
 
 
 @contextmanager
-def _named_last(out: Path) -> Iterator[Path]:
-    """Give a path beside ``out`` that gets its name when the context ends, or is removed when that fails."""
+def _named_last(out: Path, *sources: Path) -> Iterator[Path]:
+    """Give a path beside ``out`` that gets its name when the context ends, or is removed when that fails.
+
+    So where the name exists, the export is complete. Raises RequestError as ``check_out`` does.
+    """
+    check_out(out, *sources)
     path = out.with_name(f"partial-{out.name}")
     try:
         yield path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from erase_concept.prompts.concept import Concept, combine
 from erase_concept.recipe import Recipe, earlier_runs, make_recipe, read_recipe, recipe_for
 from erase_concept.run import Run, erase, iter_erase, run_recipe
 from erase_concept.run_folder import read_run
+from erase_concept.training.checkpoint import steps_done
 from erase_concept.training.loop import Record, Training
 from erase_concept.training.offload import offload_to_disk
 
@@ -146,6 +148,29 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(model: Path, square
     again = run(recipe(model, square, settings=often), tmp_path / "killed")
     assert [event.step for event in again if isinstance(event, Record)] == [3, 4]
     assert read_run(tmp_path / "killed")["erased"] == read_run(tmp_path / "whole")["erased"]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_signal_lets_the_step_end_and_saves_it(model: Path, square: Concept, tmp_path: Path, step: int) -> None:
+    rarely = {"steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 100}
+    asked = recipe(model, square, settings=rarely)
+    run(asked, tmp_path / "whole")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted() -> None:
+        for event in iter_erase(asked, tmp_path / "run"):
+            if getattr(event, "step", 0) == step:
+                signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps_done(tmp_path / "run" / "checkpoints" / "last.safetensors") == step
+    again = run(asked, tmp_path / "run")
+    assert [event.step for event in again if isinstance(event, Record)] == [*range(step + 1, 5)]
+    assert read_run(tmp_path / "run")["erased"] == read_run(tmp_path / "whole")["erased"]
 
 
 def test_a_run_that_was_killed_as_it_began_can_begin(model: Path, square: Concept, tmp_path: Path) -> None:

@@ -69,4 +69,5 @@ def test_killed_it_goes_on_to_the_same_bits(
         ended = world.run(*stage.command)
         assert finished(stage, ended), (plan, ended.err)
         found = contents(world.folder)
-        assert found == expected, (plan, {key for key in {*found, *expected} if found.get(key) != expected.get(key)})
+        differing = {key for key in {*found, *expected} if found.get(key) != expected.get(key)}
+        assert not differing, plan

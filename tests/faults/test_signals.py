@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from erase_concept.training.checkpoint import steps_in
-
 STAGES = ("erase", "sample", "eval", "compare", "unlearn", "export lora")
 
 
@@ -42,20 +40,6 @@ def test_a_signal_ends_a_command_that_goes_on(
         assert {file: found.get(file) for file in {*found, *expected} - other} == {
             file: expected.get(file) for file in {*found, *expected} - other
         }
-
-
-def test_a_training_finishes_its_step_and_saves(world: Any, whole: Callable[[str], Any]) -> None:
-    """The signal comes when the log is opened for the first step, long before the first checkpoint is due."""
-    world.begin("erase")
-    rare = ("-s", "steps=4", "-s", "checkpoint_every=100")
-    command = [*world.stages["erase"].command, *rare]
-    log = next(
-        at
-        for at in range(1, whole("erase")[1].operations["write"])
-        if world.begin("erase") and world.run(*command, harm="terminate", at=at).err.count("the step is finished first")
-    )
-    assert log
-    assert steps_in(world.folder / "run" / "checkpoints") > 0
 
 
 @pytest.mark.parametrize("name", ["erase", "sample", "compare", "unlearn"])
