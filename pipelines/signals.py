@@ -82,6 +82,9 @@ def _restore() -> None:
 @contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM end the program as Ctrl-C does, cleaning up, with SystemExit and the exit code 143."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield

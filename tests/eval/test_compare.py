@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -308,3 +311,23 @@ def test_any_model_is_compared_by_any_benchmark_that_tells_what_is_gone_and_what
     assert retrained.results[0].key not in {result.key for result in comparison.results}
     assert retrained.results[0].scores != comparison.results[0].scores
     assert len(read_results(out / "trials.jsonl")) == 5
+
+
+def test_the_process_of_a_trial_dies_with_the_comparison() -> None:
+    """Otherwise it would go on beside the same command, which was run again."""
+    script = """
+import os, sys, time, multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from erase_concept.eval.compare.sweep import _end_with_parent
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        child = psutil.Process(int(running.stdout.readline()))
+        assert child.is_running()
+        running.kill()
+    child.wait(timeout=20)

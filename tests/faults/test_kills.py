@@ -16,7 +16,7 @@ STAGES = (
     *("erase", "mask", "sample", "eval", "compare", "train", "unlearn", "eval-classifier"),
     *(f"export {name}" for name in ("diffusers", "unet", "single-file", "lora", "delta")),
 )
-CHAIN = 4  # kills of one command before it may end
+CHAIN = 4  # kills of one command in the first half of its work
 
 
 def finished(stage: Any, ended: Any) -> bool:
@@ -55,8 +55,9 @@ def test_killed_it_goes_on_to_the_same_bits(
         plans = [[{"harm": "kill", "at": at}] for at in range(1, operations + 1)]
         plans += [[{"after": chance.uniform(0, done.seconds)} for _ in range(3)] for _ in range(5)]
     else:
-        plans = [[{"harm": "kill", "at": chance.randint(1, operations)} for _ in range(CHAIN - 1)]]
-        plans[0].append({"after": chance.uniform(0, done.seconds)})
+        early = [{"harm": "kill", "at": chance.randint(1, max(1, operations // 2))} for _ in range(CHAIN)]
+        anywhere = [{"harm": "kill", "at": chance.randint(1, operations)}, {"after": chance.uniform(0, done.seconds)}]
+        plans = [early + anywhere]
     for plan in plans:
         stage = world.begin(name)
         for fault in plan:
