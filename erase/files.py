@@ -112,7 +112,11 @@ def only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
     lock = FileLock(folder / LOCK, timeout=-1 if wait else 0)
     try:
         with lock:
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no file that is open
+                    (folder / LOCK).unlink()
     except Timeout:
         raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
 
