@@ -182,7 +182,7 @@ def test_a_card_says_what_a_delta_did(
 
 
 @pytest.mark.parametrize("name", [*EXPORT_FORMATS, "apply"])
-def test_a_full_disk_gets_one_line_and_1_and_leaves_nothing(
+def test_a_full_disk_gets_one_line_and_2_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     export(Path("run"), Path("d.safetensors"), "delta")
@@ -191,7 +191,7 @@ def test_a_full_disk_gets_one_line_and_1_and_leaves_nothing(
     request = ["apply", "d.safetensors", "model"] if name == "apply" else ["export", "run", "-f", name]
     with files_no_larger_than(20_000):
         code, _, err = call(monkeypatch, capsys, *request, "-o", str(out))
-    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert (code, len(err.strip().splitlines())) == (2, 1)
     assert "File too large" in err
     assert content(folder) == before
     assert not out.exists()
