@@ -22,7 +22,7 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test faults faults-full test-lowest lint wheel-test docs rehearsal bench comparison classification train measure clean
+.PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench comparison classification train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,22 @@ $(LOWEST)/installed: $(VENV)/installed
 test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the commands with the oldest libraries
 	$(TESTS) $(LOWEST)/bin/pytest -p no:cacheprovider -p no:anyio \
 		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS)
+
+# MINUTES and SEED may be given. What broke a reader is kept in runs/fuzz.
+fuzz: $(VENV)/installed  ## feed every reader with hostile files for five minutes
+	cd tests && $(TESTS) ../$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) --seed $(or $(SEED),0) --keep ../runs/fuzz
+
+# pip-audit has an environment of its own, so that it does not audit itself.
+AUDIT := .venv-audit
+$(AUDIT)/installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet 'pip-audit>=2.7'
+	touch $@
+
+audit: $(VENV)/installed $(AUDIT)/installed  ## ask the advisories about every installed library (needs the network)
+	@$(AUDIT)/bin/pip-audit --progress-spinner off --skip-editable \
+		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		|| { echo "audit: a library has an advisory, or the advisories could not be reached: see above" >&2; exit 1; }
 
 lint: $(VENV)/installed  ## check style, docstrings, shape, types and imports
 	$(BIN)/ruff check .
@@ -105,4 +121,4 @@ measure: $(VENV)/installed  ## measure the built-in model and write its card
 	$(FAST) $(BIN)/python -m erase_concept.eval.benchmarks.emojinette --work runs/emojinette --grid runs/emojinette/grid.png
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(AUDIT) build dist *.egg-info

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_SHOWN = 1000  # characters of each part of a message
 
 
 class RequestError(ValueError):
@@ -16,12 +19,26 @@ class RequestError(ValueError):
         super().__init__(setting, value, allowed)
 
     def __str__(self) -> str:
-        """Join the three parts to one line."""
-        return " ".join(f"{self.setting} {self.value}: {self.allowed}".split())
+        """Join the three parts to one line; of a long one it has the beginning."""
+        setting, value, allowed = (_shortened(str(part)) for part in (self.setting, self.value, self.allowed))
+        return one_line(f"{setting} {value}: {allowed}")
 
 
 class EraseError(RuntimeError):
     """The work could not be finished: a diverging training, a full disk, a result that fails its check."""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def one_line(text: str) -> str:
+    """Return a text in one line, with what a terminal would obey, such as an escape sequence, written out."""
+    joined = " ".join(text.split())
+    if joined.isascii() and joined.isprintable():
+        return joined
+    hidden = (unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in joined)
+    return "".join(ascii(c)[1:-1] if bad else c for c, bad in zip(joined, hidden, strict=True))
 
 
 def out_of_memory(problem: BaseException | None) -> bool:
@@ -35,7 +52,7 @@ def out_of_memory(problem: BaseException | None) -> bool:
 
 def first_line(problem: BaseException) -> str:
     """Return the first line of an error's message, or its class where it has none."""
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:_SHOWN]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

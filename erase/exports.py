@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import file_sha256, only_process
+from erase_concept.files import file_sha256, only_process, parse_yaml
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
@@ -28,7 +28,7 @@ from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.recipe import read_recipe
-from erase_concept.run_folder import base_source, read_run, write_json
+from erase_concept.run_folder import RUN_FILE, base_source, read_run, write_json
 
 # A text that is an absolute path as a whole, with spaces perhaps, and the folders of one within a text.
 _PATH = re.compile(r"(?:/|~[\\/]|[A-Za-z]:[\\/]).*[\\/].", re.S)
@@ -83,7 +83,7 @@ def export(
     """
     run, file = Path(run), Path(file)
     _check_options(format, dtype, rank, lora_style)
-    run_info = read_run(run)
+    run_info = _complete_info(run)
     source, embedded = Path(base_source(run_info)), "text_encoder" in run_info["erased"]
     if embedded and format not in ("diffusers", "single-file"):
         raise RequestError("format", format, "the run changed the text encoder; allowed: diffusers, single-file")
@@ -150,6 +150,15 @@ def _write(
     else:
         save_delta(_base(run, run_info, format, ema).unet, erased.unet, file, _about(run, run_info))
     return surviving, fit
+
+
+def _complete_info(run: Path) -> dict[str, Any]:
+    """Return a run's run.json; raises RequestError where it lacks what an export tells of."""
+    run_info = read_run(run)
+    for name in ("method", "concept", "mask", "erased", "checks"):
+        if name not in run_info:
+            raise RequestError("run", run, f"{RUN_FILE} is damaged: {name} is missing or wrong")
+    return run_info
 
 
 def _note(run: Path, done: Exported) -> None:
@@ -275,7 +284,7 @@ def _base(
 
 def public_recipe(recipe: str) -> str:
     """Return a recipe in YAML without the folders of this machine: of paths the last name is left."""
-    values = yaml.safe_load(recipe) or {}
+    values = parse_yaml(recipe) or {}
     if "model" in values:
         values["model"] = model_name(str(values["model"]))
     return str(yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True))

@@ -1,17 +1,30 @@
-"""Writing files whole or not at all, by one process at a time, and telling what a file is that it should not be."""
+"""Files: written whole or not at all, read within limits, and told for what they are.
+
+A file may come from a stranger. What reads one raises ValueError, in one line, for what it refuses; whoever calls it
+knows the setting that named the file. Plain data are mappings with texts as keys, lists, texts, finite numbers, true,
+false and null. The limits keep a file from taking a gigabyte of memory or seconds of time.
+
+Of safetensors files the library itself refuses offsets that overlap, leave gaps or lie outside the file, and sizes that
+do not fit them. It takes the last of two tensors of one name, and as many names as the header holds.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from erase_concept.errors import EraseError, RequestError
 
@@ -22,6 +35,17 @@ except ImportError:  # Windows, where a file that another process has open canno
 
 LOCK = ".lock"  # held by the process that works in a folder
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
+MOST_BYTES = 64 << 20  # of a text; a report of 100,000 pairs has some 50 MB
+_MOST_VALUES = 2_500_000  # of JSON, counted by its brackets and commas
+_MOST_NODES = 100_000  # of YAML, whose parser is slower
+_DEEPEST = 64  # levels of nesting
+_TEXT = frozenset((str,))
+_PLAIN = frozenset((dict, list, str, int, float, bool, type(None)))
+_SURROGATE = re.compile(r"\\[uU](?:0000)?[dD][89a-fA-F]")
+_SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML has it
+_MOST_HEADER = 16 << 20  # bytes; that of SD XL has 0.4 million, and a training's notes may be some millions
+_MOST_TENSORS = 100_000  # SD XL with averaged weights has 5,000
+_MOST_SIDES = 16
 
 
 @contextmanager
@@ -29,11 +53,14 @@ def atomic_write(file: Path) -> Iterator[Path]:
     """Give a temporary path beside ``file``, which becomes ``file`` if all goes well and is removed if it does not.
 
     Makes the parent folder. The file may be read by whom the user's umask says, which safetensors would not ask. What a
-    killed process left is written over; where another process is writing the same file, its end is waited for.
+    killed process left is written over; where another process is writing the same file, its end is waited for. A link
+    of either name is replaced and not followed.
 
     Raises OSError with the file's name when it cannot be written (a full disk, say).
     """
     partial = file.with_name(file.name + PARTIAL)
+    if partial.is_symlink():  # it might lead to a file elsewhere
+        partial.unlink()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(partial):
@@ -155,3 +182,191 @@ def stream_sha256(stream: BinaryIO) -> str:
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def is_there(path: str | Path) -> bool:
+    """Tell whether there is a file or folder of this path; a text that can be no path names none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def regular_size(file: Path) -> int:
+    """Return the size of a regular file in bytes; to open anything else, such as a pipe, could block for ever."""
+    try:
+        found = file.stat()
+    except OSError as problem:
+        raise ValueError(problem.strerror or "cannot be read") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("Is a directory" if stat.S_ISDIR(found.st_mode) else "is no regular file")
+    return found.st_size
+
+
+def read_text(file: Path, most: int = MOST_BYTES) -> str:
+    """Return the text of a file in UTF-8, without a byte order mark."""
+    if regular_size(file) > most:
+        raise ValueError(f"is larger than {most >> 20} MiB")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise ValueError(problem.strerror or "cannot be read") from None
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"is no text in UTF-8: {problem.reason} at byte {problem.start}") from None
+
+
+def read_lines(file: Path, most: int = MOST_BYTES) -> list[str]:
+    """Return the lines of a text that grows by them, each with its end; none where there is no file.
+
+    Raises RequestError, since such a file is named by the folder that it is in.
+    """
+    try:
+        return read_text(file, most).splitlines(keepends=True) if file.exists() else []
+    except ValueError as problem:
+        raise RequestError("file", file, str(problem)) from None
+
+
+def read_json(file: Path, *, half_characters: bool = False) -> Any:
+    """Return the value of a JSON file, as ``parse_json`` does."""
+    return parse_json(read_text(file), half_characters=half_characters)
+
+
+def parse_json(text: str, *, half_characters: bool = False) -> Any:
+    """Return the value of a JSON text. It may have no key twice and no number that is not finite.
+
+    ``half_characters`` allows halves of surrogate pairs, which no file in UTF-8 can hold but as escapes.
+    """
+    if text.count("{") + text.count("[") + text.count(",") > _MOST_VALUES:
+        raise ValueError(f"not JSON of at most {_MOST_VALUES:,} values")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"is nested deeper than {_DEEPEST} levels") from None
+    except ValueError as problem:
+        raise ValueError(f"not JSON: {problem}") from None
+    _check_plain(value, "" if half_characters else text)
+    return value
+
+
+def read_yaml(file: Path) -> Any:
+    """Return the value of a YAML file."""
+    return parse_yaml(read_text(file))
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text. It may have no key twice, no alias and no tag that makes other than plain data.
+
+    Aliases are refused because a few of them, one within the other, stand for billions of values.
+    """
+    try:
+        _check_events(text)
+        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a safe loader
+    except yaml.YAMLError as problem:
+        raise ValueError(f"not YAML: {problem}") from None
+    except ValueError:
+        raise
+    except Exception as problem:  # PyYAML's constructors raise whatever a tag such as !!bool leads them to
+        raise ValueError(f"not YAML: {type(problem).__name__} in a value's tag") from None
+    _check_plain(value, text)
+    return value
+
+
+class _UniqueKeys(_SAFE):
+    """The safe loader, which by itself would take the last of two values with one key."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Return a mapping; raises ConstructorError for a key that is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _check_events(text: str) -> None:
+    """Raise ValueError for aliases and for too many or too deep values, before any of them is made."""
+    depth = 0
+    for place, event in enumerate(yaml.parse(text, Loader=_SAFE)):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"has the alias *{event.anchor}: write out what it stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"is nested deeper than {_DEEPEST} levels")
+        if place > _MOST_NODES:
+            raise ValueError(f"has more than {_MOST_NODES:,} values")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _check_plain(value: Any, text: str) -> None:
+    """Raise ValueError for what is not plain data, or nested too deeply; ``text`` is what the value was read from."""
+    if _SURROGATE.search(text):  # such an escape, or the half of one
+        try:
+            json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+        except UnicodeEncodeError:
+            raise ValueError("has half a character (a surrogate) in a text") from None
+    depth = 0
+    level: list[Any] = [[value]]
+    while level:
+        depth += 1
+        if depth > _DEEPEST + 1:
+            raise ValueError(f"is nested deeper than {_DEEPEST} levels")
+        if not all(_TEXT.issuperset(map(type, one)) for one in level if isinstance(one, dict)):
+            raise ValueError("has a key that is no text: put it in quotes")
+        below = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        kinds = set(map(type, below))
+        if strange := kinds - _PLAIN:
+            raise ValueError(f"has a {strange.pop().__name__} in the place of a text: put it in quotes")
+        if float in kinds and not all(math.isfinite(one) for one in below if isinstance(one, float)):
+            raise ValueError("has a number that is NaN or infinite")
+        level = [one for one in below if isinstance(one, dict | list)]
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file for PyTorch on the CPU, without reading its tensors.
+
+    Raises ValueError, in one line, for a file that is missing, damaged, or has a name twice or too many of them.
+    """
+    if regular_size(file) < 8:
+        raise ValueError("is too short for a safetensors file")
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _MOST_HEADER:
+            raise ValueError(f"its header is too large: {size:,} bytes, and at most {_MOST_HEADER:,} are read")
+        header = stream.read(size)
+    if (count := header.count(b'"data_offsets"')) > _MOST_TENSORS:
+        raise ValueError(f"its header names {count:,} tensors, and at most {_MOST_TENSORS:,} are read")
+    try:
+        parse_json(header.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("its header is no text in UTF-8") from None
+    except ValueError as problem:
+        raise ValueError(f"its header {problem}") from None
+    try:
+        opened = safe_open(file, "pt")
+    except (OSError, SafetensorError) as problem:
+        raise ValueError(str(problem)) from None
+    with opened as stored:
+        yield stored
+
+
+def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters by name, as a file's metadata hold them in JSON; raises ValueError for others."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("its shapes are no mapping")
+    for name, shape in found.items():
+        sides = shape if isinstance(shape, list) and len(shape) <= _MOST_SIDES else [None]
+        if not all(type(side) is int and side >= 0 for side in sides) or math.prod(sides) >= 1 << 48:
+            raise ValueError(f"{name} has no shape")
+    return {name: tuple(shape) for name, shape in found.items()}

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, is_there, read_yaml
 from erase_concept.method import Method
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.builtin import catalogs_of
@@ -21,7 +21,7 @@ from erase_concept.presets import Preset, preset
 from erase_concept.prompts import find
 from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
-from erase_concept.run_folder import base_source
+from erase_concept.run_folder import base_source, read_run
 from erase_concept.settings import changed_settings, check_settings, described, merge, read_assignments, settings
 
 SALUN = "SalUn, arXiv 2310.12508"
@@ -157,7 +157,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         if not values.get(name):
             raise RequestError(name, "(not given)", "needed in a recipe")
     model, concept = str(values["model"]), values["concept"]
-    method = METHODS.find(values.get("method", "salun"))
+    method = METHODS.find(str(values.get("method", "salun")))
     if {"steps", "epochs"} <= {name for name, value in _mapping(values, "settings").items() if value is not None}:
         raise RequestError("settings.epochs", values["settings"]["epochs"], "stands in the place of steps: give one")
     parts: dict[str, Any] = {
@@ -206,8 +206,8 @@ def read_settings(texts: Iterable[str], setting: str = "set") -> dict[str, dict[
 def read_recipe(file: Path) -> dict[str, Any]:
     """Read the values of a recipe file; raises RequestError when it is no YAML mapping."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        values = read_yaml(file)
+    except ValueError as problem:
         raise RequestError("recipe", file, f"not readable: {problem}") from None
     if not isinstance(values, dict):
         raise RequestError("recipe", file, "must hold a mapping, such as a run's recipe.yaml")
@@ -250,11 +250,12 @@ def earlier_runs(model: str) -> list[dict[str, Any]]:
     Each is the concept's description and the model that it was erased from.
     """
     folder = Path(model)
-    if not (folder / "run.json").is_file():
+    if not is_there(folder / "run.json"):
         return []
-    run_info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    concept = read_recipe(folder / "recipe.yaml")["concept"]
-    return [*run_info.get("earlier", []), {"concept": concept, "base": base_source(run_info)}]
+    run_info, recipe = read_run(folder), read_recipe(folder / "recipe.yaml")
+    if not recipe.get("concept"):
+        raise RequestError("model", model, "is no run folder: its recipe.yaml has no concept")
+    return [*run_info.get("earlier", []), {"concept": recipe["concept"], "base": base_source(run_info)}]
 
 
 def first_base(model: str) -> str:

@@ -10,10 +10,36 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
 from erase_concept.errors import RequestError
-from erase_concept.files import LOCK, PARTIAL, atomic_write, file_sha256
+from erase_concept.files import LOCK, PARTIAL, atomic_write, file_sha256, is_there, read_json
 
 RUN_FILE = "run.json"  # of a run that erases from a diffusion model
+
+
+class _Base(TypedDict):
+    source: str
+    unet: str
+    folder: NotRequired[str]
+
+
+class _Earlier(TypedDict):
+    concept: dict[str, Any]
+    base: str
+
+
+class _RunInfo(TypedDict):
+    """What those who read ``run.json`` rely on. The base is always there."""
+
+    base: _Base
+    erased: NotRequired[dict[str, str]]
+    checks: NotRequired[dict[str, Any]]
+    method: NotRequired[str]
+    concept: NotRequired[str]
+    mask: NotRequired[dict[str, Any] | None]
+    earlier: NotRequired[list[_Earlier]]
 
 
 def complete(folder: Path, file: str = RUN_FILE) -> bool:
@@ -45,14 +71,24 @@ def base_source(run_info: Mapping[str, Any]) -> str:
     """Return a run's base model; one that was named by a relative path is looked for where the run began."""
     source = str(run_info["base"]["source"])
     there = Path(run_info["base"].get("folder", "")) / source
-    return str(there) if there.exists() else source
+    return str(there) if is_there(there) else source
 
 
 def read_run(folder: str | os.PathLike[str], file: str = RUN_FILE) -> dict[str, Any]:
     """Return what a complete run's file says; raises RequestError when the folder holds none."""
     if not complete(Path(folder), file):
         raise RequestError("run", os.fspath(folder), f"holds no complete run (no {file})")
-    run_info: dict[str, Any] = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
+    try:
+        run_info = read_json(Path(folder) / file)
+        if file == RUN_FILE:
+            TypeAdapter(_RunInfo).validate_python(run_info)
+    except ValidationError as problem:
+        where = ".".join(map(str, problem.errors()[0]["loc"]))
+        raise RequestError("run", os.fspath(folder), f"{file} is damaged: {where} is missing or wrong") from None
+    except ValueError as problem:
+        raise RequestError("run", os.fspath(folder), f"{file} is damaged: {problem}") from None
+    if not isinstance(run_info, dict):
+        raise RequestError("run", os.fspath(folder), f"{file} is damaged: it holds no mapping")
     return run_info
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import annotated_types
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
 from erase_concept.errors import RequestError
+from erase_concept.files import parse_yaml
 
 _T = TypeVar("_T")
 _CONFIG = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -135,9 +135,9 @@ def read_assignments(texts: Iterable[str], setting: str = "set") -> dict[str, An
 def read_value(text: str) -> Any:
     """Read one value as YAML does, and numbers such as 1e-5; what is neither is text."""
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
         return float(value) if isinstance(value, str) and value[:1].isdigit() else value
-    except (yaml.YAMLError, ValueError):
+    except ValueError:
         return text
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
-
-from erase_concept.run_folder import base_source
+from erase_concept.run_folder import base_source, read_run
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
@@ -114,8 +111,9 @@ def read_erased_run(model: str | Path) -> ErasedRun:
     folder = Path(model)
     if not (folder / "run.json").is_file():
         return ErasedRun()
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return ErasedRun(json.loads((folder / "run.json").read_text(encoding="utf-8")), recipe)
+    from erase_concept.recipe import read_recipe
+
+    return ErasedRun(read_run(folder), read_recipe(folder / "recipe.yaml"))
 
 
 def is_images(folder: Path) -> bool:

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, parse_json, read_json, read_text
 from erase_concept.pipelines.pictures import read_picture
-from erase_concept.prompts.promptset import PromptRow
+from erase_concept.prompts.promptset import PromptRow, row_of
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "sampling.json"
+_MOST_LINES = 1_000_000  # of a manifest
+_LONGEST_NAME = 256  # more than any file's name has
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,21 @@ def read_images(folder: str | Path, *, setting: str = "images") -> ImageSet:
     Raises RequestError naming ``setting`` when there is no image, or one is missing or differs from the manifest.
     """
     folder = Path(folder)
-    lines = sorted(read_manifest(folder), key=lambda line: natural_order(line["image"]))
-    if not lines:
-        raise RequestError(setting, folder, "holds no manifest.jsonl with images in it")
     try:
+        lines = sorted(read_manifest(folder), key=lambda line: natural_order(line["image"]))
+        if not lines:
+            raise RequestError(setting, folder, "holds no manifest.jsonl with images in it")
         for line in lines:
             if not is_intact(folder, line):
                 raise RequestError(setting, folder, f"{line['image']} is missing or differs from the manifest")
-        rows = tuple(PromptRow(**{k: v for k, v in line.items() if k not in ("image", "sha256")}) for line in lines)
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
-        raise RequestError(setting, folder, f"not as 'sample' writes it: {problem!r}") from None
+        rows = tuple(row_of({k: v for k, v in line.items() if k not in ("image", "sha256")}) for line in lines)
+        settings = read_json(folder / SETTINGS)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{SETTINGS} holds no settings")
+    except RequestError:
+        raise
+    except (OSError, ValueError) as problem:
+        raise RequestError(setting, folder, f"not as 'sample' writes it: {problem}") from None
     return ImageSet(tuple(folder / line["image"] for line in lines), rows, settings)
 
 
@@ -84,20 +90,23 @@ def manifests(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of all manifests of a folder; a line that a kill cut short does not count."""
+    """Return the lines of all manifests of a folder; a line that a kill cut short does not count.
+
+    Nor does one whose image lies elsewhere. Raises ValueError for a manifest that is no text or too long.
+    """
     lines = {}
     for file in manifests(folder):
-        for text in file.read_text(encoding="utf-8").split("\n"):
+        texts = read_text(file).split("\n")
+        if len(texts) > _MOST_LINES:
+            raise ValueError(f"{file.name} has more than {_MOST_LINES:,} lines")
+        for text in texts:
             try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
+                line = parse_json(text)
+            except ValueError:
                 continue
-            if (
-                isinstance(line, dict)
-                and isinstance(line.get("image"), str)
-                and Path(line["image"]).name == line["image"]
-            ):
-                lines[line["image"]] = line
+            name = line.get("image") if isinstance(line, dict) else None
+            if isinstance(name, str) and len(name) < _LONGEST_NAME and Path(name).name == name:
+                lines[name] = line
     return list(lines.values())
 
 

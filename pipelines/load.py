@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, first_line, out_of_memory
@@ -51,23 +51,32 @@ def load(
     when there is too little memory for it.
     """
     name = type(model).__name__ if isinstance(model, DiffusionPipeline) else str(model)
-    try:
-        with silence_hub_logs():
-            loaded = _load(model, ema=ema)
-            for part, module in loaded.modules.items():
-                module.eval().requires_grad_(False)
-                if part != "unet" or not keep_unet:
-                    align_weights(module.to(device or processes().device, dtype))
-                check_finite(module, part, name)
-    except RequestError:
-        raise
-    except (MemoryError, OSError, ValueError, LookupError, EOFError, RuntimeError, SafetensorError) as problem:
-        if out_of_memory(problem):
-            raise EraseError(f"{name}: there is too little memory to load it") from problem
-        raise RequestError("model", name, f"could not be loaded: {first_line(problem)}") from problem
+    with _loading(name):
+        loaded = _load(model, ema=ema)
+        for part, module in loaded.modules.items():
+            module.eval().requires_grad_(False)
+            if part != "unet" or not keep_unet:
+                align_weights(module.to(device or processes().device, dtype))
+            check_finite(module, part, name)
     if loaded.taken and processes().is_main_process:
         _say(f"erase-concept: {name}: {loaded.taken}")
     return loaded
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn whatever is raised while a model is read into a RequestError or an EraseError of one line."""
+    try:
+        with silence_hub_logs():
+            yield
+    except RequestError:
+        raise
+    except Exception as problem:  # a damaged file leads the libraries to errors of any class
+        if out_of_memory(problem):
+            raise EraseError(f"{name}: there is too little memory to load it") from problem
+        if isinstance(problem, EraseError):
+            raise
+        raise RequestError("model", name, f"could not be loaded: {first_line(problem)}") from problem
 
 
 @cache
@@ -90,11 +99,12 @@ def configs(model: str | Path, *, ema: bool | None = None) -> ModelConfigs:
     ``ema`` is as for ``load``. Raises RequestError when there is no such model, it is on the hub and cannot be
     downloaded, or it is a single file that ``load`` would refuse for its UNets.
     """
-    path = locate(model)
-    if path.is_file():
-        return ModelConfigs(*single_file_configs(path, str(model), ema=ema))
-    family = read_family(path, str(model))
-    return ModelConfigs(family, read_configs(path, family))
+    with _loading(str(model)):
+        path = locate(model)
+        if path.is_file():
+            return ModelConfigs(*single_file_configs(path, str(model), ema=ema))
+        family = read_family(path, str(model))
+        return ModelConfigs(family, read_configs(path, family))
 
 
 def locate(model: str | Path) -> Path:

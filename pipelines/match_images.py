@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 from erase_concept.errors import RequestError
 from erase_concept.pipelines.image_set import (
@@ -145,18 +142,15 @@ def _match_names(files: Sequence[Path], prompts: PromptSet, folder: Path, settin
 def _check_readable(files: Sequence[Path], folder: Path, setting: str) -> list[str]:
     """Read every image, and return the names of those of one colour; raises RequestError naming the unreadable."""
     bad, plain = [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for file in files:
-            try:
-                one_colour = read_picture(file).getcolors(1) is not None
-            except Exception as problem:  # a decoder may raise anything for a file that is no image
-                said = problem.allowed if isinstance(problem, RequestError) else str(problem)
-                why = said.split(str(file))[0].strip(" '") if file.stat().st_size else "an empty file"
-                bad.append(f"{file.name} ({why})")
-                continue
-            if one_colour:
-                plain.append(file.name)
+    for file in files:
+        try:
+            one_colour = read_picture(file).getcolors(1) is not None
+        except RequestError as problem:
+            why = problem.allowed.split(str(file))[0].strip(" '") if file.stat().st_size else "an empty file"
+            bad.append(f"{file.name} ({why})")
+            continue
+        if one_colour:
+            plain.append(file.name)
     if bad:
         raise RequestError(setting, folder, f"{_number(bad, 'image')} cannot be read: {shortened(bad)}; make it again")
     return plain

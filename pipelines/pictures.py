@@ -1,7 +1,11 @@
-"""Read pictures of any kind as a viewer shows them."""
+"""Read pictures of any kind as a viewer shows them.
+
+Their files may come from strangers: only these kinds are opened, whatever a file's name says, and only up to a size.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from erase_concept.errors import RequestError
-from erase_concept.files import mistaken_for
+from erase_concept.errors import RequestError, first_line
+from erase_concept.files import mistaken_for, regular_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow would start Ghostscript for others
+MOST_PIXELS = 1 << 26  # 8,192 x 8,192; reading a transparent picture takes 16 bytes for each
 _ON_ITS_SIDE = (5, 6, 7, 8)  # the orientations of EXIF that swap width and height
 
 
@@ -23,13 +29,14 @@ def read_picture(file: Path, *, setting: str = "images") -> Image.Image:
     animation or a file of several pages it is the first picture. Raises RequestError for a file that holds none that
     can be read, and for greys whose range is not known.
     """
-    with _opened(file, setting) as image:
-        return _rgb(ImageOps.exif_transpose(image))
+    with opened(file, setting) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
 
 
 def picture_size(file: Path, *, setting: str = "images") -> tuple[int, int]:
     """Return width and height of a picture as ``read_picture`` returns it, from the head of its file alone."""
-    with _opened(file, setting) as image:
+    with opened(file, setting) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE else (width, height)
 
@@ -37,9 +44,9 @@ def picture_size(file: Path, *, setting: str = "images") -> tuple[int, int]:
 def is_transparent(file: Path) -> bool:
     """Tell whether a picture's file has an alpha channel or a transparent colour; False where it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with opened(file, "images") as image:
             return image.has_transparency_data
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except RequestError:
         return False
 
 
@@ -70,11 +77,16 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(file: Path, setting: str) -> Iterator[Image.Image]:
+def opened(file: Path, setting: str) -> Iterator[Image.Image]:
     """Open a picture file; raises RequestError where it holds none that can be read."""
     try:
-        with Image.open(file) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        what = mistaken_for(file) or f"no readable image: {problem}"
+        regular_size(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, and of what is odd in their metadata
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read")
+                yield image
+    except Exception as problem:  # a decoder may raise anything for a file that is no image
+        what = mistaken_for(file) or f"no readable image: {first_line(problem)}"
         raise RequestError(setting, file, what) from None

@@ -22,7 +22,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
-from erase_concept.files import atomic_write, only_process
+from erase_concept.files import atomic_write, only_process, read_json
 from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.scheduler import knows_zero_snr
 from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
@@ -342,7 +342,7 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
     """Write the settings into the folder, or check that they are the same; merge what killed processes left."""
     told = made_from(model, prompts, sampling)
     about = out / SETTINGS
-    if about.exists() and json.loads(about.read_text(encoding="utf-8")) != told:
+    if about.exists() and _known(about) != told:
         raise RequestError("out", out, "holds images of another model, prompt set or setting; choose another folder")
     state = processes()
     if state.is_main_process:
@@ -350,6 +350,14 @@ def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) 
             partial.write_text(json.dumps(told, indent=1), encoding="utf-8")
         merge_manifests(out, prompts.rows)
     state.wait_for_everyone()
+
+
+def _known(file: Path) -> Any:
+    """Return the settings in a folder; None, which no settings are, for a file that is damaged."""
+    try:
+        return read_json(file)
+    except ValueError:
+        return None
 
 
 def cut_note(model: Diffusion, prompts: Sequence[str]) -> str:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from erase_concept.errors import RequestError
-from erase_concept.files import mistaken_for
+from erase_concept.files import mistaken_for, read_text
 from erase_concept.prompts.catalog import Catalog, catalog
 from erase_concept.prompts.concept import Concept, fill, parse, whole_words
 from erase_concept.prompts.kinds import complete, kinds, without_names
 from erase_concept.prompts.promptset import read_rows
+
+_MOST_BYTES, _MOST_PROMPTS = 16 << 20, 20_000  # of a file of prompts
 
 
 def from_kind(kind: str, name: str, own: Sequence[str] = (), *, images: str = "") -> Concept:
@@ -48,12 +50,13 @@ def from_prompts(file: Path, own: Sequence[str] = ()) -> Concept:
         raise RequestError("concept", file, what)
     else:
         try:
-            found = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as problem:
+            found = read_text(file, _MOST_BYTES).splitlines()
+        except ValueError as problem:
             raise RequestError("concept", file, f"not a readable text file: {problem}") from None
     prompts = tuple(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
-    if not prompts:
-        raise RequestError("concept", file, "has no prompt")
+    if not 0 < len(prompts) <= _MOST_PROMPTS:
+        what = f"has more than the {_MOST_PROMPTS:,} prompts that a concept may have" if prompts else "has no prompt"
+        raise RequestError("concept", file, what)
     known = [
         prompt
         for one in map(catalog, own)

@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from erase_concept.errors import RequestError
-from erase_concept.files import mistaken_for
+from erase_concept.files import is_there, mistaken_for, read_yaml
 from erase_concept.prompts import custom
 from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine, parse, plain_name
@@ -53,7 +51,7 @@ def find_concept(
     if isinstance(what, Mapping):
         return _described(what, str(what.get("name", "description")))
     if not isinstance(what, str | Path):
-        if not what:
+        if not isinstance(what, Sequence) or not what:
             raise RequestError("concept", what, "at least one is needed")
         return combine([find_concept(one, catalogs, changes) for one in what])
     suffix = Path(what).suffix.lower()
@@ -91,7 +89,7 @@ def _named(name: str, catalogs: Sequence[str]) -> Concept:
         return _of_kind(kind.strip().lower(), rest, catalogs)
     first, *others = (kind for kind in KINDS if kind not in ("artist", "technique"))
     what = f"say what it is: {first}:{name}, {':…, '.join(others[:-1])}:… or {others[-1]}:…"
-    if Path(name).is_dir():
+    if is_there(name) and Path(name).is_dir():
         raise RequestError("concept", name, f"a folder of images needs a kind; {what}")
     if re.fullmatch(r"\w{2,}", kind) and colon:
         raise RequestError("concept", name, f"no such kind as {kind}; allowed: {', '.join(KINDS)}")
@@ -107,7 +105,7 @@ def _named(name: str, catalogs: Sequence[str]) -> Concept:
 def _of_kind(kind: str, name: str, catalogs: Sequence[str]) -> Concept:
     """Return the concept of a kind and a name. A folder of images is named after the folder, and is never known."""
     folder = Path(name)
-    if name.strip() and folder.is_dir():
+    if name.strip() and is_there(folder) and folder.is_dir():
         return custom.from_kind(kind, re.sub(r"[_-]", " ", folder.resolve().name), catalogs, images=name)
     found = _known(catalogs).get(plain_name(name))
     return found if found is not None and found.kind in KINDS[kind] else custom.from_kind(kind, name, catalogs)
@@ -128,8 +126,10 @@ def _read(file: Path) -> Concept:
     if what := mistaken_for(file):
         raise RequestError("concept", file, what)
     try:
-        return _described(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        return _described(read_yaml(file), str(file))
+    except RequestError:
+        raise
+    except ValueError as problem:
         raise RequestError("concept", file, f"not a readable concept: {problem}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from erase_concept.errors import RequestError
+from erase_concept.files import is_there
 from erase_concept.prompts.catalog import catalogs
 from erase_concept.prompts.hub import HUB, hub_prompts
 from erase_concept.prompts.label_grid import catalog_prompts
@@ -31,7 +32,7 @@ def find_prompts(name: str, *, limit: int | None = None) -> PromptSet:
     if name in known:
         rows = known[name].rows[:limit]
         return PromptSet(name, rows, "" if limit is None else f"the first {len(rows):,} prompts")
-    if not Path(name).exists():
+    if not is_there(name):
         allowed = (
             f"no such file and no such built-in prompt set; allowed: {', '.join(known)}, a CSV file, or {HUB}OWNER/NAME"
         )

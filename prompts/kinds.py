@@ -96,7 +96,7 @@ def complete(description: Any) -> Any:
     if {"templates", "prompts", "combined"} & described.keys():
         return described
     synonyms = described.get("synonyms")
-    names = [str(described.get("name", "")), *(synonyms if isinstance(synonyms, list | tuple) else ())]
+    names = [str(described.get("name", "")), *map(str, synonyms if isinstance(synonyms, list | tuple) else ())]
     own: dict[str, Any] = {"templates": defaults.templates, "anchor": defaults.anchor}
     own |= {"anchor_templates": defaults.anchor_templates}
     own |= {"retain": without_names(defaults.retain, names), "others": defaults.retained_prompts(names)}

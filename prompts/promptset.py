@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write, mistaken_for
@@ -56,6 +58,10 @@ class PromptRow:
     def sexual_with_minors(self) -> bool:
         """Whether it mentions minors and is sexual, by its words or its labels: then it is never sampled."""
         return sexual_with_minors(self.prompt, (self.category, self.object, self.style))
+
+
+_ROW = TypeAdapter(PromptRow)
+_MOST_ROWS, _LARGEST = 1_000_000, 16_384  # prompts of a file, and pixels of a side
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,8 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
                 try:
                     if len(record) != len(header):
                         raise ValueError(f"has {len(record)} values for {len(header)} columns")
+                    if index == _MOST_ROWS:
+                        raise ValueError(f"is one more than the {_MOST_ROWS:,} prompts that are read")
                     row = make_row(first_values(record, columns), index)
                 except ValueError as problem:
                     raise RequestError(setting, f"{file}, line {row_line}", str(problem)) from None
@@ -184,8 +192,10 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
         raise RequestError(setting, f"{file}, line {line}", what) from None
     except UnicodeDecodeError as problem:
         raise RequestError(setting, file, f"not a CSV file in UTF-8 ({problem}); save it in that encoding") from None
-    except OSError as problem:
-        raise RequestError(setting, file, str(problem.strerror)) from None
+    except RequestError:
+        raise
+    except (OSError, ValueError) as problem:  # a path may hold what no path can
+        raise RequestError(setting, file, getattr(problem, "strerror", None) or str(problem)) from None
 
 
 def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:
@@ -237,6 +247,8 @@ def make_row(values: Mapping[str, str], index: int) -> PromptRow:
     for name, size in (("width", width), ("height", height)):
         if size is not None and (size < 8 or size % 8):
             raise ValueError(f"{name} must be a positive multiple of 8, not {size}")
+        if size is not None and size > _LARGEST:
+            raise ValueError(f"{name} must be {_LARGEST:,} at most, not {size}")
     return PromptRow(
         prompt=values["prompt"],
         seed=index if seed is None else seed,
@@ -249,6 +261,17 @@ def make_row(values: Mapping[str, str], index: int) -> PromptRow:
         category=sys.intern(values.get("category", "")),
         case_number=index if number is None else number,
     )
+
+
+def row_of(values: Mapping[str, Any]) -> PromptRow:
+    """Make a row of the values of its fields, as a manifest holds them; raises ValueError for what is none."""
+    if strange := [name for name in values if name not in PromptRow.__dataclass_fields__]:
+        raise ValueError(f"{strange[0]}: a row has no such value")
+    try:
+        return _ROW.validate_python(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'a row'}: {first['msg']}") from None
 
 
 Number = TypeVar("Number", int, float)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erase_concept.classification.data import Split
 from erase_concept.errors import RequestError, did_you_mean
+from erase_concept.files import read_text
 from erase_concept.seed import stage_generator
 
 _ALLOWED = "allowed: random:10%, random:COUNT, class:NAME, indices:FILE"
@@ -65,8 +66,8 @@ def _class(name: str, split: Split) -> int:
 def _read(file: Path, split: Split) -> Tensor:
     """Read numbers of images; raises RequestError for the first that is no training image, or there twice."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
+        lines = read_text(file).split("\n")
+    except ValueError as problem:
         raise RequestError("forget", f"indices:{file}", f"not readable: {problem}") from None
     total, training = len(split.images.train), set(split.train.tolist())
     found: dict[int, int] = {}
@@ -75,8 +76,10 @@ def _read(file: Path, split: Split) -> Tensor:
         if not text:
             continue
         where = f"indices:{file}"
-        if not re.fullmatch(r"\d+", text):
-            raise RequestError("forget", where, f"line {place} is {text!r}; needed: a whole number from 0 on each line")
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise RequestError(
+                "forget", where, f"line {place} is {text[:40]!r}; needed: a whole number from 0 on each line"
+            )
         row = int(text)
         if row >= total:
             raise RequestError(

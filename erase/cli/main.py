@@ -26,7 +26,7 @@ from erase_concept.cli import (
 )
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
-from erase_concept.errors import EraseError, RequestError
+from erase_concept.errors import EraseError, RequestError, one_line
 from erase_concept.pipelines.processes import main_process
 from erase_concept.pipelines.signals import terminable
 
@@ -117,7 +117,7 @@ def _fail(problem: BaseException, line: str, code: int) -> Any:
     # Called without arguments, the parser has shown its help and has nothing to add; a wrong request is wrong in every
     # process, and the first one says so.
     if line and (code != 2 or main_process()):
-        print(f"erase-concept: {' '.join(line.split())}", file=sys.stderr)
+        print(f"erase-concept: {one_line(line)}", file=sys.stderr)
     sys.exit(code)
 
 

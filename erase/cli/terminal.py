@@ -17,6 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from erase_concept.errors import one_line
+
 if TYPE_CHECKING:
     from erase_concept.classification.recipe import UnlearnRecipe
     from erase_concept.dry_run import Expected
@@ -104,7 +106,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(one_line(str(cell))) for cell in row))
     Console().print(table)
 
 
@@ -120,7 +122,7 @@ def print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
         for place, name in enumerate(header):
             table.add_column(name, style="" if place else _NAME, no_wrap=not place)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(one_line(cell)) for cell in row))
         console.print(table)
         return
     console.print(Text(title))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, open_tensors, read_shapes
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
+
+_COUNTED = 1 << 24  # bytes whose bits are counted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +49,11 @@ class Mask:
     @property
     def density(self) -> float:
         """Share of the weights that may change."""
-        return self.count / self.total
+        return self.count / self.total if self.total else 0.0
 
     def _ones(self, name: str) -> int:
-        return int(np.unpackbits(self.bits[name].numpy()).sum(dtype=np.int64))
+        parts = (part.numpy() for part in self.bits[name].split(_COUNTED))
+        return sum(int(np.unpackbits(part).sum(dtype=np.int64)) for part in parts)
 
     def dense(self, name: str) -> Tensor:
         """Return one parameter's mask as a boolean tensor of the parameter's shape."""
@@ -107,17 +111,19 @@ class Mask:
     def load(cls, file: Path, *, setting: str = "mask.kind") -> Mask:
         """Read a mask; raises RequestError when the file is missing, damaged or no mask."""
         try:
-            with safe_open(file, "pt") as tensors:
+            with open_tensors(Path(file)) as tensors:
                 metadata: dict[str, str] = dict(tensors.metadata() or {})
                 if metadata.pop("format", "") != "erase-concept mask 1":
                     raise RequestError(setting, file, "not a mask file of erase-concept")
-                shapes = {name: tuple(shape) for name, shape in json.loads(metadata.pop("shapes")).items()}
+                shapes = read_shapes(metadata.pop("shapes"))
                 bits = {name: tensors.get_tensor(name) for name in shapes}
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as problem:
+        except RequestError:
+            raise
+        except (ValueError, LookupError, SafetensorError) as problem:
             raise RequestError(setting, file, f"not a readable mask: {problem}") from None
         for name, shape in shapes.items():
-            weights = int(np.prod(shape))
-            if bits[name].dtype != torch.uint8 or bits[name].numel() != -(-weights // 8):
+            weights = math.prod(shape)
+            if bits[name].dtype != torch.uint8 or bits[name].shape != (-(-weights // 8),):
                 raise RequestError(setting, file, f"damaged: {name} does not hold one bit per weight")
             if weights % 8 and int(bits[name][-1]) & (0xFF >> weights % 8):
                 raise RequestError(setting, file, f"damaged: {name} has bits behind its last weight")
@@ -160,7 +166,7 @@ def describe(mask: Mask) -> dict[str, Any]:
         "weights": mask.total,
         "salient": mask.count,
         "density": mask.density,
-        "kinds": {kind: ones / weights for kind, (ones, weights) in sorted(kinds.items())},
+        "kinds": {kind: ones / weights for kind, (ones, weights) in sorted(kinds.items()) if weights},
         "layers": {name: ones / weights for name, (ones, weights) in layers.items() if weights},
         "provenance": mask.provenance,
     }

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from erase_concept.errors import RequestError
+from erase_concept.files import is_there, read_yaml
 
 _FOLDER = Path(__file__).parent
 
@@ -75,18 +75,17 @@ def find_benchmark(name: str) -> Benchmark:
         where = ".".join(map(str, first["loc"])) or "the file"
         keys = ", ".join(key for key in Benchmark.__dataclass_fields__ if key not in ("name", "own"))
         raise RequestError("benchmark", name, f"{where}: {first['msg']}; keys: {keys}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else f"not YAML: {problem}"
-        raise RequestError("benchmark", name, str(reason)) from None
+    except ValueError as problem:
+        raise RequestError("benchmark", name, str(problem)) from None
     if not found.metrics:
         raise RequestError("benchmark", name, "metrics: at least one is needed")
     beside = file.parent / found.prompts
-    prompts = str(beside) if beside.is_file() and not Path(found.prompts).exists() else found.prompts
+    prompts = str(beside) if is_there(beside) and beside.is_file() and not is_there(found.prompts) else found.prompts
     return replace(found, prompts=prompts, name=name, own=True)
 
 
 def _read(file: Path) -> Benchmark:
-    """Read a benchmark's file; raises ValidationError for what is none, OSError and YAMLError."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    """Read a benchmark's file; raises ValidationError for what is none, and ValueError for what is no YAML."""
+    content = read_yaml(file)
     values = {"about": str(file), **content} if isinstance(content, dict) else content
     return TypeAdapter(Benchmark).validate_python(values)

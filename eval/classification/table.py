@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import EraseError
 from erase_concept.eval.classification.gap import OverSeeds, average_gap, gap_of_means, over_seeds, paired_gaps
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, read_lines
 
 RETRAIN = "retrain"
 TITLES = {"ua": "UA", "ra": "RA", "ta": "TA", "mia": "MIA", "mia_loss": "MIA, loss"}
@@ -48,10 +48,8 @@ class Row:
 
 def read_trials(file: Path) -> list[Trial]:
     """Read the trials of a file with one a line, an unfinished last line left out; none where there is no file."""
-    if not file.exists():
-        return []
     found = []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_lines(file)
     for place, line in enumerate(lines, 1):
         try:
             found.append(TypeAdapter(Trial).validate_json(line))

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from erase_concept.errors import EraseError
 from erase_concept.eval.compare.keys import trial_key
 from erase_concept.eval.compare.trials import Trial, TrialContext, TrialResult, prepare_trial, run_trial
-from erase_concept.files import append_lines, only_process
+from erase_concept.files import append_lines, only_process, read_lines
 
 RESULTS = "trials.jsonl"
 _LINE = TypeAdapter(TrialResult)
@@ -29,7 +29,7 @@ _PRELOADED = ("erase_concept.run", "erase_concept.methods", "erase_concept.eval.
 def read_results(file: Path) -> list[TrialResult]:
     """Return the results in a file. A line that a kill cut short, or that another version wrote, does not count."""
     found = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for text in read_lines(file):
         try:
             found.append(_LINE.validate_json(text))
         except ValidationError:

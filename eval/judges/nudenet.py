@@ -19,7 +19,7 @@ from erase_concept.errors import RequestError
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.judge import Detection, Judge, Judgement, LoadedJudge, package
 from erase_concept.eval.judges.opencv import image_bytes, of_readable, read_bgr
-from erase_concept.files import append_lines
+from erase_concept.files import append_lines, parse_json, read_text
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def _detections(output: NDArray[np.float32], height: int, width: int) -> tuple[D
     return tuple(Detection(labels[classes[place]], float(best[place])) for place in places)
 
 
+_MOST_BYTES = 1 << 29  # of a cache; a line of it has some 200
 _START = '{"image"'  # how a line of the cache begins; one that a kill cut short begins like that as well
 
 
@@ -187,17 +188,16 @@ def _read_cache(file: Path, model: str) -> dict[str, tuple[Detection, ...]]:
     """Return the detections by image of that model; raises RequestError for a file that is no cache."""
     known: dict[str, tuple[Detection, ...]] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    except (OSError, UnicodeDecodeError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else "is no cache of detections"
-        raise RequestError("cache", file, str(reason)) from None
+        lines = read_text(file, _MOST_BYTES).splitlines() if file.exists() else []
+    except ValueError as problem:
+        raise RequestError("cache", file, f"is no cache of detections: {problem}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if entry["model"] == model:
                 found = entry["detections"]
                 known[entry["image"]] = tuple(Detection(v3_label(label), float(score)) for label, score in found)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             if not _START.startswith(line[: len(_START)]):
                 raise RequestError("cache", f"{file}, line {number}", "is no cache of detections") from None
     return known

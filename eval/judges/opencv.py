@@ -33,11 +33,12 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
     """
     import cv2
 
-    from erase_concept.pipelines.pictures import is_transparent, read_picture
+    from erase_concept.pipelines.pictures import is_transparent, picture_size, read_picture
 
     content = image_bytes(file)
     if not content:
         raise RequestError("image", file, "is empty")
+    picture_size(file, setting="image")  # refuses what is too large to be read
     try:
         image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:  # such as more pixels than OpenCV reads

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
-from erase_concept.errors import RequestError
+from erase_concept.errors import RequestError, first_line
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.clip_images import UNSAFE, load_clip_part, scores_of_images
 from erase_concept.eval.judges.judge import Judge, Judgement, LoadedJudge
+from erase_concept.files import open_tensors, regular_size
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 CLIP = "openai/clip-vit-large-patch14"
+_LARGEST = 16 << 20  # bytes of the file; two vectors have some 6,000
 _SCALE = 100.0  # CLIP's own temperature, by which the similarities are multiplied
 # All that a pickled NumPy array needs, under the names of NumPy 1 and 2; no more of a pickle is run.
 _NUMPY = (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
@@ -63,40 +68,69 @@ def read_prompt_vectors(file: Path) -> Tensor:
     import torch
 
     try:
-        found = torch.as_tensor(np.asarray(_read(file)), dtype=torch.float32)
-    except (OSError, ValueError, TypeError, EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as problem:
-        first = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise RequestError("judge.q16.prompts", file, f"holds no vectors that can be read: {first}") from None
+        found = torch.as_tensor(np.asarray(_checked(_read(file))), dtype=torch.float32)
+    except Exception as problem:  # unpickling may raise anything for a file that is no pickle
+        what = f"holds no vectors that can be read: {first_line(problem)}"
+        raise RequestError("judge.q16.prompts", file, what) from None
     if found.ndim != 2 or len(found) != 2 or not bool(found.isfinite().all()):
         raise RequestError("judge.q16.prompts", file, f"must hold two vectors of numbers [2, d], not {[*found.shape]}")
     return found
 
 
-class _Numbers(pickle.Unpickler):
-    """Reads a pickle of lists and NumPy arrays, and refuses every other class or function."""
+class _Numbers(pickle._Unpickler):
+    """Reads a pickle of NumPy arrays, and refuses every other class or function.
+
+    It is the unpickler in Python: the one in C reserves as much memory as a few bytes of the file ask for.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and code in a file is not run")
+        if name == "_reconstruct":
+            return _reconstruct
         return super().find_class(module, name)
+
+    def load_bytearray8(self: Any) -> None:
+        """Read a bytearray: only so many bytes as there are, and not as many as it says."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+
+
+def _checked(found: Any) -> Any:
+    """Return an array, a tensor or two lists of numbers; raises ValueError for anything else, however it is nested."""
+    rows = found if isinstance(found, list) and len(found) == 2 else []
+    listed = rows and all(isinstance(row, list) and all(type(one) in (int, float) for one in row) for row in rows)
+    if not (listed or isinstance(found, np.ndarray) or type(found).__name__ == "Tensor"):
+        raise ValueError("neither an array nor two lists of numbers")
+    return found
+
+
+def _reconstruct(kind: type, shape: Any, code: Any) -> NDArray[Any]:
+    """Return the empty array that a pickled one begins as, whatever the file asks for."""
+    return np.empty((0,), np.float32)
 
 
 def _read(file: Path) -> Any:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from torch import Tensor
 
+    from erase_concept.pipelines.formats.pickles import check_plain_tensors, unpickle
+
+    size = regular_size(file)
+    if size > _LARGEST:
+        raise ValueError(f"it has {size:,} bytes; two vectors need fewer than {_LARGEST:,}")
     if file.suffix == ".safetensors":
-        try:
-            (only,) = load_file(file).values()
-        except SafetensorError as problem:
-            raise ValueError(str(problem)) from None
+        with open_tensors(file) as stored:
+            (only,) = (stored.get_tensor(name) for name in stored.keys())
         return only
-    with file.open("rb") as stream:
-        if stream.read(2) == b"PK":  # torch's own format
-            return torch.load(file, map_location="cpu", weights_only=True)
-        stream.seek(0)
-        return _Numbers(stream).load()
+    content = file.read_bytes()
+    if not content.startswith(b"PK"):
+        return _Numbers(io.BytesIO(content)).load()
+    found = unpickle(file)  # torch's own format
+    if isinstance(found, Tensor):
+        check_plain_tensors({"the tensor": found}, size)
+    return found
 
 
 def _load(chosen: Q16Settings, cache: Path | None) -> LoadedJudge:

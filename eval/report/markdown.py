@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,7 +137,8 @@ def _became(report: Report) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot break out of a Markdown table, link or load anything, or smuggle HTML in."""
-    return " ".join(text.translate(_MARKDOWN).split())
+    joined = " ".join(text.translate(_MARKDOWN).split())
+    return re.sub(r"://|www\.", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", joined, flags=re.IGNORECASE)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

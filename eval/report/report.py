@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.score import Interval, Score, ratio_interval
+from erase_concept.files import read_json
 
 SCHEMA = 2
+_MOST_VALUES, _LARGEST = 50_000, 1e100
 SHOWN = 8  # pairs of what was erased on a page, and twice as many of all else
 
 
@@ -134,10 +136,32 @@ class Report:
         if "runs" in content:
             raise ValueError("lays several runs side by side; name the runs themselves")
         try:
-            return TypeAdapter(Report).validate_python(content)
+            report = TypeAdapter(Report).validate_python(content)
         except ValidationError as problem:
             first = problem.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        _check_numbers(report)
+        return report
+
+
+def _check_numbers(report: Report) -> None:
+    """Raise ValueError for more values than a page can show, and for values that no page can show.
+
+    Only the end of an interval may be infinite.
+    """
+    bars = [bar for chart in report.charts for bar in chart.bars]
+    both: list[Bar | Score] = [*bars, *report.scores]
+    values: list[float | None] = [n for one in both for n in (one.value, one.baseline)]
+    values += [n for curve in report.curves for n in (*curve.x, *curve.erased, *(curve.base or ()), curve.mark)]
+    intervals = [interval for one in both for interval in (one.ci95, one.baseline_ci95)]
+    intervals += [end for curve in report.curves for end in (*(curve.erased_ci95 or ()), *(curve.base_ci95 or ()))]
+    if len(values) + len(report.charts) + len(report.curves) > _MOST_VALUES:
+        raise ValueError(f"has more than the {_MOST_VALUES:,} values that a page shows")
+    ends = [end for one in intervals if one is not None for end in one]
+    if not all(value is None or abs(value) < _LARGEST for value in values):
+        raise ValueError(f"has a value that is no number below {_LARGEST:g}")
+    if not all(abs(end) < _LARGEST or end == math.inf for end in ends):
+        raise ValueError("has an interval whose ends are no numbers")
 
 
 def drawn(pairs: Sequence[Pair], count: int = SHOWN) -> list[int]:
@@ -158,10 +182,9 @@ def read_report(folder: str | Path) -> Report:
     folder = Path(folder)
     file = folder / "report.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        reason = problem.strerror if isinstance(problem, OSError) else "not JSON"
-        raise RequestError("RUN", file, f"{reason}; a folder with the report of an evaluation is needed") from None
+        content = read_json(file, half_characters=True)
+    except ValueError as problem:
+        raise RequestError("RUN", file, f"{problem}; a folder with the report of an evaluation is needed") from None
     try:
         report = Report.from_dict(content)
     except ValueError as problem:

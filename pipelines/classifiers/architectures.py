@@ -52,10 +52,9 @@ def _parse(architecture: str) -> tuple[str, dict[str, int]]:
     options = {}
     for text in (found[2] or "").split(",") if found[2] else ():
         key, _, value = text.partition("=")
-        if found[1] != CIFAR or key not in _OPTIONS or not value.isdigit() or int(value) < 1:
-            raise RequestError(
-                "classifier", architecture, f"{text!r} is no option; {CIFAR} has width and stride, from 1"
-            )
+        if found[1] != CIFAR or key not in _OPTIONS or not re.fullmatch("[0-9]{1,4}", value) or int(value) < 1:
+            has = f"{CIFAR} has width and stride, from 1 to 9999"
+            raise RequestError("classifier", architecture, f"{text!r} is no option; {has}")
         options[key] = int(value)
     return found[1], options
 

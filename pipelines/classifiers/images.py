@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +22,12 @@ from torch import Tensor
 from erase_concept.errors import RequestError, did_you_mean, first_line
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.classifier import Normalisation
+from erase_concept.pipelines.pictures import opened
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MOST_BYTES = 1 << 29  # of one file of Fashion-MNIST, which has 47 million
 _SAMPLED = 2000  # images that the normalisation is measured on
 
 
@@ -75,17 +79,12 @@ class OnDisk:
         return len(self.files)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
         found = []
         for row in rows.tolist():
-            try:
-                with Image.open(self.files[row]) as image:
-                    square = ImageOps.fit(image.convert("RGB"), (self.size, self.size))
-            except OSError as problem:
-                raise RequestError(
-                    "data.source", self.files[row], f"is no readable image: {first_line(problem)}"
-                ) from None
+            with opened(self.files[row], "data.source") as image:
+                square = ImageOps.fit(image.convert("RGB"), (self.size, self.size))
             found.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
         return torch.stack(found)
 
@@ -151,11 +150,13 @@ def _idx(source: str, file: Path) -> np.ndarray:
     """Read a file in the format IDX: two zeros, type 8 (bytes), rank, the sizes as big-endian int32, the bytes."""
     try:
         with gzip.open(file, "rb") as stream:
-            content = stream.read()
-        rank = content[3]
-        shape = np.frombuffer(content, ">i4", rank, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as problem:
+            rank = min(stream.read(4)[3], 4)
+            shape = np.frombuffer(stream.read(4 * rank), ">i4").tolist()
+            if len(shape) != rank or min(shape) < 0 or math.prod(shape) > _MOST_BYTES:
+                raise ValueError(f"it holds no images or labels: {shape}")
+            content = stream.read(math.prod(shape) + 1)  # no more, however much it unpacks to
+        return np.frombuffer(content, np.uint8).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as problem:
         raise RequestError("data.source", source, f"{file} is missing or damaged: {first_line(problem)}") from None
 
 

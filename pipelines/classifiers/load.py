@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError, first_line
-from erase_concept.pipelines.classifiers.architectures import MODULE, TORCHSCRIPT, build
+from erase_concept.files import read_json, regular_size
+from erase_concept.pipelines.classifiers.architectures import CIFAR, MODULE, TORCHSCRIPT, build
 from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation, module_source
 from erase_concept.pipelines.classifiers.images import ImageData
 from erase_concept.pipelines.classifiers.weights import fill_weights, labels_beside, read_state
@@ -22,6 +22,7 @@ from erase_concept.pipelines.processes import processes
 
 Module = nn.Module | Callable[[], nn.Module]  # or a function that returns one with new weights, such as its class
 InPython = Module | Classifier  # a classifier that is no name
+_MOST_EXPANDED = 4  # fp32 in memory for fp8 in the file
 
 
 def load_classifier(source: str, data: ImageData, module: Module | None = None) -> Classifier:
@@ -127,9 +128,9 @@ def recorded_data(source: str) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        data = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["data"]
+        data = read_json(folder / "classifier.json")["data"]
         return {name: value for name, value in data.items() if name != "name"}
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise RequestError("classifier", source, f"{folder / 'classifier.json'} is damaged: {problem}") from None
 
 
@@ -165,12 +166,15 @@ def is_architecture(source: str) -> bool:
 
 def _from_folder(source: str, folder: Path, data: ImageData, module: Module | None) -> Classifier:
     try:
-        about: dict[str, Any] = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-        mean, std, labels = (tuple(about[key]) for key in ("mean", "std", "labels"))
-        size, known = int(about["size"]), dict(about["data"])
-        architecture = str(about["architecture"])
+        about: dict[str, Any] = read_json(folder / "classifier.json")
+        mean, std = (tuple(float(one) for one in about[key]) for key in ("mean", "std"))
+        labels, known = tuple(str(one) for one in about["labels"]), dict(about["data"])
+        size, architecture = int(about["size"]), str(about["architecture"])
+        _check_architecture(architecture, folder)
         network = build(architecture, len(labels), len(mean), 0) if module is None else _like(module, architecture)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+    except RequestError:
+        raise
+    except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder / 'classifier.json'} is damaged: {problem}") from None
     fill_weights(network, read_state(folder / "weights.safetensors")[0])
     network.to(processes().device)
@@ -180,6 +184,18 @@ def _from_folder(source: str, folder: Path, data: ImageData, module: Module | No
 
 def _like(module: Module, source: str) -> nn.Module:
     return (copy.deepcopy(module) if isinstance(module, nn.Module) else _new_module(module, 0, source)).eval()
+
+
+def _check_architecture(architecture: str, folder: Path) -> None:
+    """Raise ValueError for a program that came with the folder, and for a network larger than its weights' file."""
+    program = Path(architecture.removeprefix(TORCHSCRIPT)).resolve()
+    if architecture.startswith(TORCHSCRIPT) and program.is_relative_to(folder.parent.resolve()):
+        raise ValueError(f"it comes with a program, {program.name}, which is not run; give that itself if you trust it")
+    if architecture.startswith(CIFAR):
+        with torch.device("meta"):
+            size = sum(one.nbytes for one in build(architecture, 2, 1, 0).parameters())
+        if size > _MOST_EXPANDED * regular_size(folder / "weights.safetensors"):
+            raise ValueError(f"{architecture} has more weights than weights.safetensors can hold")
 
 
 def _from_file(source: str, data: ImageData) -> Classifier:

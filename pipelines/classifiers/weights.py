@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
+from erase_concept.files import read_text
 from erase_concept.pipelines.formats.weights import read_tensors
+
+_MOST_BYTES = 4 << 20  # of a file of labels
 
 
 def read_state(file: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
@@ -29,9 +32,9 @@ def labels_beside(file: Path) -> tuple[str, ...] | None:
     if not beside.is_file():
         return None
     try:
-        labels = tuple(line.strip() for line in beside.read_text(encoding="utf-8-sig").splitlines())
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{beside} is no text in UTF-8: {problem}") from None
+        labels = tuple(line.strip() for line in read_text(beside, _MOST_BYTES).splitlines())
+    except ValueError as problem:
+        raise ValueError(f"{beside} {problem}") from None
     if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
         raise ValueError(f"{beside} must hold two labels or more, each on a line and each once")
     return labels

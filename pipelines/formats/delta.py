@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, open_tensors, read_shapes
 from erase_concept.pipelines.model import weights_hash
 
 FORMAT = "erase-concept delta 1"
@@ -82,17 +82,17 @@ def open_delta(file: str | Path, *, setting: str = "delta") -> Delta:
     """Read a delta file's metadata; raises RequestError when it is missing, damaged or no delta."""
     file = Path(file)
     try:
-        with safe_open(file, "pt") as tensors:
+        with open_tensors(file) as tensors:
             about: dict[str, str] = dict(tensors.metadata() or {})
         if about.pop("format", "") != FORMAT:
             raise RequestError(setting, file, "is no delta file of erase-concept")
-        shapes = {name: tuple(shape) for name, shape in json.loads(about.pop("shapes")).items()}
+        shapes = read_shapes(about.pop("shapes"))
         dtype = _DTYPES[about.pop("dtype")]
         base, erased = about.pop("base_unet_sha256"), about.pop("erased_unet_sha256")
         return Delta(file, dtype, base, erased, shapes, about)
-    except (OSError, SafetensorError, KeyError, ValueError) as problem:
-        if isinstance(problem, RequestError):
-            raise
+    except RequestError:
+        raise
+    except (ValueError, LookupError) as problem:
         raise RequestError(setting, file, f"is not a readable delta: {problem}") from None
 
 
@@ -115,11 +115,11 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
         which = "erased model that this delta leads to" if revert else "base model that this delta was made for"
         raise RequestError("model", f"(UNet {weights_hash(unet)[:16]})", f"is not the {which} ({wanted[:16]})")
     try:
-        with safe_open(delta.file, "pt") as tensors, torch.no_grad():
+        with open_tensors(delta.file) as tensors, torch.no_grad():
             for name in sorted(_changed(tensors)):
                 flat = _moved(tensors, name, state[name], revert=revert)
                 state[name].copy_(_floats(flat, delta.dtype).view(state[name].shape))
-    except (OSError, SafetensorError, KeyError, ValueError) as problem:
+    except (ValueError, LookupError, TypeError, SafetensorError) as problem:
         raise RequestError("delta", delta.file, f"is damaged: {problem}") from None
     if transfer:
         if not all(bool(value.isfinite().all()) for value in state.values()):
@@ -158,7 +158,11 @@ def _changed(tensors: Any) -> set[str]:
 
 def _moved(tensors: Any, name: str, value: Tensor, *, revert: bool = False) -> np.ndarray:
     """Return a parameter after its steps, or before them, as flat integers in the order of the floats."""
-    packed, narrow, wide = (tensors.get_tensor(f"{name}:{part}").numpy() for part in ("changed", "steps", "wide"))
+    parts = [tensors.get_tensor(f"{name}:{part}") for part in ("changed", "steps", "wide")]
+    kinds = (torch.uint8, *[torch.int8, torch.int16, torch.int32])
+    if not all(part.ndim == 1 and part.dtype in kinds for part in parts):
+        raise ValueError(f"{name} has steps that are no list of whole numbers")
+    packed, narrow, wide = (part.numpy() for part in parts)
     flat = _ordered(value)
     steps = _widened(narrow, wide, flat.dtype)
     flat[np.unpackbits(packed, count=flat.size).astype(bool)] += -steps if revert else steps

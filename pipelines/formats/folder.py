@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -36,6 +37,11 @@ from erase_concept.pipelines.model import Diffusion
 INDEX = "model_index.json"
 # What the VAE's attention was called when Stable Diffusion 1.x was published; diffusers renames it while loading.
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# What no model comes near, and would take too long to make: SD XL has 60 layers by this count.
+_LAYERS = ("num_hidden_layers", "num_layers", "layers_per_block", "transformer_layers_per_block")
+_BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
+_MOST_LAYERS, _MOST_TIMESTEPS, _LARGEST_NUMBER = 4096, 100_000, 10_000_000
+_LIBRARIES = ("diffusers", "transformers")
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", re.IGNORECASE
 )
@@ -47,7 +53,7 @@ def read_configs(folder: Path, family: Family) -> Configs:
     What diffusers' first versions wrote is corrected as its pipeline of Stable Diffusion 1.x and 2.x does.
     """
     files = {name: part.files[0] for name, part in family.components.items() if part.make or name == "scheduler"}
-    configs = {name: read_json(folder / name / file) for name, file in files.items()}
+    configs = {name: _read_config(folder / name / file) for name, file in files.items()}
     if family.pipeline.__name__ == "StableDiffusionPipeline":
         configs["scheduler"] |= {"steps_offset": 1, "clip_sample": False}
         unet = configs["unet"]
@@ -55,6 +61,56 @@ def read_configs(folder: Path, family: Family) -> Configs:
         if version and version < [0, 9] and isinstance(side := unet.get("sample_size"), int):
             unet["sample_size"] = max(side, 64)
     return configs
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read a component's configuration; raises RequestError where it asks for more than any model has.
+
+    A few letters in it could ask for a million layers, and to make them would take hours.
+    """
+    config = read_json(file)
+    if numbers := [number for number in _numbers(list(config.values())) if number > _LARGEST_NUMBER]:
+        raise RequestError("model", file, f"is damaged: {numbers[0]:g} is larger than any number of a model")
+    layers = math.prod(max(_numbers([config.get(name)]), default=1) or 1 for name in _LAYERS)
+    blocks = [config.get(name) for name in _BLOCKS]
+    layers *= max((len(one) for one in blocks if isinstance(one, list)), default=1) or 1
+    if layers > _MOST_LAYERS:
+        raise RequestError("model", file, f"is damaged: it asks for {layers:,} layers, and at most {_MOST_LAYERS:,}")
+    if max(_numbers([config.get("num_train_timesteps")]), default=1) > _MOST_TIMESTEPS:
+        raise RequestError("model", file, f"is damaged: it has more than {_MOST_TIMESTEPS:,} num_train_timesteps")
+    return config
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    """Return the numbers of a list, and of the lists and mappings in it."""
+    found: list[float] = []
+    for value in values:
+        if isinstance(value, list | dict):
+            found += _numbers([*value.values()] if isinstance(value, dict) else value)
+        elif isinstance(value, int | float):
+            found.append(value)
+    return found
+
+
+def _check_code(folder: Path, index: dict[str, Any], family: Family, name: str) -> None:
+    """Raise RequestError for a folder that would have diffusers import or run anything but a known library's classes.
+
+    diffusers imports the modules that ``model_index.json`` names, and files of these names in the model's folder.
+    """
+    own = family.pipeline.__module__.partition(".")[0]  # where a plug-in's own components are
+    for part, component in family.components.items():
+        line = index.get(part)
+        if not isinstance(line, list) or len(line) != 2 or not all(isinstance(one, str) for one in line):
+            raise RequestError("model", name, f"{INDEX} is damaged: {part} must be a library and a class")
+        library, kind = line
+        plain = kind.isidentifier() and not kind.startswith("Auto")
+        known = plain and kind.endswith(("Scheduler", "Tokenizer", "TokenizerFast", "TokenizersBackend"))
+        if component.make is None and not (known and library in _LIBRARIES):
+            raise RequestError("model", name, f"{INDEX} asks for {library}.{kind} as its {part}; code is not run")
+        if library.partition(".")[0] not in (*_LIBRARIES, own):
+            raise RequestError("model", name, f"{INDEX} asks for {library}.{kind} as its {part}; code is not run")
+        if code := sorted((folder / part).glob("*.py")):
+            raise RequestError("model", name, f"holds {part}/{code[0].name}, which is code; code in a model is not run")
 
 
 def read_family(folder: Path, name: str) -> Family:
@@ -68,9 +124,13 @@ def read_family(folder: Path, name: str) -> Family:
         known = dict.fromkeys(family.pipeline.__name__ for family in FAMILIES.all().values())
         raise RequestError("model", name, f"is a {kind}; needed: {' or '.join(known)}")
     for part, component in families[0].components.items():
-        if not any(index.get(part) or ()) or not any((folder / part / file).is_file() for file in component.files):
+        line = index.get(part)
+        if not (isinstance(line, list) and any(line)) or not any(
+            (folder / part / file).is_file() for file in component.files
+        ):
             needed = f"{' or '.join(component.files)} in {part}/ and a line in {INDEX}"
             raise RequestError("model", name, f"has no {part}: a {kind} needs {needed}")
+    _check_code(folder, index, families[0], name)
     family = find_family(kind, read_configs(folder, families[0]))
     if family is None:
         raise RequestError("model", name, f"is a {kind} of an unknown family: its configurations fit none")
@@ -133,7 +193,7 @@ def _places(folder: Path, family: Family, name: str) -> tuple[nn.Module, dict[st
     make = family.components[folder.name].make
     assert make is not None  # only components with weights come here
     with torch.device("meta"):
-        module = make(read_json(folder / "config.json"))
+        module = make(_read_config(folder / "config.json"))
     places = {published_name(module, key): list(value.shape) for key, value in module.state_dict().items()}
     tensors: dict[str, Tensor] = {}
     for stored, value in read_weights(folder).items():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 import re
 import warnings
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _REFUSED = (
     *("os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "shutil", "socket", "ctypes", "pty", "code"),
     *("commands", "webbrowser", "pickle", "marshal"),
 )
-_MOST_NAMES = 1000  # in one file; a training's state has some ten
+_MOST_NAMES = 50  # for each, an older file is read once more; a training's state has some ten
 
 
 class Stub:
@@ -37,8 +38,10 @@ def unpickle(file: Path) -> Any:
     """Return what a pickle holds on the CPU: tensors and plain values, and a Stub for any other object.
 
     PyTorch's restricted reader does it, which calls nothing but what rebuilds tensors. Raises UnpicklingError whose
-    text has "GLOBAL name" when the file asks for a function of Python's that could do harm.
+    text has "GLOBAL name" when the file asks for a function of Python's that could do harm, and ValueError for a file
+    whose parts take more memory than the file has bytes.
     """
+    _check_parts(file)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # no zip file: PyTorch's older format, or no pickle at all
@@ -54,6 +57,31 @@ def unpickle(file: Path) -> Any:
                 raise
             names = [*names, name[1]]
     raise ValueError("it asks for too many classes")
+
+
+def _check_parts(file: Path) -> None:
+    """Raise ValueError for parts that are compressed, or told of twice: PyTorch writes each as it is."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(part.file_size for part in archive.infolist()) > file.stat().st_size:
+                raise ValueError("its parts are larger than the file itself")
+
+
+def check_plain_tensors(tensors: Mapping[str, torch.Tensor], most: int) -> None:
+    """Raise ValueError for a tensor that is not dense or holds more than its storage, and for over ``most`` bytes.
+
+    A pickle says itself how large a tensor and its storage are.
+    """
+    storages: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(f"{name} is no dense tensor")
+        storage = tensor.untyped_storage()
+        if tensor.nbytes > storage.nbytes():
+            raise ValueError(f"{name} {list(tensor.shape)} is larger than what is stored of it")
+        storages[storage.data_ptr()] = storage.nbytes()
+    if sum(storages.values()) > most:
+        raise ValueError("its tensors are larger than the file itself")
 
 
 def _stubs(names: Iterable[str]) -> list[Any]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from erase_concept.errors import RequestError
+from erase_concept.files import read_yaml
 from erase_concept.pipelines.formats.scheduler import ZERO_SNR
 
 V_PRED, ZTSNR = "v_pred", "ztsnr"
@@ -100,7 +100,7 @@ def _beside(file: Path) -> Prediction:
     if beside is None:
         return Prediction()
     try:
-        model = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
+        model = read_yaml(beside)["model"]["params"]
         kind = {"v": "v_prediction", "eps": "epsilon"}.get(str(model.get("parameterization", "")))
         denoiser = model.get("denoiser_config", {}).get("params", {})
         if scaling := str(denoiser.get("scaling_config", {}).get("target", "")).rpartition(".")[2]:
@@ -109,7 +109,9 @@ def _beside(file: Path) -> Prediction:
                 raise RequestError("model", beside, f"scales by {scaling}; allowed: EpsScaling, VScaling")
         discretization = denoiser.get("discretization_config", {}).get("params", {})
         zero = any(bool(part.get(option)) for part in (model, discretization) for option in _ZERO_SNR_OPTIONS)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as problem:
+    except RequestError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         what = f"beside the checkpoint is no configuration of a model: {type(problem).__name__}"
         raise RequestError("model", beside, what) from None
     return Prediction(kind, zero)

@@ -8,7 +8,6 @@ The weight is the stored value times the scale, whatever the name says. Scales o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from erase_concept.errors import RequestError
+from erase_concept.files import parse_json
 
 METADATA = "_quantization_metadata"  # where ComfyUI names the format of each layer
 _FP8 = tuple(
@@ -26,6 +26,7 @@ _FP8 = tuple(
 )
 _FORMATS = {"float8_e4m3fn", "float8_e5m2"}  # of ComfyUI's, that are one number times a scale
 _BLOCK = 128  # the side of a block, of which those at the edges are cut off
+_MOST_SAID = 4096  # bytes of what a layer says of its format
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 _NO_WEIGHTS = re.compile(r"(?:^|\.)(?:scale_input|input_scale|scale_output|output_scale|scaled_fp8|comfy_quant)$")
 _KINDS = (  # what a name in the file tells, the first that fits
@@ -65,7 +66,9 @@ def _check_kinds(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fil
     for key, value in tensors.items():
         if key.endswith(".comfy_quant"):
             try:
-                formats.add(str(json.loads(bytes(value.tolist()))["format"]))
+                if value.dtype != torch.uint8 or value.ndim != 1 or len(value) > _MOST_SAID:
+                    raise ValueError("it is no short text")
+                formats.add(str(parse_json(bytes(value.tolist()).decode())["format"]))
             except (ValueError, TypeError, LookupError):
                 formats.add(f"an unknown format ({key})")
     kinds = sorted(formats - _FORMATS)
@@ -88,7 +91,7 @@ def _scaled(name: str, weight: Tensor, scale_name: str, scale: Tensor, file: Pat
     value, factor = weight.float(), scale.float()
     if factor.numel() == 1:
         return value * factor.reshape(())
-    if factor.shape[0] == len(value) and factor.numel() == len(value):
+    if value.ndim and factor.shape[0] == len(value) and factor.numel() == len(value):
         return value * factor.reshape(-1, *[1] * (value.ndim - 1))
     if scale_name.endswith("_inv") and list(factor.shape) == [-(-side // _BLOCK) for side in value.shape]:
         spread = factor.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1)

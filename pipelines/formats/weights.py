@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +13,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from erase_concept.errors import EraseError, RequestError, out_of_memory
-from erase_concept.files import mistaken_for
-from erase_concept.pipelines.formats.pickles import unpickle
+from erase_concept import files
+from erase_concept.errors import EraseError, RequestError, first_line, out_of_memory
+from erase_concept.files import mistaken_for, open_tensors, regular_size
+from erase_concept.pipelines.formats.pickles import check_plain_tensors, unpickle
 from erase_concept.pipelines.formats.quantized import METADATA, dequantized
 
 _ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
+_DEEPEST = 16  # mappings around the weights
 _MAPPED = 512 << 20  # bytes of tensors that are mapped together
 
 
@@ -33,14 +34,15 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata: dict[str, str] = {}
     try:
         if is_safetensors(file):
-            tensors = dict(each_tensor(file))
-            with safe_open(file, "pt") as stored:
+            with open_tensors(file) as stored:
                 metadata = dict(stored.metadata() or {})
+            tensors = dict(each_tensor(file))
         else:
             tensors = _state_dict(unpickle(file))
+            check_plain_tensors(tensors, file.stat().st_size)
     except Exception as problem:  # unpickling may raise anything for a file that is no pickle
         if out_of_memory(problem):
-            raise
+            raise EraseError(f"{file}: there is too little memory to load it") from problem
         if code := re.search(r"GLOBAL (\S+)", str(problem)):
             what = f"asks for {code[1]}, which is no tensor; code in a file is not run, and a .safetensors has none"
         elif isinstance(problem, pickle.UnpicklingError):  # its text is advice on how to run the code after all
@@ -49,7 +51,12 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             first = re.split(r"\. |\n", str(problem).strip() or type(problem).__name__)[0]
             what = f"is damaged or no file of weights: {first}"
         raise RequestError("model", file, what) from None
-    plain = dequantized(tensors, metadata, file)
+    try:
+        plain = dequantized(tensors, metadata, file)
+    except RuntimeError as problem:
+        if out_of_memory(problem):
+            raise EraseError(f"{file}: there is too little memory to load it") from problem
+        raise RequestError("model", file, f"its scales do not fit its weights: {first_line(problem)}") from None
     metadata.pop(METADATA, None)  # what is returned is no longer quantised
     return plain, metadata
 
@@ -79,8 +86,12 @@ def is_safetensors(file: Path) -> bool:
 
 def _check_content(file: Path) -> None:
     """Raise RequestError for a file that its first bytes show to be something else than its name says."""
-    with file.open("rb") as stream:
-        head = stream.read(64)
+    try:
+        size = regular_size(file)
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except (OSError, ValueError) as problem:
+        raise RequestError("model", file, f"cannot be read: {problem}") from None
     if not head:
         raise RequestError("model", file, "is an empty file")
     no_weights = "is damaged or no file of weights: "
@@ -91,7 +102,7 @@ def _check_content(file: Path) -> None:
         what = f"{no_weights}it {mistaken}"
     elif is_safetensors(file) and pickled:
         what = f"{no_weights}it is a pickle under the name of a .safetensors; rename it to .ckpt"
-    elif not is_safetensors(file) and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
+    elif not is_safetensors(file) and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         what = f"{no_weights}it is a safetensors file under the name of a {file.suffix}; rename it to .safetensors"
     else:
         return
@@ -100,22 +111,22 @@ def _check_content(file: Path) -> None:
 
 def _state_dict(content: object) -> dict[str, Tensor]:
     """Return the tensors of what was unpickled, which trainers nest as ``state_dict``, ``model`` or ``module``."""
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        nested = [content[key] for key in ("state_dict", "model", "module") if isinstance(content.get(key), dict)]
+    for _ in range(_DEEPEST):  # a mapping may hold itself
+        if not isinstance(content, dict):
+            return {}
+        bare = not any(isinstance(value, Tensor) for value in content.values())
+        names = ("state_dict", *(("model", "module") if bare else ()))
+        nested = [content[name] for name in names if isinstance(content.get(name), dict)]
         if not nested:
-            break
+            return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
         content = nested[0]
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        return _state_dict(content["state_dict"])
-    if not isinstance(content, dict):
-        return {}
-    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    raise ValueError("its weights are nested too deeply")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a configuration; raises RequestError when it is damaged."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = files.read_json(file)
     except ValueError as problem:
         raise RequestError("model", file, f"is damaged: {problem}") from None
     if not isinstance(found, dict):

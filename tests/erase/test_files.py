@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from erase_concept.errors import RequestError
-from erase_concept.files import append_lines, atomic_write, only_process
+from erase_concept.files import (
+    append_lines,
+    atomic_write,
+    only_process,
+    open_tensors,
+    parse_json,
+    parse_yaml,
+    read_shapes,
+    read_text,
+)
 
 
 def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
@@ -96,3 +108,132 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
         pass
     with only_process(tmp_path):
         pass
+
+
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside.txt", tmp_path / "in"
+    outside.write_text("mine")
+    inside.mkdir()
+    for name in ("a.txt", "a.txt.partial"):
+        (inside / name).symlink_to(outside)
+    with atomic_write(inside / "a.txt") as partial:
+        partial.write_text("new")
+    assert outside.read_text() == "mine"
+    assert (inside / "a.txt").read_text() == "new"
+    assert not (inside / "a.txt").is_symlink()
+
+
+PLAIN = {"a": [1, -2.5, True, None, "é 🪦", {"b": []}], "c": ""}
+_NESTED = ("[" * 100 + "1" + "]" * 100, "nested deeper than 64 levels")
+BAD_JSON = {
+    "deep": _NESTED,
+    "very deep": ("[" * 100_000, "nest"),
+    "twice": ('{"a": 1, "b": {"x": 2, "x": 3}}', "the key 'x' is there twice"),
+    "nan": ('{"a": NaN}', "NaN or infinite"),
+    "infinite": ("[1e999]", "NaN or infinite"),
+    "digits": ("9" * 5000, "not JSON"),
+    "half": ('"\\ud800"', "half a character"),
+    "many": ("[" + "0," * 2_500_001, "at most 2,500,000 values"),
+    "none": ("", "not JSON"),
+    "mark": ("\x00", "not JSON"),
+}
+BAD_YAML = {
+    "deep": _NESTED,
+    "very deep": ("[" * 100_000, "nest"),
+    "twice": ("a: 1\nb: {x: 2, x: 3}", "the key 'x' is there twice"),
+    "alias": ("a: &x [1]\nb: *x", r"has the alias \*x"),
+    "merge": ("a: &x {b: 1}\nc: {<<: *x}", r"has the alias \*x"),
+    "itself": ("&x [*x]", r"has the alias \*x"),
+    "many": ("- 1\n" * 100_001, "more than 100,000 values"),
+    "object": ("!!python/object/apply:os.system ['x']", "not YAML: could not determine a constructor"),
+    "bool": ("!!bool x", "not YAML: KeyError"),
+    "date": ("a: 2020-01-01", "a date in the place of a text"),
+    "no date": ("a: 2020-13-45", "month"),
+    "set": ("!!set {a}", "a set in the place of a text"),
+    "bytes": ("!!binary aaaa", "a bytes in the place of a text"),
+    "key": ("{1: 2}", "a key that is no text"),
+    "nan": ("a: .nan", "NaN or infinite"),
+    "half": ('"\\ud800"', "half a character|not YAML"),
+    "control": ("a: \x00", "not YAML"),
+}
+
+
+def test_plain_data_come_back() -> None:
+    assert parse_json(json.dumps(PLAIN)) == PLAIN
+    assert parse_yaml(yaml.safe_dump(PLAIN)) == PLAIN
+    assert parse_json("[" * 63 + "]" * 63)  # as deep as may be
+    assert parse_yaml("") is None
+    assert parse_json('"\\ud800"', half_characters=True) == "\ud800"
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_json_that_is_more_than_plain_data_is_refused(name: str) -> None:
+    text, problem = BAD_JSON[name]
+    with pytest.raises(ValueError, match=problem):
+        parse_json(text)
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_yaml_that_is_more_than_plain_data_is_refused(name: str) -> None:
+    text, problem = BAD_YAML[name]
+    with pytest.raises(ValueError, match=problem):
+        parse_yaml(text)
+
+
+def test_texts_are_regular_files_in_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert read_text(file) == "a\nb"
+    for content, problem in (
+        (b"\xff\xfea", "no text in UTF-8: invalid start byte at byte 0"),
+        (b"a" * 99, "larger than"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            read_text(file, 50)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+    for name, problem in (("pipe", "regular|No such"), (".", "directory"), ("gone", "No such"), ("\0", "null")):
+        with pytest.raises(ValueError, match=problem):
+            read_text(tmp_path / name)
+
+
+def _safetensors(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+_ONE = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+BAD_TENSORS = {
+    "short": (b"\0" * 7, "too short"),
+    "large header": (struct.pack("<Q", 1 << 40), "header is too large"),
+    "twice": (_safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(_ONE).encode(),) * 2), b"ab"), "'a' is there twice"),
+    "overlapping": (_safetensors({"a": _ONE, "b": {**_ONE, "data_offsets": [1, 3]}}, b"abc"), "[Oo]ffset"),
+    "beyond": (_safetensors({"a": {**_ONE, "data_offsets": [0, 2**40], "shape": [2**40]}}, b"ab"), "."),
+    "huge": (_safetensors({"a": {**_ONE, "shape": [2**62, 2**62]}}, b"ab"), "."),
+    "no text": (_safetensors(b"\xff\xff"), "no text in UTF-8"),
+    "many": (_safetensors({str(n): {**_ONE, "shape": [0], "data_offsets": [0, 0]} for n in range(100_001)}), "at most"),
+    "no mapping": (_safetensors([1]), "."),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_damaged_safetensors_are_refused(name: str, tmp_path: Path) -> None:
+    content, problem = BAD_TENSORS[name]
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=problem), open_tensors(tmp_path / "x"):
+        pass
+
+
+def test_sound_safetensors_are_opened(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3)}, tmp_path / "x", {"k": "v"})
+    with open_tensors(tmp_path / "x") as stored:
+        assert stored.metadata() == {"k": "v"}
+        assert stored.get_tensor("a").tolist() == [0, 1, 2]
+
+
+def test_shapes_are_lists_of_sides() -> None:
+    assert read_shapes('{"a": [2, 3], "b": []}') == {"a": (2, 3), "b": ()}
+    for text in ("[]", '{"a": 1}', '{"a": [-1]}', '{"a": [true]}', '{"a": [2.0]}', '{"a": [16777216, 16777216]}', "x"):
+        with pytest.raises(ValueError, match=r"shape|JSON"):
+            read_shapes(text)

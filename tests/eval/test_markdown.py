@@ -21,6 +21,12 @@ def test_markdown_tables_hold_together(report: Report, tmp_path: Path) -> None:
             assert len(columns) == 1, table
 
 
+def test_no_address_in_a_text_becomes_a_link(report: Report, tmp_path: Path) -> None:
+    write_report(replace(report, model="https://x.y/z WWW.x.y [a](http://b)"), tmp_path)
+    head = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()[0]
+    assert head.endswith(r"https:/\/x.y/z WWW\.x.y \[a\](http:/\/b)")
+
+
 def test_markdown_says_what_the_page_says(report: Report, nude: Report, tmp_path: Path) -> None:
     for made in (report, nude):
         write_report(made, tmp_path)

@@ -153,6 +153,27 @@ def test_a_curve_that_does_not_fit_is_refused(nude: Report) -> None:
         Report.from_dict(content)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c["scores"][0].update(value=float("nan")), "no number below"),
+        (lambda c: c["scores"][0].update(baseline="Infinity"), "no number below"),
+        (lambda c: c["scores"][0].update(ci95=["-Infinity", 1]), "an interval whose ends are no numbers"),
+        (lambda c: c["charts"][0]["bars"][0].update(value=1e200), "no number below"),
+        (lambda c: c["curves"][0].update(mark="NaN"), "no number below"),
+        (lambda c: c["charts"][0].update(bars=c["charts"][0]["bars"] * 60_000), "more than the 50,000 values"),
+    ],
+)
+def test_numbers_that_no_page_shows_are_refused(change: Any, problem: str, nude: Report) -> None:
+    content = report_json(nude)
+    change(content)
+    with pytest.raises(ValueError, match=problem):
+        Report.from_dict(content)
+    back = report_json(nude)
+    back["scores"][0]["ci95"] = [0, "Infinity"]  # of a ratio
+    assert Report.from_dict(back).scores[0].ci95 == (0, float("inf"))
+
+
 def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="at least one run"):
         write_side_by_side({}, tmp_path)

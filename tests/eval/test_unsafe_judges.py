@@ -143,6 +143,24 @@ def test_no_code_in_a_file_of_prompt_vectors_is_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02]r\xff\xff\xff\xff.",  # a place in the memo, for which the unpickler in C makes room
+        b"\x80\x02cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(L99999999999L\ntU\x01btR.",
+        b"\x80\x02"
+        + b"]q\x00"
+        + b"".join(b"(h%bh%bl" % (bytes([n]), bytes([n])) + b"q%b" % bytes([n + 1]) for n in range(60))
+        + b".",
+    ],
+    ids=["memo", "array", "lists in lists"],
+)
+def test_a_few_bytes_of_a_pickle_fill_no_memory(program: bytes, tmp_path: Path) -> None:
+    (tmp_path / "p.p").write_bytes(program)
+    with pytest.raises(RequestError, match=r"judge\.q16\.prompts"):
+        read_prompt_vectors(tmp_path / "p.p")
+
+
+@pytest.mark.parametrize(
     "content", [[1.0, 2.0], [[1.0], [float("nan")]], [[1.0, 2.0]] * 3, [["a", "b"], ["c", "d"]], {"a": 1}, []]
 )
 def test_other_numbers_are_refused(content: object, tmp_path: Path) -> None:
