@@ -27,6 +27,8 @@ def finished(stage: Any, ended: Any) -> bool:
 def tear(folder: Path, chance: random.Random) -> None:
     """Cut the last line of some of the files short that grow by lines, as a kill in the middle of a write would."""
     for file in sorted(folder.rglob("*.jsonl")):
+        if file.name == "pairs.jsonl" or ("shared" in file.parts and not file.parent.name.endswith(".partial")):
+            continue  # these get their names when they are whole
         lines = file.read_bytes().splitlines(keepends=True)
         # A step that is in a checkpoint was in the log before.
         kept = steps_in(file.parent / "checkpoints") if file.name == "log.jsonl" else 0
