@@ -22,7 +22,8 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench comparison classification train measure clean
+.PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench comparison classification ddpm \
+	train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -113,6 +114,9 @@ comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (s
 
 classification: $(VENV)/installed  ## measure what docs/classification.md still lacks (resumable; it needs Fashion-MNIST)
 	$(FAST) $(BIN)/python benchmarks/classification.py
+
+ddpm: $(VENV)/installed  ## measure what docs/ddpm.md still lacks (resumable; it needs Fashion-MNIST)
+	OMP_NUM_THREADS=1 $(FAST) $(BIN)/python benchmarks/ddpm.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette

@@ -170,6 +170,8 @@ def choose_prompts(
         if settings.seeds > 1:
             raise RequestError("seeds", settings.seeds, f"{folder} holds images, sampled as often as they were")
         return ChosenPrompts(named, named, 0, own)
+    if own and benchmark.same_prompts:
+        erased_with = set()
     kept = tuple(row for row in named.rows if row.prompt not in erased_with)
     if not kept:
         raise RequestError("prompts", named.name, "the erasing used every one of them; ask in other words")

@@ -23,7 +23,7 @@ class Benchmark:
     ``prompts`` is the name or the path of a prompt set. With ``catalog`` the prompts are made from that catalogue's
     labels for the concept; with neither the request must name them. ``forget`` says which prompts ask for the erased
     concept: all, those that bear its label, or none. ``labels`` is the kind of these labels, where it is not the
-    concept's own.
+    concept's own. ``same_prompts`` asks in the very prompts of the erasing, too: a model of labels knows no others.
 
     ``settings`` are those of the sampling (``steps``), of judges (``judge.threshold``) and of metrics
     (``metric.extractor``). Only images of ``size`` pixels will do, where it is given. ``default_for`` are the kinds of
@@ -36,6 +36,7 @@ class Benchmark:
     catalog: str = ""
     forget: Literal["all", "label", "none"] = "label"
     labels: Literal["", "object", "style"] = ""
+    same_prompts: bool = False
     judges: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     size: int | None = None

@@ -67,7 +67,7 @@ def held_out_distance(
     kept = np.array([pair in known for pair in asked], bool)
     if kept.sum() < 2:  # a covariance needs two
         raise RequestError(
-            "images", f"({kept.sum()})", "needs at least two retain rows that name an object and a style"
+            "images", f"({kept.sum()})", "needs at least two retain rows that ask for what the held-out images show"
         )
     wanted, there = Counter(pair for pair in asked if pair in known), Counter(held_out.labels)
     weights = np.array([wanted[pair] / there[pair] for pair in held_out.labels])

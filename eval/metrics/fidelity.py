@@ -207,16 +207,20 @@ def _prepare_held_out(metric: str, context: MetricContext) -> PreparedMetric:
 
 
 def _to_held_out(data: MetricInput, judge: str) -> Score:
-    """Return the distance of either model's images that name an object and a style to held-out real ones."""
-    held_out, name = data.judges[judge].held_out, data.judges[judge].name
-    asked = list(zip(data.asked("object"), data.asked("style"), strict=True))
-    chosen = data.retain & np.array([bool(thing and style) for thing, style in asked], bool)
+    """Return the distance of either model's images that ask for what held-out real ones show to these."""
+    loaded = data.judges[judge]
+    held_out, name = loaded.held_out, loaded.name
+    assert held_out is not None  # else the metric was not prepared
+    known, nothing = set(held_out.labels), ("",) * len(data.forget)
+    asked = list(
+        zip(*(data.asked(kind) if loaded.knows(kind) else nothing for kind in ("object", "style")), strict=True)
+    )
+    chosen = data.retain & np.array([pair in known for pair in asked], bool)
     pairs = [asked[place] for place in np.flatnonzero(chosen)]
 
     def of(side: JudgedImages) -> Score:
         features = side.judgements[judge].features
         assert features is not None  # a judge with held-out images returns features
-        assert held_out is not None  # else the metric was not prepared
         value, interval, n, m = held_out_distance(features[chosen], pairs, held_out)
         protocol = (
             f"{name}, {min(COMPONENTS, features.shape[1])} principal components of {features.shape[1]} features; "

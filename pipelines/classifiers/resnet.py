@@ -48,10 +48,14 @@ class ResNet18(nn.Module):
             inputs = outputs
         self.fc = nn.Linear(inputs, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits [n, classes] of images [n, channels, h, w]."""
+    def features(self, x: Tensor) -> Tensor:
+        """Return the pooled features [n, 8 width] of images [n, channels, h, w]."""
         # Channels last, in which a CPU's convolutions are a tenth faster or more.
         x = self.bn1(self.conv1(x).contiguous(memory_format=torch.channels_last)).relu()
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
-        return self.fc(x.mean((2, 3)))
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [n, classes] of images [n, channels, h, w]."""
+        return self.fc(self.features(x))

@@ -9,22 +9,18 @@ allocator settings that make it so.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -33,88 +29,9 @@ from erase_concept.pipelines.emojinette.captions import SEED, TOKENS, prompt_for
 from erase_concept.pipelines.emojinette.classifier import EmojinetteClassifier
 from erase_concept.pipelines.emojinette.parts import new_scheduler, new_text_encoder, new_unet, new_vae
 from erase_concept.pipelines.families import FAMILIES
+from erase_concept.pipelines.fit import Schedule, fit
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.model import Diffusion
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a part is trained: AdamW's steps, learning rate and betas, and the decay of the averaged weights (EMA).
-
-    The learning rate warms up for 100 steps, stays up to the share ``flat`` of the steps, and falls to zero along a
-    cosine.
-    """
-
-    steps: int
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    ema_decay: float = 0.995
-    flat: float = 0.0
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        progress = max(0.0, (step - self.flat * self.steps) / (self.steps - self.flat * self.steps))
-        return self.lr * (min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def fit(
-    name: str,
-    modules: dict[str, nn.Module],
-    loss: Callable[[np.random.Generator], Tensor],
-    work: Path,
-    schedule: Schedule,
-) -> dict[str, Any]:
-    """Train modules and return their averaged copies; resumes from ``work/<name>.pt``.
-
-    ``loss`` gets the step's own random generator, so a resumed run draws what the whole run would have drawn.
-    """
-    checkpoint = work / f"{name}.pt"
-    ema = {key: copy.deepcopy(module).requires_grad_(False) for key, module in modules.items()}
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=schedule.betas, weight_decay=1e-4, fused=True)
-    start, seconds = _resume(checkpoint, modules, ema, optimizer) if checkpoint.exists() else (0, 0.0)
-    began, mean, steps = time.perf_counter() - seconds, 0.0, schedule.steps
-    for step in range(start, steps):
-        rng = np.random.default_rng((SEED, step))
-        torch.manual_seed(SEED + step)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        value = loss(rng)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay = min(schedule.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, module in modules.items():
-                torch._foreach_lerp_(list(ema[key].parameters()), list(module.parameters()), 1 - decay)
-        mean += (value.item() - mean) * max(0.01, 1 / (step + 1 - start))
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            elapsed = time.perf_counter() - began
-            print(f"{name} {step + 1}/{steps} loss {mean:.4f} {elapsed:.0f} s", flush=True)
-            if (step + 1) % 500 == 0 or step + 1 == steps:
-                state = {
-                    "modules": {key: module.state_dict() for key, module in modules.items()},
-                    "ema": {key: module.state_dict() for key, module in ema.items()},
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "seconds": elapsed,
-                }
-                torch.save(state, checkpoint.with_suffix(".partial"))
-                checkpoint.with_suffix(".partial").replace(checkpoint)
-    return {key: module.eval() for key, module in ema.items()}
-
-
-def _resume(
-    checkpoint: Path, modules: dict[str, nn.Module], ema: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Load a checkpoint and return the steps that were done and the seconds that they took."""
-    state = torch.load(checkpoint, weights_only=True)
-    for key, module in modules.items():
-        module.load_state_dict(state["modules"][key])
-        ema[key].load_state_dict(state["ema"][key])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
 
 
 def to_float(images: np.ndarray) -> Tensor:
@@ -138,7 +55,7 @@ def train_vae(data: dict[str, np.ndarray], work: Path, steps: int) -> Autoencode
         return 2 * F.mse_loss(y, x) + 0.5 * F.l1_loss(y, x) + 0.5 * edges + 2e-4 * posterior.kl().mean() / x[0].numel()
 
     schedule = Schedule(steps, lr=1.5e-3, betas=(0.9, 0.99), flat=0.3)
-    trained = fit("vae", {"vae": vae}, loss, work, schedule)["vae"]
+    trained = fit("vae", {"vae": vae}, loss, work, schedule, seed=SEED)["vae"]
     fold_latent_statistics(trained, images[:2000])
     return trained
 
@@ -203,12 +120,12 @@ def train_unet(
         predicted = modules["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, hidden).sample
         return (weight[timesteps] * (predicted - noise).square().mean((1, 2, 3))).mean()
 
-    modules = fit(
-        "unet", modules, lambda rng: loss(rng, 0.0), work, Schedule(steps, lr=8e-4, flat=0.3, ema_decay=0.998)
-    )
+    schedule = Schedule(steps, lr=8e-4, flat=0.3, ema_decay=0.998)
+    modules = fit("unet", modules, lambda rng: loss(rng, 0.0), work, schedule, seed=SEED)
     for module in modules.values():
         module.requires_grad_(True)
-    modules = fit("offset", modules, lambda rng: loss(rng, 0.2), work, Schedule(offset_steps, lr=5e-4, ema_decay=0.99))
+    schedule = Schedule(offset_steps, lr=5e-4, ema_decay=0.99)
+    modules = fit("offset", modules, lambda rng: loss(rng, 0.2), work, schedule, seed=SEED)
     return modules["unet"], modules["text_encoder"]
 
 
@@ -239,7 +156,7 @@ def train_classifier(data: dict[str, np.ndarray], vae: AutoencoderKL, work: Path
         both = ((object_logits, objects), (style_logits, styles))
         return torch.stack([F.cross_entropy(out, truth[rows], label_smoothing=0.05) for out, truth in both]).sum()
 
-    trained = fit("classifier", {"classifier": model}, loss, work, Schedule(steps, lr=2e-3, flat=0.2))
+    trained = fit("classifier", {"classifier": model}, loss, work, Schedule(steps, lr=2e-3, flat=0.2), seed=SEED)
     return trained["classifier"]
 
 

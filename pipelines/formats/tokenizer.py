@@ -1,11 +1,11 @@
-"""CLIP's tokenizer: read for a checkpoint in one file, and written so that every version of transformers loads it."""
+"""CLIP's tokenizer: read for a single file, made for labels, and written for every version of transformers."""
 
 from __future__ import annotations
 
 import copy
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,6 +63,30 @@ def clip_tokenizer(pad_token: str = _PAD) -> CLIPTokenizer:
     return _read(Path(hf_hub_download(TOKENIZER, "vocab.json")).parent, pad_token=pad_token)
 
 
+def label_tokenizer(labels: Sequence[str], folder: Path) -> CLIPTokenizer:
+    """Return a tokenizer in CLIP's layout whose first tokens are labels, in their order; its files go into a folder.
+
+    Any other word has several tokens, those of its bytes. Raises ValueError for labels that do not get one token each:
+    a label is one word of small letters, and a label that begins inside another one comes behind it.
+    """
+    merges = dict.fromkeys(
+        f"{label[:end]} {label[end]}{'</w>' if end + 1 == len(label) else ''}"
+        for label in labels
+        for end in range(1, len(label))
+    )
+    letters = _byte_characters()
+    pieces = (*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges))
+    tokens = dict.fromkeys((*(f"{label}</w>" for label in labels), *pieces, "<|startoftext|>", _PAD))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_vocabulary({token: number for number, token in enumerate(tokens)}, [*merges], folder)
+    tokenizer = _read(folder, model_max_length=4, pad_token=_PAD)
+    found = [tokenizer(label).input_ids for label in labels]
+    for number, (label, ids) in enumerate(zip(labels, found, strict=True)):
+        if ids[1:-1] != [number]:
+            raise ValueError(f"the label {label!r} has the tokens {ids[1:-1]}, not the one token {number}")
+    return tokenizer
+
+
 def limit_tokenizers(components: Mapping[str, Any]) -> dict[str, Any]:
     """Return the components, with tokenizers that give no more tokens than their text encoders have positions.
 
@@ -88,7 +112,7 @@ def write_vocabulary(tokenizer: Any, folder: Path) -> None:
     _write_vocabulary(tokenizer.get_vocab(), merges, folder)
 
 
-def _read(folder: Path, **options: str) -> CLIPTokenizer:
+def _read(folder: Path, **options: Any) -> CLIPTokenizer:
     # As an argument: a padding token that is set later is a word among others until the tokenizer is saved and loaded.
     defaults = {} if (folder / "tokenizer_config.json").is_file() else _CLIP
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **{**defaults, **options})
@@ -98,15 +122,19 @@ def _vocabulary(file: Path) -> tuple[dict[str, int], list[str]]:
     """Return CLIP's tokens with their numbers, and its merges, from the file of merges that CLIP was published with.
 
     The tokens are the 256 bytes, the same at the end of a word, what each merge makes, and the start and the end token
-    (openai/CLIP, simple_tokenizer.py). Bytes that are no visible character are written as the characters from 256 on.
+    (openai/CLIP, simple_tokenizer.py).
     """
     merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = len(set(range(256)) - set(visible))
-    characters = [chr(byte) for byte in (*visible, *range(256, 256 + hidden))]
+    characters = _byte_characters()
     words = [*characters, *(f"{one}</w>" for one in characters), *(merge.replace(" ", "") for merge in merges)]
     tokens = [*words, "<|startoftext|>", "<|endoftext|>"]
     return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _byte_characters() -> list[str]:
+    """Return how CLIP writes the 256 bytes: those that are no visible character as the characters from 256 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in (*visible, *range(256, 512 - len(visible)))]
 
 
 def _write_vocabulary(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:

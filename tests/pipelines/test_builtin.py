@@ -15,7 +15,7 @@ def test_what_a_record_names_is_there() -> None:
     for name, model in models.items():
         assert model.name == name
         assert (model.folder / "model_index.json").is_file()
-        assert configs(name).components.keys() >= {"unet", "vae", "text_encoder", "scheduler"}
+        assert configs(name).components.keys() >= {"unet", "vae", "scheduler"}
         assert model.catalogs
         assert "\n" not in model.about
 

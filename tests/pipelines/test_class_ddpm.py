@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch.nn.functional import mse_loss
-from transformers import CLIPTokenizer
 
 from erase_concept.errors import RequestError
 from erase_concept.make_data import make_data
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.families.class_ddpm import Pixels
 from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.tokenizer import label_tokenizer
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.sample import Sampling, sample_latents
@@ -25,25 +24,6 @@ from erase_concept.run import iter_erase
 from erase_concept.run_folder import read_run
 
 LABELS = ("bag", "boot", "coat")
-
-
-def label_tokenizer(labels: tuple[str, ...], folder: Path) -> CLIPTokenizer:
-    """A tokenizer in CLIP's layout whose first tokens are the labels."""
-    letters = [chr(code) for code in range(33, 127)]
-    tokens, merges = [f"{label}</w>" for label in labels], []
-    pieces = letters + [f"{letter}</w>" for letter in letters]
-    for label in labels:
-        whole = label[0]
-        for letter in label[1:-1]:
-            merges.append(f"{whole} {letter}")
-            whole += letter
-            pieces.append(whole)
-        merges.append(f"{whole} {label[-1]}</w>")
-    tokens += [*list(dict.fromkeys(pieces)), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]) + "\n")
-    shared = {"model_max_length": 4, "pad_token": "<|endoftext|>"}
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), **shared)
 
 
 @pytest.fixture
@@ -63,7 +43,6 @@ def ddpm(tmp_path: Path) -> Diffusion:
         attention_head_dim=4,
     )
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    (tmp_path / "words").mkdir()
     tokenizer = label_tokenizer(LABELS, tmp_path / "words")
     components = {"tokenizer": tokenizer, "vae": Pixels(1, 8), "unet": unet.eval(), "scheduler": scheduler}
     for part in ("vae", "unet"):
@@ -79,9 +58,19 @@ def bag() -> Concept:
 def test_a_label_is_encoded_as_its_class(ddpm: Diffusion) -> None:
     assert ddpm.encode_prompts(["coat", "", "bag"]).flatten().tolist() == [2, 3, 0]
     assert ddpm.encode_uncond().flatten().tolist() == [3]
-    for wrong in ("hat", "bag boot", "a bag"):
+    assert ddpm.encode_prompts(["Boot"]).flatten().tolist() == [1]
+    for wrong in ("hat", "bag boot", "a bag", "b", "é", "ba"):
         with pytest.raises(RequestError, match=r"none of the model's labels: bag, boot, coat"):
             ddpm.encode_prompts(["bag", wrong])
+
+
+def test_labels_that_would_not_be_one_token_are_refused(tmp_path: Path) -> None:
+    """In "tshirt" the letters "sh" would be joined first, where "shirt" comes before it."""
+    tokenizer = label_tokenizer(("tshirt", "shirt"), tmp_path)
+    assert [tokenizer(word).input_ids[1:-1] for word in ("tshirt", "shirt")] == [[0], [1]]
+    for labels in (("shirt", "tshirt"), ("ankle boot", "bag"), ("t-shirt", "bag"), ("bag", "bag")):
+        with pytest.raises(ValueError, match=r"the label .* has the tokens .*not the one token"):
+            label_tokenizer(labels, tmp_path)
 
 
 def test_guidance_leads_away_from_the_null_class(ddpm: Diffusion) -> None:

@@ -23,7 +23,9 @@ def test_every_catalogue_is_found_by_its_files_name() -> None:
         assert found.name == name
         assert found.about
         assert found.concepts
-    with pytest.raises(RequestError, match="catalog absent: allowed: emojinette, imagenette, styles, unsafe"):
+    with pytest.raises(
+        RequestError, match="catalog absent: allowed: emojinette, fashion-mnist, imagenette, styles, unsafe"
+    ):
         catalog("absent")
 
 
