@@ -31,7 +31,7 @@ from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.tokenizer import label_tokenizer
 from erase_concept.pipelines.model import Diffusion
 
-STEPS, CLASSIFIER_STEPS = 2000, 1500
+STEPS, CLASSIFIER_STEPS = 1500, 1200
 BATCH = 64
 NULL_SHARE = 0.1  # of the labels, which become the null class
 HELD_OUT = 300  # test images of each class whose features are shipped
@@ -55,9 +55,9 @@ def new_unet() -> UNet2DModel:
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
         attention_head_dim=16,
         norm_num_groups=8,
         num_class_embeds=len(LABELS) + 1,

@@ -66,9 +66,12 @@ def clip_tokenizer(pad_token: str = _PAD) -> CLIPTokenizer:
 def label_tokenizer(labels: Sequence[str], folder: Path) -> CLIPTokenizer:
     """Return a tokenizer in CLIP's layout whose first tokens are labels, in their order; its files go into a folder.
 
-    Any other word has several tokens, those of its bytes. Raises ValueError for labels that do not get one token each:
-    a label is one word of small letters, and a label that begins inside another one comes behind it.
+    Any other word has several tokens, those of its bytes. Raises ValueError for a label that is not one word of small
+    letters, and for one that does not become one token: of two labels, one that begins inside the other comes behind.
     """
+    for label in labels:
+        if not (label.isascii() and label.isalpha() and label.islower()):
+            raise ValueError(f"the label {label!r} is not one word of small letters")
     merges = dict.fromkeys(
         f"{label[:end]} {label[end]}{'</w>' if end + 1 == len(label) else ''}"
         for label in labels
