@@ -38,7 +38,6 @@ from erase_concept.presets import preset
 from erase_concept.prompts.catalog import catalog
 from erase_concept.recipe import Recipe, make_recipe
 from erase_concept.run import iter_erase
-from erase_concept.run_folder import read_run
 from erase_concept.settings import merge
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -55,8 +54,8 @@ PUBLISHED = {RETRAIN: (100.0, 11.69), "salun": (99.96, 11.25), "esd-full": (100.
 class Trial:
     """A method that forgot a class, with a seed, and what its images are: shares, distances, and counts of images.
 
-    ``base_ira`` and ``base_frechet`` are the base model's. ``seconds`` are those of mask and training, ``data_seconds``
-    those in which the method's own rows were sampled. ``key`` tells settings apart.
+    ``base_ira`` and ``base_frechet`` are the base model's. ``seconds`` are the processor's for mask and training,
+    ``data_seconds`` those in which the method's own rows were sampled. ``key`` tells settings apart.
     """
 
     concept: str
@@ -103,11 +102,19 @@ class Plan:
 
 
 def train(plan: Plan, out: Path, seed: int, without: str = "") -> tuple[Path, float]:
-    """Train a base model or Retrain into a folder where it is not there yet; return the model and its seconds."""
-    if not (out / MODEL.name).exists():
-        save_model(train_unet(read_small(plan.data), out, plan.steps, seed, without), out / MODEL.name)
-    seconds: float = torch.load(out / "unet.pt", weights_only=True)["seconds"]
-    return out / MODEL.name, seconds
+    """Train a base model or Retrain into a folder where it is not there yet; return the model and its seconds.
+
+    Of a training that was killed and goes on, these are estimated from the rest of its steps.
+    """
+    model, took, checkpoint = out / MODEL.name, out / "seconds", out / "unet.pt"
+    if not model.exists():
+        done = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+        began = time.process_time()
+        unet = train_unet(read_small(plan.data), out, plan.steps, seed, without)
+        seconds = (time.process_time() - began) * plan.steps / max(1, plan.steps - done)
+        took.write_text(str(seconds), encoding="utf-8")
+        save_model(unet, model)
+    return model, float(took.read_text(encoding="utf-8"))
 
 
 def train_base(plan: Plan, seed: int) -> int:
@@ -127,10 +134,12 @@ def measure(plan: Plan, method: str, concept: str, seed: int) -> Trial:
     else:
         model = plan.work / "runs" / name
         shutil.rmtree(model, ignore_errors=True)  # of other settings, or killed
-        for _ in iter_erase(plan.recipe(method, concept, seed), model):
-            pass
-        took = read_run(model)["seconds"]
-        seconds, data_seconds = took["mask"] + took["erase"], took["data"]
+        began = {}
+        for event in iter_erase(plan.recipe(method, concept, seed), model):
+            if isinstance(event, str):
+                began[event] = time.process_time()
+        learning = began.get("mask", began["erase"])
+        seconds, data_seconds = began["export"] - learning, learning - began["data"]
     report = evaluated(plan, model, concept, seed, plan.work / "evals" / name)
     ua, ira, frechet = (report.score(metric) for metric in ("ua", "ira", "frechet"))
     assert ua is not None
