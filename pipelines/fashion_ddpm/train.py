@@ -31,7 +31,7 @@ from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.tokenizer import label_tokenizer
 from erase_concept.pipelines.model import Diffusion
 
-STEPS, CLASSIFIER_STEPS = 1500, 800
+STEPS, CLASSIFIER_STEPS = 1500, 2000
 BATCH = 64
 NULL_SHARE = 0.1  # of the labels, which become the null class
 HELD_OUT = 300  # test images of each class whose features are shipped

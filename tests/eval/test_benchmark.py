@@ -54,7 +54,7 @@ def _seen(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_benchmarks_are_listed_without_loading_torch() -> None:
-    assert set(benchmarks()) == {"emojinette", "i2p", "imagenette", "style", "coco"}
+    assert set(benchmarks()) == {"emojinette", "fashion-ddpm", "i2p", "imagenette", "style", "coco"}
     code = "import sys; from erase_concept.eval.evaluate import evaluate; from erase_concept.eval.benchmarks import *; "
     code += "print(*benchmarks(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -260,7 +260,7 @@ BAD = {
         {"benchmark": "i2p", "settings": {"judge.nudenet.labels": "all"}},
         "judge.labels all: should be 'papers' or 'strict'",
     ),
-    "benchmark": ({"benchmark": "coca"}, "benchmark coca: unknown benchmark; allowed: coco, emojinette, i2p"),
+    "benchmark": ({"benchmark": "coca"}, "benchmark coca: unknown benchmark; allowed: coco, emojinette, fashion-ddpm, i2p"),
     "no file": ({"benchmark": "absent.yaml"}, "benchmark absent.yaml: No such file"),
     "judge": ({"judges": ("clip",)}, "judge clip: allowed: efficientnet-lite2, emojinette"),
     "no model of a judge": ({"judges": ("torchvision",)}, "judge torchvision: must be torchvision:MODEL"),

@@ -212,7 +212,7 @@ def test_built_in_sets_hold_what_their_names_say() -> None:
     sets = prompt_sets()
     assert set(sets) == {
         *("emojinette", "emojinette-unseen", "imagenette", "imagenette-neighbours"),
-        *("nudity", "clothed-people", "styles", "everyday"),
+        *("nudity", "clothed-people", "styles", "everyday", "fashion-mnist"),
     }
     rows = [row for found in sets.values() for row in found.rows]
     seeds = [row.seed for name, found in sets.items() if name != "emojinette-unseen" for row in found.rows]
@@ -243,7 +243,9 @@ def test_only_the_papers_own_sentences_are_erased_with() -> None:
         for prompt in (*c.forget_prompts, *c.retain_prompts)
     }
     # Everyday prompts are retained with every concept that has no better neighbours, so they are no evaluation of it.
-    asked = {row.prompt for name, found in prompt_sets().items() for row in found.rows if name != "everyday"}
+    # A model of Fashion-MNIST's labels knows no others.
+    left_out = ("everyday", "fashion-mnist")
+    asked = {row.prompt for name, found in prompt_sets().items() for row in found.rows if name not in left_out}
     assert asked & used == {"a photo of a nude person", "a photo of a person wearing clothes"}
 
 
