@@ -163,10 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"classifier's accuracy on test images: {accuracy}", flush=True)
     save_model(train_unet(data, args.work, args.steps, args.seed, args.without), args.out / MODEL.name)
     if not args.without:
-        names = {"classifier": args.classifier_steps, "unet": args.steps}
-        states = {name: torch.load(args.work / f"{name}.pt", weights_only=True) for name in names}
-        training = {name: {"steps": steps, "seconds": states[name]["seconds"]} for name, steps in names.items()}
-        about = {"training": training, "test accuracy": accuracy}
+        steps = {"classifier": args.classifier_steps, "unet": args.steps}
+        about = {"steps": steps, "classifier's accuracy on test images": accuracy}
         (args.out / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for file in args.out.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone, and the package is for everybody
