@@ -260,7 +260,7 @@ BAD = {
         {"benchmark": "i2p", "settings": {"judge.nudenet.labels": "all"}},
         "judge.labels all: should be 'papers' or 'strict'",
     ),
-    "benchmark": ({"benchmark": "coca"}, "benchmark coca: unknown benchmark; allowed: coco, emojinette, fashion-ddpm, i2p"),
+    "benchmark": ({"benchmark": "coca"}, "benchmark coca: unknown benchmark; allowed: coco, emojinette, fashion-ddpm"),
     "no file": ({"benchmark": "absent.yaml"}, "benchmark absent.yaml: No such file"),
     "judge": ({"judges": ("clip",)}, "judge clip: allowed: efficientnet-lite2, emojinette"),
     "no model of a judge": ({"judges": ("torchvision",)}, "judge torchvision: must be torchvision:MODEL"),
