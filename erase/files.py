@@ -82,8 +82,10 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
     """Return the error of the system for which safetensors could not write a file, or else what safetensors says."""
-    if number := re.search(r"\(os error (\d+)\)", str(problem)):
-        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(file))
+    # The second is how its first versions say it.
+    if found := re.search(r"\(os error (\d+)\)|\bcode: (\d+)", str(problem)):
+        number = int(found[1] or found[2])
+        return OSError(number, os.strerror(number), os.fspath(file))
     return EraseError(f"{file} could not be written: {problem}")
 
 

@@ -36,7 +36,8 @@ def erased_from_file(
     save_original(tiny, file, torch.float16, {})
     tensors = load_file(file)
     save_file({key: v.to(dtype) if key.startswith(UNET) else v for key, v in tensors.items()}, file)
-    values = {"settings": {"steps": 2, "batch_size": 2, "lr": lr}, "data": {"forget": 2, "retain": 2, "steps": 2}}
+    settings = {"steps": 2, "batch_size": 2, "lr": lr, "max_retain_change": 0}
+    values = {"settings": settings, "data": {"forget": 2, "retain": 2, "steps": 2}}
     list(iter_erase(make_recipe({"model": str(file), "concept": square, **values}), Path("run")))
 
 
@@ -123,7 +124,14 @@ def test_a_dtype_in_which_nothing_is_left_is_refused_before_any_work(
     run = tmp_path / "run"
     (run / "pipeline").mkdir(parents=True)
     checks = {"weights": 100, "changed": 50, "surviving": {"float16": 3, "bfloat16": 0}}
-    info = {"erased": {"unet": "0"}, "base": {"source": "base"}, "checks": checks}
+    info = {
+        "method": "salun",
+        "concept": "square",
+        "base": {"source": "base", "unet": "0"},
+        "erased": {"unet": "0"},
+        "checks": checks,
+        "mask": None,
+    }
     (run / "run.json").write_text(json.dumps(info))
     problem = "dtype bf16: rounds all 50 changed weights back to the base model's: nothing would be erased"
     with pytest.raises(RequestError, match=problem):
