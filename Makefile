@@ -35,7 +35,7 @@ demo: $(VENV)/installed  ## erase "church" from the built-in model and write the
 
 test: $(VENV)/installed  ## run the tests, then those that need shipped files again on the built wheel
 	$(TESTS) $(BIN)/pytest $(WORKERS) --ignore tests/faults
-	$(MAKE) --no-print-directory faults wheel-test
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target faults wheel-test
 
 faults: $(VENV)/installed  ## kill every command at seeded moments and run it again, and fill disks under it
 	$(TESTS) $(BIN)/pytest tests/faults
@@ -61,7 +61,7 @@ $(LOWEST)/installed: $(VENV)/installed
 
 test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the commands with the oldest libraries
 	$(TESTS) $(LOWEST)/bin/pytest -p no:cacheprovider -p no:anyio \
-		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS)
+		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS) --ignore tests/cli/test_demo.py
 
 # MINUTES and SEED may be given. What broke a reader is kept in runs/fuzz.
 fuzz: $(VENV)/installed  ## feed every reader with hostile files for five minutes
