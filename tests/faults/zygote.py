@@ -142,6 +142,8 @@ def serve() -> None:
         began = time.monotonic()
         child = asked.get("go_on")
         if child is None:
+            for name in ("out", "err"):  # it may be killed before it has begun
+                (Path(asked["told"]) / name).touch()
             child = os.fork()
             if not child:
                 run(asked)
