@@ -93,7 +93,9 @@ class _Probe:
 
     @torch.no_grad()
     def _predicted(self) -> Tensor:
-        return self.model.predict(*self.rows).float().cpu()
+        # One row at a time, so that a look takes no more memory than a step.
+        rows = zip(*(part.split(1) for part in self.rows), strict=True)
+        return torch.cat([self.model.predict(*row).float().cpu() for row in rows])
 
     def check(self, event: Record, limit: float) -> None:
         """Raise EraseError where nothing has changed yet, or too much for the retained rows."""
