@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import fill
 
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, unlearn_recipe
@@ -153,7 +154,7 @@ class Measured:
 
     def __init__(self, plan: Plan, file: Path, end: float, pool: ProcessPoolExecutor) -> None:
         self.plan, self.file, self.end, self.pool = plan, file, end, pool
-        self.found = {trial.key: trial for trial in read_trials(file)}
+        self.found = {trial.key: trial for trial in read_trials(file, Trial)}
 
     def trials(self, asked: Sequence[tuple[str, str, int, float]]) -> list[Trial]:
         """Return the trials of these methods, forgetting, seeds and multipliers, measured where they are not there yet.
@@ -227,9 +228,7 @@ def blocks(trials: dict[str, list[Trial]]) -> Iterator[tuple[str, str]]:
 def publish(trials: dict[str, list[Trial]]) -> None:
     """Put the tables in their places on the page, between the marks of their names."""
     for what, text in blocks(trials):
-        begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
-        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+        fill(PAGE, what, text)
 
 
 def main() -> None:
@@ -247,7 +246,7 @@ def main() -> None:
         plan = replace(plan, work=args.work / "smoke", seeds=(0,), forget=FORGET[:1], epochs=1, tune=False)
         file = plan.work / "trials.jsonl"
     if args.tables_only:
-        wanted = {(one.forget, one.method, one.seed): one for one in read_trials(file) if one.seed in plan.seeds}
+        wanted = {(one.forget, one.method, one.seed): one for one in read_trials(file, Trial) if one.seed in plan.seeds}
         publish({what: [one for one in wanted.values() if one.forget == what] for what in plan.forget})
         return
     plan.work.mkdir(parents=True, exist_ok=True)

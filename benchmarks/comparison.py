@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from page import fill
+
 from erase_concept.errors import EraseError
 from erase_concept.eval.compare.compare import iter_compare, run_comparison
 from erase_concept.eval.compare.comparison import CompareRequest, Comparison
@@ -134,13 +136,9 @@ def recorded(request: CompareRequest, results: Sequence[TrialResult]) -> Compari
 
 def publish(name: str, comparison: Comparison) -> None:
     """Put a table, and the drawing that belongs to it, in its place on the page, between the marks of its name."""
-    page = DOCS / "comparison.md"
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
     _, table = comparison_markdown(comparison).split("\n", 1)  # without its title
     table = table.replace("\n## ", "\n### ").replace("(curves.svg)", f"(comparison/{name}.svg)")
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+    fill(DOCS / "comparison.md", name, table)
     if comparison.curves:
         write_curves(comparison, DOCS / "comparison" / f"{name}.svg")
 

@@ -21,13 +21,15 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from page import fill
 
+from erase_concept.eval.classification.table import read_trials, write_trial
 from erase_concept.eval.evaluate import iter_evaluate
 from erase_concept.eval.report.report import Report
 from erase_concept.eval.request import EvalRequest
@@ -179,24 +181,9 @@ def evaluated(plan: Plan, model: Path, concept: str, seed: int, out: Path) -> Re
     return report
 
 
-def read(file: Path) -> list[Trial]:
-    """Read the trials of a file, without a last line that a killed process left unfinished."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [Trial(**json.loads(line)) for line in lines if line.endswith("\n")]
-
-
-def write(trial: Trial, file: Path) -> None:
-    """Add a trial to a file, one a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in read(file)), encoding="utf-8")
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(trial)) + "\n")
-
-
 def measure_missing(plan: Plan, asked: Sequence[tuple[str, str, int]], processes: int, minutes: float) -> None:
     """Measure the trials (method, class, seed) that are not in the file yet."""
-    end, known = time.monotonic() + 60 * minutes, {trial.key for trial in read(RESULTS)}
+    end, known = time.monotonic() + 60 * minutes, {trial.key for trial in read_trials(RESULTS, Trial)}
     missing = [one for one in asked if plan.key(*one) not in known]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         bases = {seed for _, _, seed in missing if seed and not Path(plan.base(seed)).exists()}
@@ -205,7 +192,7 @@ def measure_missing(plan: Plan, asked: Sequence[tuple[str, str, int]], processes
         running: list[Future[Trial]] = [pool.submit(measure, plan, *one) for one in missing]
         for place, future in enumerate(as_completed(running), 1):
             trial = future.result()
-            write(trial, RESULTS)
+            write_trial(trial, RESULTS)
             print(
                 f"{time.strftime('%H:%M:%S')} {place} of {len(running)}: {trial.method}, {trial.concept}, seed "
                 f"{trial.seed}: UA {100 * trial.ua:.1f}, others {100 * trial.ira:.1f}, distance {trial.frechet:.3f} "
@@ -285,10 +272,7 @@ def publish(trials: Sequence[Trial]) -> None:
         return
     tables = {"methods": summary(trials), "classes": by_class(trials), "published": published(trials)}
     for name, lines in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-        text = "\n".join(lines)
-        PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+        fill(PAGE, name, "\n".join(lines))
 
 
 def main() -> None:
@@ -308,7 +292,7 @@ def main() -> None:
         asked = [one for one in every if one[1] in args.concepts]
         measure_missing(plan, asked, args.processes, args.minutes)
     current = {plan.key(*one) for one in every}
-    publish([trial for trial in read(RESULTS) if trial.key in current])
+    publish([trial for trial in read_trials(RESULTS, Trial) if trial.key in current])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,10 +29,8 @@ from safetensors import SafetensorError, safe_open
 
 from erase_concept.errors import EraseError, RequestError
 
-try:
+if sys.platform != "win32":  # where a file that another process has open cannot be replaced anyway
     import fcntl
-except ImportError:  # Windows, where a file that another process has open cannot be replaced
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"  # held by the process that works in a folder
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
@@ -92,7 +91,7 @@ def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
 @contextmanager
 def _only_writer(partial: Path) -> Iterator[None]:
     """Hold a file that is not whole yet; it is made where there is none."""
-    descriptor = None if fcntl is None else _held(partial)
+    descriptor = None if sys.platform == "win32" else _held(partial)
     try:
         yield
     finally:
@@ -118,7 +117,7 @@ def _held(partial: Path) -> int:
 
 def _wait_for(descriptor: int) -> None:
     """Hold an open file until it is closed, when no other process holds it; some network folders have no such locks."""
-    if fcntl is not None:
+    if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
@@ -262,7 +261,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         _check_events(text)
-        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a safe loader
+        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - _UniqueKeys is a SafeLoader
     except yaml.YAMLError as problem:
         raise ValueError(f"not YAML: {problem}") from None
     except ValueError:

@@ -6,7 +6,6 @@ the settings of the sampling.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write, parse_json, read_json, read_text
+from erase_concept.files import atomic_write, file_sha256, parse_json, read_json, read_text
 from erase_concept.pipelines.pictures import read_picture
 from erase_concept.prompts.promptset import PromptRow, row_of
 
@@ -81,7 +80,7 @@ def manifest_name(process: int, processes: int) -> str:
 def manifest_line(file: Path, row: PromptRow) -> str:
     """Return an image's line of the manifest."""
     labels = {key: value for key, value in asdict(row).items() if key == "prompt" or value not in ("", None)}
-    return json.dumps({"image": file.name, "sha256": _sha256(file), **labels}, ensure_ascii=False) + "\n"
+    return json.dumps({"image": file.name, "sha256": file_sha256(file), **labels}, ensure_ascii=False) + "\n"
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -127,7 +126,7 @@ def merge_manifests(folder: Path, rows: Sequence[PromptRow]) -> None:
 def is_intact(folder: Path, line: dict[str, Any]) -> bool:
     """Tell whether the image of a manifest's line is there, with the SHA-256 that the line has."""
     file = folder / line["image"]
-    return file.is_file() and _sha256(file) == line.get("sha256")
+    return file.is_file() and file_sha256(file) == line.get("sha256")
 
 
 def check_drawn(files: Sequence[Path]) -> None:
@@ -148,7 +147,3 @@ def natural_order(name: str) -> tuple[list[tuple[str, int]], str]:
 def shortened(items: Sequence[object]) -> str:
     """List the first five of many."""
     return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

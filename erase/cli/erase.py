@@ -5,16 +5,14 @@ from __future__ import annotations
 import typer
 
 from erase_concept.cli.options import (
-    CardOption,
-    DryRunOption,
     JsonOption,
     OutOption,
+    PlanOptions,
     RecipeOptions,
     examples,
     grouped,
 )
 from erase_concept.cli.terminal import print_json, print_plan
-from erase_concept.errors import RequestError
 
 EXAMPLES = examples(
     "erase-concept erase model.safetensors -c church -o runs/church",
@@ -28,20 +26,18 @@ EXAMPLES = examples(
 def erase(
     options: RecipeOptions,
     out: OutOption,
-    dry_run: DryRunOption = False,
-    card: CardOption = None,
+    plan: PlanOptions,
     json_: JsonOption = False,
 ) -> None:
     """Erase concepts from a model. The run folder holds the erased pipeline; the same command resumes a killed run."""
     from erase_concept.dry_run import expect
     from erase_concept.run import check, run_recipe
 
-    if card is not None and not dry_run:
-        raise RequestError("card", card, "goes with --dry-run")
+    planned = plan.asked()
     recipe = options.read()
-    if dry_run:
+    if planned:
         check(recipe)
-        print_plan(recipe, out, expect(recipe, card), json_)
+        print_plan(recipe, out, expect(recipe, plan.card), json_)
         return
     run_info = run_recipe(recipe, out).run_info
     if json_:

@@ -100,6 +100,20 @@ SchedulerOption = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options that ask for the plan of a run in its place."""
+
+    dry_run: DryRunOption = False
+    card: CardOption = None
+
+    def asked(self) -> bool:
+        """Tell whether the plan is asked for; raises RequestError for a card without it."""
+        if self.card is not None and not self.dry_run:
+            raise RequestError("card", self.card, "goes with --dry-run")
+        return self.dry_run
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
     """The options that make a recipe: a preset, the recipe file laid over it, and the command line over both."""
 
@@ -233,8 +247,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    # Typer reads the options from here; a function has no such attribute of its own.
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # see above
+    # Typer reads the options from here.
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # functions have none of their own
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
 

@@ -10,11 +10,10 @@ import typer
 
 from erase_concept.cli.options import (
     SETTINGS,
-    CardOption,
-    DryRunOption,
     JsonOption,
     MaskOption,
     OutOption,
+    PlanOptions,
     RecipeOption,
     SeedOption,
     SparsityOption,
@@ -124,19 +123,17 @@ def _values(data: str | None, texts: list[str] | None, seed: int | None) -> dict
 def unlearn(
     options: UnlearnOptions,
     out: OutOption,
-    dry_run: DryRunOption = False,
-    card: CardOption = None,
+    plan: PlanOptions,
     json_: JsonOption = False,
 ) -> None:
     """Forget training images of a classifier. The same command resumes a killed run."""
-    if card is not None and not dry_run:
-        raise RequestError("card", card, "goes with --dry-run")
+    planned = plan.asked()
     recipe = options.read()
-    if dry_run:
+    if planned:
         from erase_concept.classification.dry_run import plan_unlearn
 
-        plan = plan_unlearn(recipe, card)
-        print_plan(recipe, out, plan.expected, json_, plan.counts())
+        found = plan_unlearn(recipe, plan.card)
+        print_plan(recipe, out, found.expected, json_, found.counts())
         return
     from erase_concept.classification.run import run_unlearn
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -13,6 +14,10 @@ from erase_concept.errors import EraseError
 from erase_concept.eval.classification.gap import OverSeeds, average_gap, gap_of_means, over_seeds, paired_gaps
 from erase_concept.files import atomic_write, read_lines
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_T = TypeVar("_T")
 RETRAIN = "retrain"
 TITLES = {"ua": "UA", "ra": "RA", "ta": "TA", "mia": "MIA", "mia_loss": "MIA, loss"}
 
@@ -46,13 +51,16 @@ class Row:
     multiplier: float
 
 
-def read_trials(file: Path) -> list[Trial]:
-    """Read the trials of a file with one a line, an unfinished last line left out; none where there is no file."""
+def read_trials(file: Path, kind: type[_T]) -> list[_T]:
+    """Read the trials of a file with one a line, an unfinished last line left out; none where there is no file.
+
+    ``kind`` is the dataclass of a trial.
+    """
     found = []
     lines = read_lines(file)
     for place, line in enumerate(lines, 1):
         try:
-            found.append(TypeAdapter(Trial).validate_json(line))
+            found.append(TypeAdapter(kind).validate_json(line))
         except ValidationError as problem:
             if place == len(lines) and not line.endswith("\n"):
                 break
@@ -60,8 +68,8 @@ def read_trials(file: Path) -> list[Trial]:
     return found
 
 
-def write_trial(trial: Trial, file: Path) -> None:
-    """Add a trial to a file, one a line, in the place of a last line that is unfinished."""
+def write_trial(trial: DataclassInstance, file: Path) -> None:
+    """Add a trial, a dataclass, to a file, one a line, in the place of a last line that is unfinished."""
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.read_bytes() if file.exists() else b""
     if not whole.endswith(b"\n"):

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from erase_concept.eval.compare.trials import EXAMPLES, Trial, TrialContext, digest, is_guard, recipe_of
+from erase_concept.files import file_sha256
 
 _FLOORS = ("erase_concept", "erase_concept.pipelines", "erase_concept.prompts", "erase_concept.eval")
 _NOT_MEASURING = {"cli", "report", "compare"}  # folders of code that no score depends on ...
@@ -27,9 +28,9 @@ def trial_key(context: TrialContext, trial: Trial) -> str:
 
     recipe = recipe_of(context.model, trial)
     guard = trial.method if is_guard(trial.method) else ""
-    mask = "" if recipe.mask.kind in MASK_KINDS else _sha256(Path(recipe.mask.kind))
+    mask = "" if recipe.mask.kind in MASK_KINDS else file_sha256(Path(recipe.mask.kind))
     # A method may be another package's, whose files the code's version does not hold.
-    method = "" if guard else _sha256(Path(inspect.getfile(inspect.unwrap(METHODS.find(recipe.method).run))))
+    method = "" if guard else file_sha256(Path(inspect.getfile(inspect.unwrap(METHODS.find(recipe.method).run))))
     return recipe.fingerprint(EXAMPLES, guard, mask, method, context.weights, context.code, context.benchmark_text)
 
 
@@ -58,7 +59,7 @@ def source_hash(folders: Mapping[str, Path]) -> str:
                 found[f"{package.replace('.', '/')}/{place.as_posix()}"] = file
     total = hashlib.sha256()
     for name, file in sorted(found.items()):
-        total.update(f"{name} {_sha256(file)}\n".encode())
+        total.update(f"{name} {file_sha256(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -69,7 +70,3 @@ def base_weights(model: str, ema: bool | None = None) -> str:
 
     loaded = load(model, ema=ema)
     return digest([weights_hash(loaded.unet), loaded.besides_unet(["a prompt!"])])  # OpenCLIP pads with "!"
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from erase_concept.errors import RequestError
 from erase_concept.eval.features import Extractor, read_image
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.judge import HeldOut, Judge, Judgement, LoadedJudge
+from erase_concept.files import file_sha256
 from erase_concept.pipelines import emojinette
 from erase_concept.settings import NoSettings
 
@@ -60,7 +60,7 @@ def read_held_out(file: Path) -> HeldOut:
     held = load_file(file)
     pairs = zip(held["object"].tolist(), held["style"].tolist(), strict=True)
     labels = tuple((OBJECTS[o], STYLES[s]) for o, s in pairs)
-    return HeldOut(held["features"].astype(np.float64), labels, _sha256(file))
+    return HeldOut(held["features"].astype(np.float64), labels, file_sha256(file))
 
 
 def extractor() -> Extractor:
@@ -84,7 +84,7 @@ def _load(chosen: NoSettings, cache: Path | None) -> LoadedJudge:
     from erase_concept.pipelines.emojinette.classifier import load_classifier
 
     network = load_classifier(emojinette.CLASSIFIER)
-    weights = _sha256(emojinette.CLASSIFIER)
+    weights = file_sha256(emojinette.CLASSIFIER)
 
     def judge(files: Sequence[Path]) -> Judgement:
         return classify(np.stack([_scaled(file) for file in files]), network)
@@ -103,10 +103,6 @@ def _scaled(file: Path) -> NDArray[np.uint8]:
     if image.shape[:2] == (SIZE, SIZE):
         return image
     return np.asarray(CenterCrop(SIZE)(Resize(SIZE)(Image.fromarray(image))))
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 JUDGES.add(

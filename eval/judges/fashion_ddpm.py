@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from erase_concept.eval.features import read_image
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.judge import HeldOut, Judge, Judgement, LoadedJudge
+from erase_concept.files import file_sha256
 from erase_concept.pipelines.fashion_ddpm import CLASSIFIER, LABELS, REFERENCE, SIZE
 from erase_concept.settings import NoSettings
 
@@ -26,7 +26,7 @@ def read_held_out(file: Path) -> HeldOut:
 
     held = load_file(file)
     labels = tuple((LABELS[place], "") for place in held["object"].tolist())
-    return HeldOut(held["features"].astype(np.float64), labels, _sha256(file))
+    return HeldOut(held["features"].astype(np.float64), labels, file_sha256(file))
 
 
 def _load(chosen: NoSettings, cache: Path | None) -> LoadedJudge:
@@ -34,7 +34,7 @@ def _load(chosen: NoSettings, cache: Path | None) -> LoadedJudge:
 
     from erase_concept.pipelines.fashion_ddpm.classifier import load_classifier, to_input
 
-    network, weights = load_classifier(CLASSIFIER), _sha256(CLASSIFIER)
+    network, weights = load_classifier(CLASSIFIER), file_sha256(CLASSIFIER)
 
     def judge(files: Sequence[Path]) -> Judgement:
         features = [torch.zeros(0, network.fc.in_features)]
@@ -57,10 +57,6 @@ def _grey(file: Path) -> np.ndarray:
 
     image = Image.fromarray(read_image(file)).convert("L")
     return np.asarray(image if image.size == (SIZE, SIZE) else ImageOps.fit(image, (SIZE, SIZE)))
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 JUDGES.add(

@@ -58,16 +58,16 @@ def test_the_ranking_stands_beside_the_published_one() -> None:
 
 def test_trials_are_kept_one_a_line(tmp_path: Path) -> None:
     file = tmp_path / "trials.jsonl"
-    assert read_trials(file) == []
+    assert read_trials(file, Trial) == []
     for one in TRIALS:
         write_trial(one, file)
-    assert read_trials(file) == TRIALS
+    assert read_trials(file, Trial) == TRIALS
     with file.open("a") as stream:
         stream.write('{"forget": "ran')  # killed while it wrote
-    assert read_trials(file) == TRIALS
+    assert read_trials(file, Trial) == TRIALS
     write_trial(TRIALS[0], file)
-    assert read_trials(file) == [*TRIALS, TRIALS[0]]
+    assert read_trials(file, Trial) == [*TRIALS, TRIALS[0]]
     with file.open("a") as stream:
         stream.write("{}\n")
     with pytest.raises(EraseError, match="line 6"):
-        read_trials(file)
+        read_trials(file, Trial)

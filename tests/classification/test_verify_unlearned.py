@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def faults() -> list[str]:
     return [one.file for one in verify("run", base="original").checks if one.holds is False]
 
 
-def edit(change: Callable[[dict], None], file: str = "run/unlearn.json") -> None:  # type: ignore[type-arg]
+def edit(change: Callable[[dict[str, Any]], None], file: str = "run/unlearn.json") -> None:
     content = json.loads(Path(file).read_text())
     change(content)
     Path(file).write_text(json.dumps(content))

@@ -26,7 +26,7 @@ from torch import nn
 
 from erase_concept.classification.recipe import make_unlearn_recipe
 from erase_concept.eval.benchmarks import find_benchmark
-from erase_concept.eval.classification.table import read_trials
+from erase_concept.eval.classification.table import Trial, read_trials
 from erase_concept.eval.compare.sweep import read_results
 from erase_concept.eval.judges.nudenet import _read_cache
 from erase_concept.eval.judges.q16 import read_prompt_vectors
@@ -524,7 +524,7 @@ READERS = (
     Reader(
         "trials",
         "trials.jsonl",
-        lambda file: (read_results(file), read_trials(file)),
+        lambda file: (read_results(file), read_trials(file, Trial)),
         made.json_lines(TRIAL),
         _document(TRIAL),
     ),
