@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import EraseError
 from erase_concept.eval.classification.gap import OverSeeds, average_gap, gap_of_means, over_seeds, paired_gaps
 from erase_concept.files import atomic_write, read_lines
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 _T = TypeVar("_T")
 RETRAIN = "retrain"
@@ -68,15 +64,15 @@ def read_trials(file: Path, kind: type[_T]) -> list[_T]:
     return found
 
 
-def write_trial(trial: DataclassInstance, file: Path) -> None:
+def write_trial(trial: object, file: Path) -> None:
     """Add a trial, a dataclass, to a file, one a line, in the place of a last line that is unfinished."""
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.read_bytes() if file.exists() else b""
     if not whole.endswith(b"\n"):
         with atomic_write(file) as partial:
             partial.write_bytes(whole[: whole.rfind(b"\n") + 1])
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(trial)) + "\n")
+    with file.open("ab") as stream:
+        stream.write(TypeAdapter(type(trial)).dump_json(trial) + b"\n")
 
 
 def best_multiplier(trials: Sequence[Trial], retrained: Trial) -> float:
