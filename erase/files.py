@@ -11,6 +11,7 @@ do not fit them. It takes the last of two tensors of one name, and as many names
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -222,7 +223,8 @@ def read_lines(file: Path, most: int = MOST_BYTES) -> list[str]:
     Raises RequestError, since such a file is named by the folder that it is in.
     """
     try:
-        return read_text(file, most).splitlines(keepends=True) if file.exists() else []
+        # Not ``splitlines``, which also splits at characters that JSON leaves in a text, such as U+2028.
+        return io.StringIO(read_text(file, most)).readlines() if file.exists() else []
     except ValueError as problem:
         raise RequestError("file", file, str(problem)) from None
 

@@ -50,7 +50,7 @@ def read_images(folder: str | Path, *, setting: str = "images") -> ImageSet:
     """
     folder = Path(folder)
     try:
-        lines = sorted(read_manifest(folder), key=lambda line: natural_order(line["image"]))
+        lines = sorted(read_manifest(folder, setting=setting), key=lambda line: natural_order(line["image"]))
         if not lines:
             raise RequestError(setting, folder, "holds no manifest.jsonl with images in it")
         for line in lines:
@@ -88,16 +88,20 @@ def manifests(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("manifest*.jsonl")) if re.fullmatch(r"manifest(-\d+)?", file.stem)]
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
+def read_manifest(folder: Path, *, setting: str = "images") -> list[dict[str, Any]]:
     """Return the lines of all manifests of a folder; a line that a kill cut short does not count.
 
-    Nor does one whose image lies elsewhere. Raises ValueError for a manifest that is no text or too long.
+    Nor does one whose image lies elsewhere. Raises RequestError naming ``setting`` for a manifest that is no text or
+    too long.
     """
     lines = {}
     for file in manifests(folder):
-        texts = read_text(file).split("\n")
-        if len(texts) > _MOST_LINES:
-            raise ValueError(f"{file.name} has more than {_MOST_LINES:,} lines")
+        try:
+            texts = read_text(file).split("\n")
+            if len(texts) > _MOST_LINES:
+                raise ValueError(f"has more than {_MOST_LINES:,} lines")
+        except ValueError as problem:
+            raise RequestError(setting, file, str(problem)) from None
         for text in texts:
             try:
                 line = parse_json(text)
@@ -114,7 +118,9 @@ def merge_manifests(folder: Path, rows: Sequence[PromptRow]) -> None:
     places = {image_name(place): place for place in range(len(rows))}
     parts = manifests(folder)
     intact = sorted(
-        places[line["image"]] for line in read_manifest(folder) if line["image"] in places and is_intact(folder, line)
+        places[line["image"]]
+        for line in read_manifest(folder, setting="out")
+        if line["image"] in places and is_intact(folder, line)
     )
     with atomic_write(folder / MANIFEST) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.writelines(manifest_line(folder / image_name(place), rows[place]) for place in intact)

@@ -319,7 +319,7 @@ def _sample_missing(model: Diffusion, prompts: PromptSet, out: Path, sampling: S
     """Sample what is missing in a folder, yielding each image's file."""
     _start(model, prompts, out, sampling)
     state = processes()
-    done = {line["image"] for line in read_manifest(out)}
+    done = {line["image"] for line in read_manifest(out, setting="out")}
     state.wait_for_everyone()  # before anybody writes a line that somebody has not read yet
     missing = [place for place in range(len(prompts.rows)) if image_name(place) not in done]
     share = (state.process_index, state.num_processes)

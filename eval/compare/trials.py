@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.metrics import METRICS
 from erase_concept.eval.score import Score
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, parse_json, read_lines
 
 if TYPE_CHECKING:
     from erase_concept.data import ForgetRetain
@@ -300,16 +302,21 @@ def _base_folder(context: TrialContext, recipe: Recipe) -> Path:
 def _sampled(model: Diffusion, plan: EvalPlan, folder: Path, *, guarded: bool) -> ImageSet:
     """Return the images that are asked for, and sample them where they are not there."""
     from erase_concept.eval.images import check_model, fitting, sampling_of
-    from erase_concept.pipelines.image_set import read_images
+    from erase_concept.pipelines.image_set import MANIFEST, read_images
     from erase_concept.pipelines.sample import iter_sample
 
     check_model(plan, model)
-    if not (folder / "manifest.jsonl").is_file():
+    asked = fitting(plan.prompts.asked, model)
+    if not (folder / MANIFEST).is_file():
         partial = folder.with_name(folder.name + ".partial")  # where a killed sampling goes on
-        for _ in iter_sample(model, fitting(plan.prompts.asked, model), partial, sampling_of(plan, guarded=guarded)):
+        for _ in iter_sample(model, asked, partial, sampling_of(plan, guarded=guarded)):
             pass
         partial.rename(folder)
-    return read_images(folder)
+    found = read_images(folder)
+    if found.rows != asked.rows:
+        allowed = "its lines are not those that were written: remove the folder, and its images are sampled again"
+        raise RequestError("images", folder / MANIFEST, allowed)
+    return found
 
 
 def _data_and_mask(recipe: Recipe, model: Diffusion, folder: Path) -> tuple[ForgetRetain, Mask | None]:
@@ -358,11 +365,21 @@ def _keep_examples(pairs: Sequence[Pair], folder: Path) -> None:
 
 
 def read_examples(folder: Path, key: str) -> list[Pair]:
-    """Return the pairs of images that were kept of a trial in a comparison's folder; none where they are gone."""
+    """Return the pairs of images that were kept of a trial in a comparison's folder; none where they are gone.
+
+    Raises RequestError when their list is damaged.
+    """
     from erase_concept.eval.report.report import Pair
 
     samples = folder / "samples" / key
-    if not (samples / "pairs.jsonl").is_file():
-        return []
-    lines = [json.loads(text) for text in (samples / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [Pair(**line | {"erased": samples / line["erased"], "base": samples / line["base"]}) for line in lines]
+    file = samples / "pairs.jsonl"
+    found = []
+    for number, line in enumerate(read_lines(file), 1):
+        try:
+            pair = TypeAdapter(Pair).validate_python(parse_json(line))
+        except ValueError:
+            allowed = "is no pair of images: remove the file, and the pages are written without its images"
+            raise RequestError("out", f"{file}, line {number}", allowed) from None
+        base = None if pair.base is None else samples / pair.base
+        found.append(replace(pair, erased=samples / pair.erased, base=base))
+    return found

@@ -26,14 +26,19 @@ from erase_concept.eval.compare.trials import (
     Trial,
     TrialContext,
     TrialResult,
+    _sampled,
+    plan_of,
     read_examples,
     recipe_of,
     split_settings,
 )
 from erase_concept.eval.report.report import read_report
 from erase_concept.eval.score import Score
+from erase_concept.files import append_lines
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.emojinette import MODEL
+from erase_concept.pipelines.image_set import manifest_line
+from erase_concept.pipelines.load import load
 from erase_concept.recipe import with_settings
 
 CONTEXT = TrialContext("emojinette", "weights", "code", "emojinette", Path("nowhere"))
@@ -212,6 +217,44 @@ def test_a_request_that_cannot_be_followed_measures_nothing(tmp_path: Path, opti
     with pytest.raises(RequestError, match=said):
         compare(replace(request, **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_images_whose_manifest_was_edited_are_refused(tmp_path: Path) -> None:
+    """They would be laid beside those of other prompts."""
+    trial = Trial("uce", "church", 0)
+    plan = plan_of("emojinette", recipe_of("emojinette", trial), trial, tmp_path)
+    (tmp_path / "sampling.json").write_text("{}")
+    lines = []
+    for place, row in enumerate(plan.prompts.asked.rows):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{place:05d}.png")
+        lines.append(manifest_line(tmp_path / f"{place:05d}.png", row))
+    manifest, model = tmp_path / "manifest.jsonl", load("emojinette")
+    for edited, said in (
+        (lines, ""),
+        (lines[1:], "its lines are not those that were written: remove the folder"),
+        ([lines[0].replace('"prompt": "', '"prompt": "no '), *lines[1:]], "its lines are not those"),
+        (["\xff", *lines], "is no text in UTF-8"),
+        ([lines[0].replace('"seed": ', '"seed": "x", "width": '), *lines[1:]], "not as 'sample' writes it: seed: "),
+    ):
+        manifest.write_bytes("".join(edited).encode("latin-1"))
+        if not said:
+            assert _sampled(model, plan, tmp_path, guarded=False).rows == plan.prompts.asked.rows
+            continue
+        with pytest.raises(RequestError, match=said):
+            _sampled(model, plan, tmp_path, guarded=False)
+
+
+def test_the_pairs_that_were_kept_of_a_trial_are_read_or_refused(tmp_path: Path) -> None:
+    pair = {"prompt": "a \u2028 b", "seed": 1, "forget": True, "erased": "0.png", "erased_as": "", "base": "../b.png"}
+    file = tmp_path / "samples" / "k" / "pairs.jsonl"
+    assert read_examples(tmp_path, "k") == []
+    append_lines(file, [json.dumps(pair, ensure_ascii=False) + "\n"])
+    (read,) = read_examples(tmp_path, "k")
+    assert (read.prompt, read.erased, read.base) == ("a \u2028 b", file.parent / "0.png", file.parent / "../b.png")
+    for damaged in ("{", "[1]", '{"prompt": "a"}', json.dumps(pair | {"seed": "x"})):
+        file.write_text(f"{json.dumps(pair)}\n{damaged}\n")
+        with pytest.raises(RequestError, match=r"pairs\.jsonl, line 2: is no pair of images: remove the file"):
+            read_examples(tmp_path, "k")
 
 
 @pytest.mark.slow

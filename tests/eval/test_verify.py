@@ -445,6 +445,10 @@ def test_the_page_runs_nothing_and_escapes_what_it_shows(folder: Path, hostile: 
     check()
     text = Path("run/certificate.html").read_text()
     assert "default-src 'none'" in text
+    # Records are shown in words; only the recipe is YAML.
+    assert text.count("<pre>") == text.count("<pre>forget:") + text.count("<pre>model:") == 1
+    assert all(words in text for words in ("<dt>UNet SHA-256</dt>", "<dt>versions</dt>", ">text encoder</bdi>"))
+    assert not any(key in text.split("<pre>")[0] for key in ("erased_with", "text_encoder"))
     from erase_concept.eval.verify.certificate import page as page_of
 
     content = json.loads(Path("run/certificate.json").read_text())

@@ -423,6 +423,9 @@ def test_manifests_name_no_paths(tiny: Diffusion, tmp_path: Path) -> None:
     manifest.write_text("".join(json.dumps(o) + "\n" for o in ({**line, "image": "../00000.png"}, 3, {"image": 4}, [])))
     with pytest.raises(RequestError, match=r"no manifest\.jsonl with images"):
         read_images(tmp_path / "out")
+    manifest.write_bytes(b"\xff")
+    with pytest.raises(RequestError, match=r"out .*manifest\.jsonl: is no text in UTF-8"):
+        list(iter_sample(tiny, PromptSet("p", ROWS[:1]), tmp_path / "out", Sampling(steps=1)))
 
 
 def test_weights_hash_sees_every_bit(tiny: Diffusion) -> None:
