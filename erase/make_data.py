@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,15 +20,16 @@ from torch import Tensor
 
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
+from erase_concept.image_folders import check_images, hashes_of_images, image_files
 from erase_concept.latents_cache import LatentsCache, cache_folder
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
-from erase_concept.pipelines.pictures import SUFFIXES, pictures_in, read_picture
+from erase_concept.pipelines.pictures import read_picture
+from erase_concept.pipelines.processes import from_main, gathered, processes
 from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, in_halves, sample_latents
 from erase_concept.pipelines.signals import finish_first
-from erase_concept.prompts.catalog import folder_names
-from erase_concept.prompts.concept import Concept, plain_name
+from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.minors import sexual_with_minors
 from erase_concept.recipe import DataRecipe, Recipe, in_low_precision
 from erase_concept.seed import stage_generator, stage_seed
@@ -50,12 +50,19 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
     concept = recipe.concept
     besides = model.besides_unet((*concept.forget_prompts, *concept.anchor_prompts, *concept.retain_prompts))
     key = data_key(recipe, base_hash, besides)
-    data = ForgetRetain.load(file, key)
-    if data is None and file.exists():
-        raise RequestError("model", recipe.model, f"has changed since {file} was made from it; choose another folder")
+
+    def read() -> ForgetRetain | None:
+        found = ForgetRetain.load(file, key)
+        if found is None and file.exists():
+            allowed = f"has changed since {file} was made from it; choose another folder"
+            raise RequestError("model", recipe.model, allowed)
+        return found
+
+    data = from_main(read)
     if data is None:
         data = make_data_for(recipe, model, base_hash)
-        data.save(file, key)
+        if processes().is_main_process:
+            data.save(file, key)
     return data
 
 
@@ -71,23 +78,6 @@ def data_key(recipe: Recipe, base_hash: str, besides: Mapping[str, Any] | None =
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def image_folders(recipe: Recipe) -> list[Path]:
-    """Return the folders of images that the recipe names."""
-    named = [recipe.data.forget_images, recipe.data.retain_images, *(one.images for one in recipe.concept.parts)]
-    return [Path(folder) for folder in named if folder]
-
-
-def hashes_of_images(recipe: Recipe) -> dict[str, str]:
-    """Return the SHA-256 over the names and bytes of the images in each folder that the recipe names."""
-    found = {}
-    for folder in image_folders(recipe):
-        digest = hashlib.sha256()
-        for file in pictures_in(folder, deep=True):
-            digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-        found[str(folder)] = digest.hexdigest()
-    return found
-
-
 def check_data(recipe: Recipe) -> None:
     """Raise RequestError for data that cannot be made, or from which the recipe's method cannot learn."""
     METHODS.find(recipe.method).check(recipe)
@@ -96,7 +86,7 @@ def check_data(recipe: Recipe) -> None:
         raise RequestError("data.scheduler", recipe.data.scheduler, f"allowed: {', '.join(SCHEDULERS)}")
     if recipe.data.eta and recipe.data.scheduler != "DDIMScheduler":
         raise RequestError("data.eta", recipe.data.eta, "is a setting of DDIM: data.scheduler must be DDIMScheduler")
-    _check_images(recipe)
+    check_images(recipe)
 
 
 def _check_minors(recipe: Recipe) -> None:
@@ -114,25 +104,8 @@ def _check_minors(recipe: Recipe) -> None:
             raise RequestError("concept", one.name, f"{what}: take a method that needs no pictures, such as uce")
 
 
-def _check_images(recipe: Recipe) -> None:
-    """Raise RequestError when a folder of images that the recipe names is not there, not in order, or not needed."""
-    data, parts = recipe.data, recipe.data_parts
-    for part, folder in (("forget", data.forget_images), ("retain", data.retain_images)):
-        if folder is not None and part not in parts:
-            raise RequestError(f"data.{part}_images", folder, f"{recipe.method} does not learn from such images")
-        if folder is not None:
-            image_files(folder, recipe.concept, part=part)
-    for one in recipe.concept.parts:
-        if one.images and data.forget_images is None:
-            if "forget" not in parts:
-                able = ", ".join(name for name, method in METHODS.all().items() if "forget" in method.latents)
-                problem = f"{recipe.method} does not learn from images of the concept; methods that do: {able}"
-                raise RequestError("concept", one.images, problem)
-            image_files(Path(one.images), one, part="forget", setting="concept")
-
-
 def make_data_for(recipe: Recipe, model: Diffusion, base_hash: str | None = None) -> ForgetRetain:
-    """Make the recipe's data with the recipe's seed.
+    """Make the recipe's data with the recipe's seed. Several processes share the sampling, and all get all of it.
 
     With the hash of the model's UNet, latents are taken from those that were sampled before, and kept for later.
     """
@@ -303,11 +276,14 @@ class _Maker:
         which = draw(len(embeddings), count, stage_generator(seed, part, "prompts"))
         seeds = [stage_seed(seed, part, row) for row in range(count)]
         side = self.size // self.model.factor
-        found = [torch.empty(0, self.model.unet.config.in_channels, side, side)]
-        for i in progress(range(0, count, BATCH), f"sampling: {part}", math.ceil(count / BATCH)):
+        starts, own = range(0, count, BATCH), dict[int, Tensor]()
+        mine = starts[processes().process_index :: processes().num_processes]
+        for i in progress(mine, f"sampling: {part}", len(mine)):
             with finish_first():
-                found.append(self._batch(embeddings[which[i : i + BATCH]], seeds[i : i + BATCH]))
-        return torch.cat(found), which
+                own[i] = self._batch(embeddings[which[i : i + BATCH]], seeds[i : i + BATCH])
+        found = {i: latents for one in gathered(own) for i, latents in one.items()}
+        none = torch.empty(0, self.model.unet.config.in_channels, side, side)
+        return torch.cat([none, *(found[i] for i in starts)]), which
 
     def _batch(self, embeddings: Tensor, seeds: Sequence[int]) -> Tensor:
         """Sample the latents of some rows, or take them from those that were sampled before."""
@@ -337,48 +313,6 @@ class _Maker:
 
 def _embed(model: Diffusion, prompts: Sequence[str]) -> Tensor:
     return torch.cat([model.encode_prompts(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]).cpu()
-
-
-def image_files(folder: Path, concept: Concept, *, part: str, setting: str = "") -> dict[Path, str]:
-    """Return the images of a folder, in the order of their names, with the name of what each shows.
-
-    Images lie in the folder itself where all of them show one thing: the concept, or the one name that it retains.
-    Otherwise they lie in folders named after what they show (``dog/1.png``), or after a class of a known data set
-    (``n03028079``), in the folder or in its ``train``. Of a data set the folders of other classes are passed over.
-    Raises RequestError when there are no images, of some concept to forget none, or a folder has another name.
-    """
-    setting = setting or f"data.{part}_images"
-    if not folder.is_dir():
-        raise RequestError(setting, folder, "no such folder")
-    erased = tuple(one.name for one in concept.parts)
-    retained = tuple(dict.fromkeys(name for one in concept.parts for name in one.retain))
-    names = erased if part == "forget" else retained
-    if not names:
-        raise RequestError(setting, folder, "cannot be used: the concept retains no name that an image could show")
-    outside = pictures_in(folder)
-    if outside and len(names) == 1:
-        return dict.fromkeys(outside, names[0])
-    if "train" not in names and (folder / "train").is_dir():
-        folder = folder / "train"
-    known = {plain_name(name): name for name in retained}
-    known |= {plain_name(name): one.name for one in concept.parts for name in (one.name, *one.synonyms)}
-    classes = folder_names()
-    found: dict[Path, str] = {}
-    strange = []
-    for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        label = plain_name(classes.get(entry.name, entry.name))
-        if known.get(label) in names:
-            found |= dict.fromkeys(pictures_in(entry), known[label])
-        elif label not in known and label not in map(plain_name, classes.values()):
-            strange.append(entry.name)
-    if strange or (outside and len(names) > 1):
-        what = f"a folder {strange[0]!r}" if strange else "images outside of such folders"
-        raise RequestError(setting, folder, f"has {what}; needed: a folder each for {', '.join(names)}")
-    if found and part == "forget" and (missing := sorted({*names} - {*found.values()})):
-        raise RequestError(setting, folder, f"has no image of {', '.join(missing)}, in a folder of that name")
-    if not found:
-        raise RequestError(setting, folder, f"holds no image of {', '.join(names)} ({', '.join(SUFFIXES)})")
-    return found
 
 
 def _encode(model: Diffusion, files: list[Path], generator: torch.Generator, size: int) -> Tensor:

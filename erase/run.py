@@ -20,11 +20,10 @@ from torch import nn
 
 from erase_concept import masks
 from erase_concept.data import ForgetRetain
-from erase_concept.errors import RequestError
 from erase_concept.exports import Exported, export
-from erase_concept.files import only_process
 from erase_concept.frozen import check_frozen, save_base
-from erase_concept.make_data import cached_data, check_data, image_folders
+from erase_concept.image_folders import image_folders
+from erase_concept.make_data import cached_data, check_data
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
 from erase_concept.masks.mask import Mask
 from erase_concept.methods import METHODS
@@ -35,7 +34,7 @@ from erase_concept.pipelines.image_set import shortened
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.pictures import hidden_pictures
-from erase_concept.pipelines.processes import processes
+from erase_concept.pipelines.processes import from_main, held, processes
 from erase_concept.pipelines.progress import bar
 from erase_concept.pipelines.sample import cut_note
 from erase_concept.prompts.find import ConceptSource
@@ -53,7 +52,7 @@ from erase_concept.run_log import checkpoint_file, logged, logged_losses
 from erase_concept.tokens import own_tokens
 from erase_concept.training.bf16 import in_bf16
 from erase_concept.training.health import watched
-from erase_concept.training.loop import Record, TargetProgress
+from erase_concept.training.loop import Record, TargetProgress, Training, check_shares
 from erase_concept.training.offload import offload_to_disk
 
 
@@ -138,12 +137,15 @@ def iter_erase(
     When it is exhausted, ``out/pipeline`` holds the erased model and ``out/run.json`` says how it was made. A run that
     is already complete yields nothing. ``model`` may give the loaded base model, which is then changed in place.
 
+    Where Accelerate has started several processes, they share the sampling, the saliency and the training, and the main
+    one alone writes into the folder, which all must see.
+
     Raises RequestError when the folder holds another run or the recipe cannot be followed, EraseError when the work
     fails or a weight changed that should not have.
     """
     out = Path(out)
     given = check(recipe)
-    if _claimed(recipe, out) and complete(out):
+    if from_main(lambda: _claimed(recipe, out) and complete(out)):
         return
     if model is None:
         yield "load"
@@ -155,8 +157,7 @@ def iter_erase(
         own_tokens(model, recipe.concept)  # refuses a concept without any
     trained: nn.Module = getattr(model, part)
     # From here on the request is known to be sound: only now does the folder become the run's.
-    out.mkdir(parents=True, exist_ok=True)
-    with only_process(out):
+    with held(out):
         yield from _stages(recipe, model, trained, part, out)
 
 
@@ -164,15 +165,16 @@ def _stages(
     recipe: Recipe, model: Diffusion, trained: nn.Module, part: str, out: Path
 ) -> Iterator[Record | TargetProgress | str]:
     """Carry out the stages of a run in its folder."""
-    if _claimed(recipe, out) and complete(out):  # another process has done it since
+    state = processes()
+    if from_main(lambda: _claimed(recipe, out) and complete(out)):  # another process has done it since
         return
-    recipe.save(out / "recipe.yaml")
+    from_main(lambda: recipe.save(out / "recipe.yaml"))
     times = [time.perf_counter()]
     about, notes = model.describe(), _notes(recipe, model)
     for note in notes:
         logging.getLogger("erase_concept").warning("erase-concept: %s", note)
-    base = save_base(trained, out / f"base-{part.replace('_', '-')}.safetensors")
-
+    base = out / f"base-{part.replace('_', '-')}.safetensors"
+    from_main(lambda: save_base(trained, base))
     device = next(model.vae.parameters()).device  # a UNet that becomes bf16 is not there yet
     with in_bf16(trained, base, device) if in_low_precision(recipe) else nullcontext():
         yield "data"
@@ -180,7 +182,7 @@ def _stages(
         times.append(time.perf_counter())
         # Everything is encoded: only the UNet and what is trained are needed until the pipeline is written.
         unused = [one for one in (model.vae, *model.text_encoders.values()) if one is not trained]
-        with offload_to_disk(unused, out / "offloaded"):
+        with offload_to_disk(unused, out / f"offloaded{state.process_index or ''}"):
             if needs_mask(recipe):
                 yield "mask"
             mask = cached_mask(recipe, model, data, about["unet"], out / "mask.safetensors")
@@ -189,28 +191,34 @@ def _stages(
             yield from _train(recipe, model, data, mask, out)
             times.append(time.perf_counter())
 
+    state.wait_for_everyone()  # nobody reads the base's file any more
     yield "export"
-    seconds = [round(after - before, 2) for before, after in pairwise(times)]
-    run_info = _describe(recipe, data) | {
-        "base": about | _where(about["source"]),
-        "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
-        "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
-        "checks": check_frozen(base, trained, mask),
-        "seconds": dict(zip(("data", "mask", "erase"), seconds, strict=True)),
-        "versions": versions(),
-        **({"notes": notes} if notes else {}),
-    }
-    save_pipeline(model, out / "pipeline")
-    run_info["files"] = weights_files(out / "pipeline")
-    write_card(out, run_info)
-    base.unlink()
-    write_json(out / "run.json", run_info)  # last: it says that the run is complete
+
+    def export_all() -> None:
+        seconds = [round(after - before, 2) for before, after in pairwise(times)]
+        run_info = _describe(recipe, data) | {
+            "base": about | _where(about["source"]),
+            "erased": {"unet": weights_hash(model.unet), part: weights_hash(trained)},
+            "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
+            "checks": check_frozen(base, trained, mask),
+            "seconds": dict(zip(("data", "mask", "erase"), seconds, strict=True)),
+            "versions": versions(),
+            **({"notes": notes} if notes else {}),
+            **({"processes": state.num_processes} if state.num_processes > 1 else {}),
+        }
+        save_pipeline(model, out / "pipeline")
+        run_info["files"] = weights_files(out / "pipeline")
+        write_card(out, run_info)
+        base.unlink()
+        write_json(out / "run.json", run_info)  # last: it says that the run is complete
+
+    from_main(export_all)
 
 
 def check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
-    if (count := processes().num_processes) > 1:
-        raise RequestError("processes", count, "a run folder is written by one process alone")
+    if isinstance(recipe.settings, Training):
+        check_shares(recipe.settings, processes().num_processes)
     check_data(recipe)
     check_weights(recipe)
     return check_mask(recipe)
@@ -245,7 +253,8 @@ def _train(
     checkpoint = checkpoint_file(out)
     method = METHODS.find(recipe.method)
     events = method.start(model, data, mask, recipe.settings, seed=recipe.seed, checkpoint=checkpoint)
-    return logged(out, watched(events, model, data, mask, recipe.settings, logged_losses(out)))
+    events = watched(events, model, data, mask, recipe.settings, from_main(lambda: logged_losses(out)))
+    return logged(out, events) if processes().is_main_process else events
 
 
 def _describe(recipe: Recipe, data: ForgetRetain) -> dict[str, Any]:

@@ -6,10 +6,18 @@ Torch is imported late: the command uses this file before it knows whether it ne
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.files import only_process
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+_T = TypeVar("_T")
 
 
 def main_process() -> bool:
@@ -32,9 +40,68 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu)
 
 
+def process_count() -> int:
+    """Return how many processes were started together, without loading torch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def lost_process(problem: BaseException) -> bool:
+    """Tell whether an error says that another process cannot be reached any more."""
+    from torch.distributed import DistError
+
+    text = str(problem).lower()
+    said = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo")
+    return isinstance(problem, DistError) or (isinstance(problem, RuntimeError) and any(one in text for one in said))
+
+
 def total(count: int) -> int:
     """Return the sum of all processes' counts; every process has to call it."""
+    return sum(gathered(count))
+
+
+def gathered(value: _T) -> list[_T]:
+    """Return the values of all processes, in their order; every process has to call it."""
     from accelerate.utils import gather_object
 
     processes()
-    return sum(gather_object([count]))
+    return cast(list[_T], gather_object([value]))
+
+
+def from_main(work: Callable[[], _T]) -> _T:
+    """Let the main process alone do some work, and return its result, or raise its error, in all processes.
+
+    Every process has to call it, and none goes on before the work is done.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    state = processes()
+    outcome: list[tuple[_T | None, Exception | None]] = [(None, None)]
+    if state.is_main_process:
+        try:
+            outcome = [(work(), None)]
+        except (RequestError, EraseError, OSError) as problem:
+            outcome = [(None, problem)]
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    result, raised = outcome[0]
+    if raised is not None:
+        raise raised
+    return cast(_T, result)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Make a folder and hold it, so that no other run works in it; of several processes, the main one holds it.
+
+    Raises RequestError in all processes where another run works in it, or where one of them does not see it.
+    """
+    with ExitStack() as until_the_end:
+
+        def hold() -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(only_process(out))
+
+        from_main(hold)
+        if not all(gathered(out.is_dir())):
+            raise RequestError("out", out, "some of the processes do not see it: machines must share its file system")
+        yield

@@ -7,7 +7,6 @@ import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError, out_of_memory
-from erase_concept.files import atomic_write, only_process, read_json
+from erase_concept.files import atomic_write, read_json
 from erase_concept.pipelines.formats.prediction import prediction_of
 from erase_concept.pipelines.formats.scheduler import knows_zero_snr
 from erase_concept.pipelines.guards.guard import AppliedGuard, classifier_free
@@ -40,7 +39,7 @@ from erase_concept.pipelines.image_set import (
 )
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
-from erase_concept.pipelines.processes import processes
+from erase_concept.pipelines.processes import held, processes
 from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.signals import finish_first
 from erase_concept.prompts.find_prompts import find_prompts
@@ -310,8 +309,7 @@ def iter_sample(model: Diffusion, prompts: PromptSet, out: str | Path, sampling:
     if any(row.sexual_with_minors for row in prompts.rows):
         raise RequestError("prompts", prompts.name, DROPPED)
     make_scheduler(model, sampling.scheduler, sampling.steps)
-    out.mkdir(parents=True, exist_ok=True)
-    with only_process(out) if processes().is_main_process else nullcontext():
+    with held(out):
         yield from _sample_missing(model, prompts, out, sampling)
 
 

@@ -82,4 +82,4 @@ def saliency(
             share = len(rows) / len(data.forget)
             yield partial(forgetting, images.to(model.device), labels.to(model.device), share)
 
-    return accumulate(model.network, losses(), how)
+    return accumulate(model.network, losses(), how, shared=True)

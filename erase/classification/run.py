@@ -25,7 +25,7 @@ from erase_concept.classification.mask import given_mask, make_mask
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write, only_process
+from erase_concept.files import atomic_write
 from erase_concept.frozen import check_frozen, save_base
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import Classifier, head_of
@@ -38,6 +38,7 @@ from erase_concept.pipelines.classifiers.load import (
     source_of,
     take_classifier,
 )
+from erase_concept.pipelines.processes import from_main, held, processes
 from erase_concept.pipelines.progress import bar
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import claimed, complete, read_run, versions, weights_files, write_json
@@ -158,12 +159,11 @@ def iter_unlearn(
     fails or a weight changed that should not have.
     """
     out = Path(out)
-    if _claimed(recipe, out) and complete(out, RUN_FILE):
+    if from_main(lambda: _claimed(recipe, out) and complete(out, RUN_FILE)):
         return
     model, data = prepare(recipe, classifier)
     # From here on the request is known to be sound: only now does the folder become the run's.
-    out.mkdir(parents=True, exist_ok=True)
-    with only_process(out):
+    with held(out):
         yield from _stages(recipe, model, data, out)
 
 
@@ -214,14 +214,19 @@ def _stages(
     recipe: UnlearnRecipe, model: Classifier, data: ForgetRetainImages, out: Path
 ) -> Iterator[Record | TargetProgress | str]:
     """Carry out the stages of a run in its folder."""
-    if _claimed(recipe, out) and complete(out, RUN_FILE):  # another process has done it since
+    if from_main(lambda: _claimed(recipe, out) and complete(out, RUN_FILE)):  # another process has done it since
         return
-    recipe.save(out / "recipe.yaml")
-    with atomic_write(out / "forget.txt") as partial:
-        partial.write_text("".join(f"{row}\n" for row in data.forget.tolist()), encoding="utf-8")
-    base, before = save_base(model.network, out / "base-network.safetensors"), model.sha256()
+    base, before, state = out / "base-network.safetensors", model.sha256(), processes()
+
+    def begin() -> None:
+        recipe.save(out / "recipe.yaml")
+        with atomic_write(out / "forget.txt") as partial:
+            partial.write_text("".join(f"{row}\n" for row in data.forget.tolist()), encoding="utf-8")
+        save_base(model.network, base)
+
+    from_main(begin)
     checkpoint = checkpoint_file(out)
-    resumed = steps_done(checkpoint)
+    resumed = from_main(lambda: steps_done(checkpoint))
     times = [time.perf_counter()]
     yield "mask"
     mask = _cached_mask(recipe, model, data, out / "mask.safetensors")
@@ -229,14 +234,34 @@ def _stages(
     yield "unlearn"
     run = UNLEARNERS.find(recipe.method).run
     seed = stage_seed(recipe.seed, "method")
-    yield from logged(out, run(model, data, mask, recipe.settings, seed=seed, checkpoint=checkpoint))
+    events = run(model, data, mask, recipe.settings, seed=seed, checkpoint=checkpoint)
+    yield from logged(out, events) if state.is_main_process else events
     times.append(time.perf_counter())
     yield "save"
-    seconds = [round(after - before, 3) for before, after in pairwise(times)]
-    checks = check_frozen(base, model.network, mask)
-    model.save(out / "classifier")
-    base.unlink()
-    run_info = {
+
+    def save_all() -> None:
+        seconds = [round(after - before, 3) for before, after in pairwise(times)]
+        run_info = _describe(recipe, data) | {
+            "base": {"source": model.source, "architecture": model.architecture, "sha256": before},
+            "unlearned": {"sha256": model.sha256()},
+            "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
+            "checks": check_frozen(base, model.network, mask),
+            "seconds": dict(zip(("mask", "unlearn"), seconds, strict=True)),
+            "resumed_at_step": resumed,
+            "versions": versions(),
+            **({"processes": state.num_processes} if state.num_processes > 1 else {}),
+        }
+        model.save(out / "classifier")
+        base.unlink()
+        run_info["files"] = weights_files(out / "classifier")
+        write_json(out / RUN_FILE, run_info)  # last: it says that the run is complete
+
+    from_main(save_all)
+
+
+def _describe(recipe: UnlearnRecipe, data: ForgetRetainImages) -> dict[str, Any]:
+    """Return what ``unlearn.json`` says of the recipe."""
+    return {
         "schema": 1,
         "method": recipe.method,
         "forget": recipe.forget,
@@ -244,23 +269,15 @@ def _stages(
         "seed": recipe.seed,
         "recipe": recipe.fingerprint(),
         "settings": asdict(recipe.settings),
-        "base": {"source": model.source, "architecture": model.architecture, "sha256": before},
-        "unlearned": {"sha256": model.sha256()},
-        "mask": mask and {"kind": recipe.mask.kind, "sha256": mask.sha256(), "density": mask.density},
-        "checks": checks,
-        "seconds": dict(zip(("mask", "unlearn"), seconds, strict=True)),
-        "resumed_at_step": resumed,
-        "versions": versions(),
-        "files": weights_files(out / "classifier"),
     }
-    write_json(out / RUN_FILE, run_info)  # last: it says that the run is complete
 
 
 def _cached_mask(recipe: UnlearnRecipe, model: Classifier, data: ForgetRetainImages, file: Path) -> Mask | None:
     """Return the recipe's mask from a file; if there is none yet, make it and keep it there."""
-    if not file.exists():
+    if not from_main(file.exists):
         made = make_mask(recipe.mask, model, data, recipe.seed)
         if made is None:
             return None
-        made.save(file)
-    return Mask.load(file)
+        if processes().is_main_process:
+            made.save(file)
+    return from_main(lambda: Mask.load(file))

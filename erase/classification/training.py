@@ -15,7 +15,6 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import BatchNormPolicy, Classifier
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.checkpoint import steps_done
 from erase_concept.training.loop import Record, Start, TargetProgress, Tensors, Training, train
 
 _SALUN = "SalUn, arXiv 2310.12508"
@@ -40,6 +39,9 @@ class ClassifierTraining:
         BatchNormPolicy,
         described("Whether steps move BatchNorm's running statistics, which no mask freezes.", source=_SALUN),
     ] = "update"
+    accumulation: Annotated[
+        int, described("Parts of a batch, one after the other in memory; several processes share them.", ge=1)
+    ] = 1
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 200
 
 
@@ -52,6 +54,10 @@ class _LoopSettings(Training):
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return Training.lr_at(self, step) * 0.1 ** sum(step >= drop for drop in self.drops)
+
+    def told(self, step: int, batch: int) -> Tensors:
+        """Return the two numbers, from which a loss finds its images: int64 [2]."""
+        return (torch.tensor([step, batch]),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,22 +130,23 @@ def train_epochs(
 
     It is ``train`` with the images of each step; seeds, checkpoints and errors are the same.
     """
-    step, forgotten = steps_done(checkpoint), data.forgotten
+    forgotten, pieces = data.forgotten, settings.accumulation
 
-    def numbered(model: Classifier, generator: torch.Generator, _: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        epoch, part, rows = schedule.rows(step)
+    def numbered(model: Classifier, generator: torch.Generator, place: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        step, piece = place[0].tolist()
+        epoch, part, whole = schedule.rows(step)
+        rows = whole.tensor_split(pieces)[piece]
+        # Pieces count by their images. One without any, of an epoch's last batch, shows an image that counts nothing.
+        weight, rows = len(rows) * pieces / len(whole), rows if len(rows) else whole[:1]
         images, labels = data.batch(rows, generator)
         device = model.device
         batch = Batch(epoch, part, images.to(device), labels.to(device), forgotten[rows].to(device))
-        value = loss(model, batch, generator)
+        value = loss(model, batch, generator) * weight
         return value, {part: value.detach()}
 
     looped = _loop_settings(settings, schedule)
     model = replace(model, batch_norm=settings.batch_norm)
-    for event in train(model, numbered, mask, looped, seed=schedule.seed, checkpoint=checkpoint, start=start):
-        if isinstance(event, Record):
-            step = event.step
-        yield event
+    yield from train(model, numbered, mask, looped, seed=schedule.seed, checkpoint=checkpoint, start=start)
 
 
 def _loop_settings(settings: ClassifierTraining, schedule: Schedule) -> _LoopSettings:
@@ -150,6 +157,7 @@ def _loop_settings(settings: ClassifierTraining, schedule: Schedule) -> _LoopSet
         optimizer=settings.optimizer,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        accumulation=settings.accumulation,
         decay=settings.cosine,
         checkpoint_every=settings.checkpoint_every,
         drops=tuple(schedule.first[epoch] for epoch in settings.milestones if epoch < len(schedule.first)),

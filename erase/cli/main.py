@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from erase_concept.cli import (
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError, one_line
-from erase_concept.pipelines.processes import main_process
+from erase_concept.pipelines.processes import lost_process, main_process, process_count
 from erase_concept.pipelines.signals import terminable
 
 app = typer.Typer(
@@ -62,8 +63,12 @@ for _name, _command, _epilog, _panel in (
     app.command(_name, epilog=_epilog, rich_help_panel=_panel)(_command)
 
 
+SHARED = ("erase", "eval", "mask", "sample", "train", "unlearn")  # the commands whose work several processes share
+
+
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -72,6 +77,9 @@ def _options(
 
         typer.echo(f"erase-concept {__version__}")
         raise typer.Exit
+    command, count = context.invoked_subcommand, process_count()
+    if count > 1 and command not in (None, *SHARED):
+        raise RequestError("processes", count, f"{command} works in one process; several share {', '.join(SHARED)}")
 
 
 def main() -> None:
@@ -79,6 +87,8 @@ def main() -> None:
 
     A file that cannot be read or written is the request's. Ctrl-C ends with 130, SIGTERM with 143.
     """
+    if process_count() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; see training/shared.py
     try:
         with terminable(), nullcontext() if main_process() else redirect_stdout(io.StringIO()):
             code = app(prog_name="erase-concept", standalone_mode=False)
@@ -101,6 +111,8 @@ def main() -> None:
             _fail(problem, now, 2)
         from erase_concept.errors import out_of_memory
 
+        if process_count() > 1 and lost_process(problem):
+            _fail(problem, "another process of this run has ended; the same command goes on from here", 1)
         if not out_of_memory(problem):
             raise
         advice = "a lower --memory or smaller batches may help, and 'erase --dry-run' tells what to expect"

@@ -27,9 +27,10 @@ def mask(
     recipe = options.read()
     from erase_concept.masks import describe
     from erase_concept.masks.make import compute_mask
+    from erase_concept.pipelines.processes import from_main
 
     made = compute_mask(recipe)
-    made.save(out)
+    from_main(lambda: made.save(out))
     if json_:
         print_json(describe(made))
     else:

@@ -19,13 +19,15 @@ from torch import Tensor
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
-from erase_concept.make_data import check_data, hashes_of_images, make_data_for
+from erase_concept.image_folders import hashes_of_images
+from erase_concept.make_data import check_data, make_data_for
 from erase_concept.masks.choose import MASK_KINDS, choose
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
+from erase_concept.pipelines.processes import from_main, processes
 from erase_concept.pipelines.progress import progress
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import Recipe, in_low_precision, recipe_for
@@ -121,9 +123,11 @@ def cached_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain, base_hash:
     """
     if not needs_mask(recipe):
         return None
-    if not file.exists():
-        make_mask(recipe, model, data, base_hash).save(file)
-    return Mask.load(file)
+    if not from_main(file.exists):
+        made = make_mask(recipe, model, data, base_hash)
+        if processes().is_main_process:
+            made.save(file)
+    return from_main(lambda: Mask.load(file))
 
 
 def mask_key(recipe: Recipe, base_hash: str) -> str:
@@ -190,7 +194,10 @@ def _unet_mask(recipe: Recipe, model: Diffusion, data: ForgetRetain) -> Mask:
 
 
 def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: Tensor) -> dict[str, Tensor]:
-    """Return the saliency of every UNet weight over the forget rows of these numbers, each seen ``passes`` times."""
+    """Return the saliency of every UNet weight over the forget rows of these numbers, each seen ``passes`` times.
+
+    Several processes share the batches, and each returns its share of every weight; see ``accumulate``.
+    """
     settings = recipe.mask
     generator = stage_generator(recipe.seed, "saliency")
     uncond = data.uncond.to(model.device)
@@ -209,6 +216,6 @@ def saliency(recipe: Recipe, model: Diffusion, data: ForgetRetain, among: Tensor
     try:
         batches = settings.passes * math.ceil(len(among) / settings.batch_size)
         seen = progress(losses(), "mask", batches)
-        return accumulate(model.unet, seen, settings.accumulate, offload=settings.offload)
+        return accumulate(model.unet, seen, settings.accumulate, offload=settings.offload, shared=True)
     finally:
         model.unet.disable_gradient_checkpointing()

@@ -9,25 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.data import Batch
+from erase_concept.masks.shares import dealt, exchanged, sizes
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.processes import processes
 
 Accumulate = Literal["signed", "absolute", "squared"]
 
 
 def accumulate(
-    module: nn.Module, losses: Iterable[Callable[[], Tensor]], how: Accumulate = "signed", *, offload: bool = False
+    module: nn.Module,
+    losses: Iterable[Callable[[], Tensor]],
+    how: Accumulate = "signed",
+    *,
+    offload: bool = False,
+    shared: bool = False,
 ) -> dict[str, Tensor]:
     """Return each parameter's saliency over a sequence of losses, one per batch, in fp32.
 
     ``signed`` is the paper's |sum of gradients|, in which batches may cancel; ``absolute`` is the sum of |gradient|,
     ``squared`` that of gradient^2. With ``offload`` the sums are kept in main memory.
+    With ``shared`` several processes share the losses, and each returns its share of every parameter, flattened; see
+    ``shares``. Otherwise each process goes through all of them by itself.
     Each parameter's gradient is added to its sum during the backward pass and dropped, so that the gradients of all
     parameters never exist at once. Weights and ``requires_grad`` flags come out as they went in.
     """
     parameters = dict(module.named_parameters())
     required = {name: p.requires_grad for name, p in parameters.items()}
+    shared = shared and processes().num_processes > 1
+    counted = 1  # processes whose gradients count
     sums = {
-        name: torch.zeros(p.shape, dtype=torch.float32, device="cpu" if offload else p.device)
+        name: torch.zeros(
+            sizes(p.numel())[processes().process_index] if shared else p.shape,
+            dtype=torch.float32,
+            device="cpu" if offload else p.device,
+        )
         for name, p in parameters.items()
     }
 
@@ -36,7 +51,8 @@ def accumulate(
             gradient = parameter.grad
             assert gradient is not None  # autograd calls this after it has set the gradient
             changed = {"absolute": Tensor.abs, "squared": Tensor.square}.get(how)
-            sums[name] += (changed(gradient) if changed else gradient).to(sums[name])
+            for one in exchanged(gradient, counted) if shared else (gradient,):
+                sums[name] += (changed(one) if changed else one).to(sums[name])
             parameter.grad = None
 
         return hook
@@ -46,7 +62,8 @@ def accumulate(
         p.grad = None
     handles = [p.register_post_accumulate_grad_hook(collect(name)) for name, p in parameters.items()]
     try:
-        for loss in losses:
+        for loss, among in dealt(losses) if shared else ((loss, 1) for loss in losses):
+            counted = among
             loss().backward()
     finally:
         for handle in handles:

@@ -40,15 +40,17 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -
 
     ``scores`` are non-negative float tensors by parameter name. Among equal scores the earlier ones win, in the order
     of the mapping and within it of the flattened tensor. In a distributed run each rank holds a consecutive share of
-    the parameters, k is counted over all of them, and ``exchange`` gathers the ranks' counts.
+    every flattened parameter, k is counted over all of them, and ``exchange`` gathers the ranks' counts. The mask is
+    then that of the rank's shares.
 
     Raises ValueError when k is out of range or a score is negative or not a number.
     """
-    total = int(exchange(torch.tensor([sum(s.numel() for s in scores.values())]))[0].sum())
+    sizes, rank = exchange(torch.tensor([sum(s.numel() for s in scores.values())]))
+    total = int(sizes.sum())
     if not 0 <= k <= total:
         raise ValueError(f"k must be between 0 and {total}, not {k}")
-    high, above, _ = _find(scores, k, exchange, lambda bits: bits >> _LOW_BITS, 1 << 15, check=True)
-    low, above, ties = _find(
+    high, above = _find(scores, k, exchange, lambda bits: bits >> _LOW_BITS, 1 << 15, check=True)
+    low, above = _find(
         scores,
         k,
         exchange,
@@ -57,12 +59,13 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -
         already=above,
     )
     threshold = (high << _LOW_BITS) | low
-    all_ties, rank = exchange(torch.tensor([ties]))
-    # Of the weights at the threshold, this many are taken here: what is left once earlier ranks took theirs.
-    wanted = k - above - int(all_ties[:rank].sum())
+    earlier = _earlier_ties(scores, threshold, exchange)[:, rank].tolist() if len(sizes) > 1 else None
+    wanted = k - above  # of the weights at the threshold, the first ones
     packed = {}
-    for name, score in scores.items():
+    for place, (name, score) in enumerate(scores.items()):
         parts = []
+        if earlier is not None:
+            wanted = k - above - earlier[place]
         for bits in _patterns(score):
             chosen, equal = bits > threshold, bits == threshold
             chosen |= equal & (equal.cumsum(0) <= wanted)
@@ -70,6 +73,13 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -
             parts.append(np.packbits(chosen.numpy()))
         packed[name] = torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.uint8))
     return Mask(packed, {name: tuple(score.shape) for name, score in scores.items()})
+
+
+def _earlier_ties(scores: Mapping[str, Tensor], threshold: int, exchange: Exchange) -> Tensor:
+    """Return how many scores at the threshold come before each parameter's share, int64 [parameters, processes]."""
+    own = [sum(int((bits == threshold).sum()) for bits in _patterns(score)) for score in scores.values()]
+    ties = exchange(torch.tensor(own, dtype=torch.int64))[0].T
+    return (ties.flatten().cumsum(0) - ties.flatten()).view(ties.shape)
 
 
 def _patterns(score: Tensor) -> Iterator[Tensor]:
@@ -89,11 +99,8 @@ def _find(
     *,
     already: int = 0,
     check: bool = False,
-) -> tuple[int, int, int]:
-    """Return the digit at which counting from the largest down reaches k, and how many scores lie above it.
-
-    And how many scores of this rank alone have it.
-    """
+) -> tuple[int, int]:
+    """Return the digit at which counting from the largest down reaches k, and how many scores lie above it."""
     counts = torch.zeros(size, dtype=torch.int64)
     infinity = 0x7F800000
     for name, score in scores.items():
@@ -101,18 +108,18 @@ def _find(
             if check and bool(((bits < 0) | (bits > infinity)).any()):
                 raise ValueError(f"scores must be numbers of at least 0, and {name} has others")
             counts += torch.bincount(digit(bits), minlength=size)
-    own, counts = counts, exchange(counts)[0].sum(0)
+    counts = exchange(counts)[0].sum(0)
     reached = already + counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(reached, k)) if k > already else 0
     place = min(place, size - 1)
     value = size - 1 - place
-    return value, int(reached[place]) - int(counts[value]), int(own[value])
+    return value, int(reached[place]) - int(counts[value])
 
 
-def bottom_k(scores: Mapping[str, Tensor], k: int) -> Mask:
-    """Return the mask of exactly k ones over the k smallest scores."""
-    total = sum(score.numel() for score in scores.values())
-    top = top_k(scores, total - k)
+def bottom_k(scores: Mapping[str, Tensor], k: int, *, exchange: Exchange = alone) -> Mask:
+    """Return the mask of exactly k ones over the k smallest scores; ``exchange`` is as in ``top_k``."""
+    total = int(exchange(torch.tensor([sum(score.numel() for score in scores.values())]))[0].sum())
+    top = top_k(scores, total - k, exchange=exchange)
     return Mask((all_ones(top.shapes) - top).bits, top.shapes)
 
 

@@ -19,14 +19,15 @@ from erase_concept.files import atomic_write
 PREVIOUS = ".previous"  # how the name of the checkpoint before the last ends
 
 
-def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Write the tensors after so many steps; the checkpoint of before is kept beside it.
+def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int, processes: int = 1) -> None:
+    """Write the tensors after so many steps of so many processes; the checkpoint of before is kept beside it.
 
     Steps draw from generators of their own, so their number is all that a training needs beside its tensors.
     """
     saved = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(file) as partial:
-        save_file(saved, partial, {"step": str(step), "sha256": _sha256(saved, step)})
+        about = {"step": str(step), "processes": str(processes), "sha256": _sha256(saved, step)}
+        save_file(saved, partial, about)
         if file.exists():
             file.replace(previous(file))
 
@@ -40,6 +41,12 @@ def steps_done(file: Path | None) -> int:
     """Return how many steps the newest sound checkpoint has behind it: none where there is no such file."""
     found = None if file is None else _newest(file)
     return 0 if found is None else found.step
+
+
+def processes_of(file: Path) -> int:
+    """Return how many processes took the steps of the newest sound checkpoint; 1 where there is no such file."""
+    found = _newest(file)
+    return 1 if found is None else found.processes
 
 
 def steps_in(folder: Path) -> int:
@@ -63,27 +70,28 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 class _Checkpoint:
     file: Path
     step: int
+    processes: int
 
 
 def _newest(file: Path) -> _Checkpoint | None:
     for one in (file, previous(file)):
         if one.is_file():
             about = one.stat()
-            if (step := _checked(one, about.st_size, about.st_mtime_ns)) is not None:
-                return _Checkpoint(one, step)
+            if (found := _checked(one, about.st_size, about.st_mtime_ns)) is not None:
+                return found
     return None
 
 
 @lru_cache(maxsize=8)
-def _checked(file: Path, size: int, changed: int) -> int | None:
-    """Return the steps of a checkpoint of this size and time; None, with a warning, where it is damaged."""
+def _checked(file: Path, size: int, changed: int) -> _Checkpoint | None:
+    """Return what a checkpoint of this size and time says of itself; None, with a warning, where it is damaged."""
     try:
         with safe_open(file, "pt") as stored:
             about = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         step = int(about["step"])
         if _sha256(tensors, step) == about["sha256"]:
-            return step
+            return _Checkpoint(file, step, int(about.get("processes", "1")))
         problem = "its checksum is another one"
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         problem = str(error) or type(error).__name__

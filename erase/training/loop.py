@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from erase_concept.errors import EraseError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.processes import from_main, gathered, processes
 from erase_concept.pipelines.signals import finish_first
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.checkpoint import read_checkpoint, save_checkpoint, steps_done
+from erase_concept.training.checkpoint import processes_of, read_checkpoint, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
+from erase_concept.training.shared import LOOK_FOR_UNUSED, LossOf, shared
 
 
 class Trainable(Protocol):
@@ -34,9 +37,6 @@ class Trainable(Protocol):
 
     def part_of(self, weights: Collection[str]) -> str:
         """Return the component that has weights of these names; of none, the one that is trained by default."""
-
-    def with_components(self, **changed: Any) -> Self:
-        """Return the same model with other components in the place of its own."""
 
     def in_training(self, *, recompute: bool) -> AbstractContextManager[None]:
         """Put the model into the state in which it is trained, and back when the context ends."""
@@ -72,7 +72,9 @@ class Training:
     warmup: Annotated[int, described("Steps over which the learning rate rises from zero.", ge=0)] = 0
     decay: Annotated[bool, described("Let the learning rate fall to zero along a cosine.")] = False
     cycles: Annotated[int, described("Times that it falls, each from the top, where it falls.", ge=1)] = 1
-    accumulation: Annotated[int, described("Batches whose gradients are averaged in one step.", ge=1)] = 1
+    accumulation: Annotated[
+        int, described("Batches whose gradients are averaged in one step; several processes share them.", ge=1)
+    ] = 1
     max_grad_norm: Annotated[float | None, described("Clip the gradient to this norm.", gt=0)] = None
     precision: Annotated[Literal["no", "bf16"], described("Precision of the arithmetic of fp32 weights.")] = "no"
     weights: Annotated[
@@ -114,6 +116,10 @@ class Training:
         """Tell whether a checkpoint is written after a step, counted from 1."""
         regular = step == self.steps or step % self.checkpoint_every == 0
         return regular or (interrupted and self.can_resume_after(step))
+
+    def told(self, step: int, batch: int) -> Tensors:
+        """Return what a loss is told of its batch, whose number and its step's count from 0, beside its targets."""
+        return ()
 
     def rule(self) -> Adam | SGD:
         """Return the optimizer's settings."""
@@ -165,23 +171,25 @@ def train(
 
     Without a mask these are all weights of the model's main component, such as the UNet.
 
-    Every step draws from a generator of its own, derived from the seed, the step and the process, so a run that goes
-    on from its checkpoint ends with the same bits as one that was never stopped. The step is taken inside the backward
-    pass; only accumulation, clipping and several processes, which average them, need all gradients at once.
+    Every batch draws from a generator of its own, derived from the seed, the step and its number in the step, so a run
+    that goes on from its checkpoint ends with the same bits as one that was never stopped. Several processes share the
+    batches of a step and average their gradients: the training is that of one process, but for rounding. The step is
+    taken inside the backward pass; only accumulation and clipping need all gradients at once.
 
     ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
     when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. A signal
-    ends the training after the step, with a checkpoint.
+    ends the training after the step, with a checkpoint. Raises RequestError when the processes cannot share a step's
+    batches evenly, or when the checkpoint was made by another number of them.
     """
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", gradient_accumulation_steps=settings.accumulation, mixed_precision="no"
-    )
-    began, first = time.perf_counter(), steps_done(checkpoint)
+    count = processes().num_processes
+    check_shares(settings, count)
+    accelerator = _accelerator(model.device, settings.accumulation // count)
+    began, first = time.perf_counter(), from_main(lambda: _steps_behind(checkpoint, count))
     part = model.part_of(() if mask is None else mask.shapes)
     trained = _trained(model, part, settings)
     targets: dict[tuple[int, int], Tensors] = {}
-    generators = _Generators(seed, accelerator.process_index)
+    generators = _Generators(seed)
     if precompute is not None:
         for step in range(first, settings.steps):
             targets |= _targets(model, precompute, settings, generators, step)
@@ -191,25 +199,63 @@ def train(
         masked.restore(read_checkpoint(checkpoint))
     elif start is not None:
         start(model)
-    steps = _Steps(accelerator, accelerator.prepare(trained), masked, loss, settings, generators, targets)
-    prepared = model.with_components(**{part: steps.trained})
-    try:
-        with model.in_training(recompute=settings.recompute), finish_first() as interrupted:
-            for step in range(first, settings.steps):
-                mean, terms = steps.take(step, prepared, checkpoint)
-                yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
+    batches = shared(accelerator, LossOf(trained, partial(loss, model)), masked)
+    training = model.in_training(recompute=settings.recompute)
+    with _tidied(accelerator, trained), training, batches as loss_of, finish_first() as interrupted:
+        steps = _Steps(accelerator, loss_of, masked, model.device, settings, generators, targets)
+        for step in range(first, settings.steps):
+            mean, terms = steps.take(step, checkpoint)
+            yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
+            # A signal reaches each process at another time: all of them end after the same step.
+            stopping = any(gathered(interrupted())) if count > 1 else interrupted()
+            due = accelerator.is_main_process and settings.checkpoint_due(step + 1, interrupted=stopping)
+            if checkpoint is not None and due:
                 # After the yield, so that a step in the checkpoint is always in the caller's log.
-                due = accelerator.is_main_process and settings.checkpoint_due(step + 1, interrupted=interrupted())
-                if checkpoint is not None and due:
-                    save_checkpoint(checkpoint, masked.state(), step + 1)
-                if interrupted():
-                    break
+                save_checkpoint(checkpoint, masked.state(), step + 1, count)
+            if stopping:
+                break
+
+
+def _accelerator(device: torch.device, batches: int) -> Accelerator:
+    """Return Accelerate's engine for training in fp32 with so many batches of this process in a step."""
+    on_cpu, handlers = device.type == "cpu", [LOOK_FOR_UNUSED]
+    return Accelerator(cpu=on_cpu, gradient_accumulation_steps=batches, mixed_precision="no", kwargs_handlers=handlers)
+
+
+@contextmanager
+def _tidied(accelerator: Accelerator, trained: nn.Module) -> Iterator[None]:
+    """Leave no gradients behind when the context ends."""
+    try:
+        yield
     finally:
         for p in trained.parameters():
             p.requires_grad_(False)
             p.grad = None
-        if model.device.type != "cpu":  # there it would only collect garbage, which takes most of a second
+        if accelerator.device.type != "cpu":  # there it would only collect garbage, which takes most of a second
             accelerator.free_memory()
+
+
+def check_shares(settings: Training, count: int) -> None:
+    """Raise RequestError when so many processes cannot share the batches of a step evenly."""
+    if settings.accumulation % count:
+        rows = settings.batch_size * settings.accumulation
+        example = f", such as {count} with batch_size {max(1, rows // count)} for about the same rows in a step"
+        allowed = f"{count} processes share the batches of a step; allowed: a multiple of {count}{example}"
+        raise RequestError("settings.accumulation", settings.accumulation, allowed)
+
+
+def _steps_behind(checkpoint: Path | None, count: int) -> int:
+    """Return how many steps a checkpoint has behind it; refuse one that another number of processes has made."""
+    steps = steps_done(checkpoint)
+    if steps and checkpoint is not None and (made := processes_of(checkpoint)) != count:
+        allowed = f"the training in {checkpoint} was begun with {made}, and goes on with as many"
+        raise RequestError("processes", count, allowed)
+    return steps
+
+
+def own_batches(settings: Training) -> range:
+    """Return the numbers of this process's batches of a step."""
+    return range(processes().process_index, settings.accumulation, processes().num_processes)
 
 
 @torch.no_grad()
@@ -218,8 +264,8 @@ def _targets(
 ) -> dict[tuple[int, int], Tensors]:
     """Compute the targets of each batch of a step, in main memory."""
     found: dict[tuple[int, int], Tensors] = {}
-    for batch in range(settings.accumulation):
-        with _autocast(model, settings):
+    for batch in own_batches(settings):
+        with _autocast(model.device, settings):
             targets = precompute(model, generators.of(step, batch))
         found[step, batch] = tuple(target.cpu() for target in targets)
     return found
@@ -234,20 +280,20 @@ def _trained(model: Trainable, part: str, settings: Training) -> nn.Module:
     return trained
 
 
-def _autocast(model: Trainable, settings: Training) -> torch.autocast:
+def _autocast(device: torch.device, settings: Training) -> torch.autocast:
     """Return torch's own autocast: Accelerate's is set once for a whole process, and stays in the UNet's forward."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 @dataclass(frozen=True)
 class _Generators:
-    """Makes the generator of each batch of each step, which is this process's own."""
+    """Makes the generator of each batch of each step."""
 
     seed: int
-    process: int
 
     def of(self, step: int, batch: int) -> torch.Generator:
-        return stage_generator(self.seed, "step", step, batch, self.process)
+        # The words must never change, the last one neither: every erased model would have other weights.
+        return stage_generator(self.seed, "step", step, batch, 0)
 
 
 @dataclass(frozen=True)
@@ -255,9 +301,9 @@ class _Steps:
     """Takes the steps of a training."""
 
     accelerator: Accelerator
-    trained: nn.Module
+    loss: nn.Module
     masked: MaskedOptimizer
-    loss: Loss[Any]
+    device: torch.device
     settings: Training
     generators: _Generators
     targets: dict[tuple[int, int], Tensors]
@@ -265,27 +311,28 @@ class _Steps:
     @property
     def in_backward(self) -> bool:
         """Whether a step can be taken inside its backward pass."""
-        alone = self.settings.accumulation == self.accelerator.num_processes == 1
-        return alone and self.settings.max_grad_norm is None
+        return self.settings.accumulation == 1 and self.settings.max_grad_norm is None
 
-    def take(self, step: int, model: Trainable, checkpoint: Path | None) -> tuple[float, dict[str, float]]:
+    def take(self, step: int, checkpoint: Path | None) -> tuple[float, dict[str, float]]:
         """Take a step, and return the loss and its terms."""
         settings, accelerator = self.settings, self.accelerator
         self.masked.lr = settings.lr_at(step)
         mean, terms = 0.0, dict[str, float]()
-        for batch in range(settings.accumulation):
-            with accelerator.accumulate(self.trained):
-                with _autocast(model, settings):
-                    targets = tuple(target.to(model.device) for target in self.targets.pop((step, batch), ()))
-                    value, parts = self.loss(model, self.generators.of(step, batch), targets)
-                mean += accelerator.reduce(value.detach(), "mean").item() / settings.accumulation
+        mine = own_batches(settings)
+        for batch in mine:
+            with accelerator.accumulate(self.loss):
+                with _autocast(self.device, settings):
+                    given = (*settings.told(step, batch), *self.targets.pop((step, batch), ()))
+                    targets = tuple(tensor.to(self.device) for tensor in given)
+                    value, parts = self.loss(self.generators.of(step, batch), targets)
+                mean += accelerator.reduce(value.detach(), "mean").item() / len(mine)
                 if not math.isfinite(mean):
                     kept = checkpoint is not None and checkpoint.exists()
                     advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" * kept)
                     raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
                 with self.masked.in_backward() if self.in_backward else nullcontext():
                     accelerator.backward(value)
-            terms = {k: terms.get(k, 0.0) + v.item() / settings.accumulation for k, v in parts.items()}
+            terms = {k: terms.get(k, 0.0) + v.item() / len(mine) for k, v in parts.items()}
         if not self.in_backward:
             self.masked.step()
         return mean, terms

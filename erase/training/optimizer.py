@@ -38,10 +38,14 @@ class _Salient:
     pieces: tuple[tuple[int, int, int], ...]  # first and last weight, and how many are salient before
     seed: int
 
+    def chosen(self) -> Tensor:
+        """Tell of each weight of the flattened parameter whether it is salient, bool [weights]."""
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
+        return ((self.bits[:, None] >> shifts) & 1).view(-1)[: self.parameter.numel()].bool()
+
     def indices(self) -> Tensor:
         """Return the indices of the salient weights in the flattened parameter, int64 [count]."""
-        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
-        return ((self.bits[:, None] >> shifts) & 1).view(-1)[: self.parameter.numel()].nonzero().view(-1)
+        return self.chosen().nonzero().view(-1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that hold the moments, by name."""

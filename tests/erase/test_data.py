@@ -13,7 +13,8 @@ from PIL import Image
 
 from erase_concept.data import ForgetRetain, draw, draw_evenly
 from erase_concept.errors import RequestError
-from erase_concept.make_data import image_files, make_data
+from erase_concept.image_folders import image_files
+from erase_concept.make_data import make_data
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.catalog import catalog
 from erase_concept.prompts.concept import Concept, combine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,30 +62,36 @@ def test_equals_a_sort_across_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["random", "ties"])
-def test_ranks_that_exchange_counts_find_the_whole_mask(kind: str) -> None:
-    """Two ranks, each with a share of the parameters, run in step and see each other's counts only."""
+@pytest.mark.parametrize("find", [top_k, masks.bottom_k])
+def test_ranks_that_exchange_counts_find_the_whole_mask(kind: str, find: Any) -> None:
+    """Three ranks, each with a share of every parameter, run in step and see each other's counts only."""
     import threading
 
-    scores = some_scores(kind)
-    shares = [{"a": scores["a"]}, {"b": scores["b"], "c": scores["c"]}]
-    barrier, posted, found = threading.Barrier(2), [None, None], [None, None]
+    ranks, scores = 3, some_scores(kind)
+    flattened = {name: score.flatten() for name, score in scores.items()}
+    shares = [{name: score[8 * rank : 8 * rank + 8] for name, score in flattened.items()} for rank in range(ranks - 1)]
+    shares.append({name: score[8 * (ranks - 1) :] for name, score in flattened.items()})
+    barrier, posted, found = threading.Barrier(ranks), [None] * ranks, [None] * ranks
 
     def run(rank: int) -> None:
         def exchange(counts: Tensor) -> tuple[Tensor, int]:
             posted[rank] = counts
             barrier.wait()
-            both = torch.stack(posted)
+            every = torch.stack(posted)
             barrier.wait()
-            return both, rank
+            return every, rank
 
-        found[rank] = top_k(shares[rank], 57, exchange=exchange)
+        found[rank] = find(shares[rank], 57, exchange=exchange)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert torch.equal(torch.cat([flat(mask) for mask in found]), by_sorting(scores, 57))
+    whole = find(scores, 57)
+    assert whole.count == 57
+    for name in scores:
+        assert torch.equal(torch.cat([mask.bits[name] for mask in found]), whole.bits[name]), name
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0])

@@ -1,0 +1,74 @@
+"""Several processes train one model: they average the gradients of the weights that the mask lets change, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import GradBucket
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from erase_concept.training.optimizer import MaskedOptimizer
+
+Value = tuple[Tensor, dict[str, Tensor]]  # a loss, and its terms for the log
+
+
+class LossOf(nn.Module):
+    """A loss as the output of a module, which owns the weights that are trained.
+
+    Distributed training follows the graph from a module's output to find the weights that it does not depend on. A loss
+    of attention maps, say, depends on fewer weights than a prediction does.
+    """
+
+    def __init__(self, trained: nn.Module, loss: Callable[..., Value]) -> None:
+        """Take the module that is trained, and a loss that depends on its weights."""
+        super().__init__()
+        self.trained, self.loss = trained, loss
+
+    def forward(self, *given: Any) -> Value:
+        """Compute the loss. No graph leads to its terms."""
+        value, terms = self.loss(*given)
+        return value, {name: term.detach() for name, term in terms.items()}
+
+
+# An unused weight is found only where it is looked for, and no loss says beforehand whether it has any. Where there is
+# none torch warns, unless TORCH_CPP_LOG_LEVEL is ERROR, to which the command sets it.
+LOOK_FOR_UNUSED = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+
+@contextmanager
+def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> Iterator[nn.Module]:
+    """Let several processes train: what this yields computes the loss, and its backward pass averages the gradients.
+
+    They send each other the gradients of salient weights alone. Those of the others become zero. A single process has
+    nothing to send.
+    """
+    prepared: nn.Module = accelerator.prepare(loss)
+    if not isinstance(prepared, DistributedDataParallel):
+        yield prepared
+        return
+    places = {id(one.parameter): one for one in masked.salient.values()}
+
+    def chosen(bucket: GradBucket) -> Tensor:
+        return torch.cat([places[id(p)].chosen() for p in bucket.parameters()])
+
+    # Without annotations: torch compares them, and these are texts.
+    prepared.register_comm_hook(None, lambda _, bucket: averaged(bucket.buffer(), chosen(bucket)))
+    yield prepared
+
+
+def averaged(gradients: Tensor, chosen: Tensor) -> Future[Tensor]:
+    """Average gradients [n] over the processes, in place, where they are chosen, bool [n]; the others become zero."""
+    sent = gradients[chosen].div_(torch.distributed.get_world_size())
+    work: Any = torch.distributed.all_reduce(sent, async_op=True)
+
+    def put_back(done: Future[list[Tensor]]) -> Tensor:
+        return gradients.zero_().masked_scatter_(chosen, done.value()[0])
+
+    future: Future[Tensor] = work.get_future().then(put_back)
+    return future

@@ -1,0 +1,136 @@
+"""Run the scenarios of the tests of several processes: this file is run by itself, for each rank is a fork of it.
+
+A process that forks before it has any threads pays for the imports once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from erase_concept.classification.recipe import NOTHING, unlearn_recipe
+from erase_concept.classification.run import iter_unlearn
+from erase_concept.errors import EraseError, RequestError
+from erase_concept.masks.make import compute_mask
+from erase_concept.methods import METHODS
+from erase_concept.pipelines.processes import from_main, lost_process, processes
+from erase_concept.recipe import Recipe, make_recipe
+from erase_concept.run import iter_erase
+from erase_concept.training.loop import Record
+
+STEPS = 4
+
+
+def recipe(folder: Path, method: str = "salun", **settings: object) -> Recipe:
+    """A recipe of few steps for the model in a folder, with four batches in a step where the method has batches."""
+    concept = json.loads((folder / "concept.json").read_text())
+    names = METHODS.find(method).settings.__dataclass_fields__
+    small = {"steps": STEPS, "batch_size": 2, "accumulation": 4, "lr": 1e-3, "checkpoint_every": 2, "sampling_steps": 2}
+    small |= {"fisher_rows": 2, "trim_batches": 1, **settings}
+    return make_recipe(
+        {
+            "model": str(folder / "model"),
+            "concept": concept,
+            "method": method,
+            "seed": 3,
+            "data": {"forget": 20, "retain": 36, "steps": 2, "guidance": 2.0},
+            "mask": {"kind": "salient", "batch_size": 8},
+            "settings": {name: value for name, value in small.items() if name in names},
+        }
+    )
+
+
+def spread(ranks: int, work: Callable[[], object]) -> list[int]:
+    """Do some work in so many forks, which find each other, and return how they ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            if ranks > 1:
+                os.environ.update(there, WORLD_SIZE=str(ranks), RANK=str(rank), LOCAL_RANK=str(rank))
+            os._exit(_ended(rank, work))
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _ended(rank: int, work: Callable[[], object]) -> int:
+    """Do a rank's work, say what went wrong, and return the code that the rank ends with."""
+    try:
+        work()
+    except (RequestError, EraseError) as problem:
+        print(f"rank {rank}: {problem}", flush=True)
+        return 2
+    except Exception as problem:
+        if lost_process(problem):
+            print(f"rank {rank}: lost", flush=True)
+            return 1
+        traceback.print_exc()
+        return 3
+    return 0
+
+
+def erased(asked: Recipe, out: Path, *, killed: int = 0, rank: int = 1) -> Callable[[], None]:
+    """Return work that follows a recipe; one rank kills itself after so many steps, where it is told to."""
+
+    def work() -> None:
+        for event in iter_erase(asked, out):
+            step = event.step if isinstance(event, Record) else 0
+            if killed and step == killed and processes().process_index == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return work
+
+
+def masked(asked: Recipe, file: Path) -> Callable[[], None]:
+    """Return work that makes a mask alone, as the command does."""
+
+    def work() -> None:
+        made = compute_mask(asked)
+        from_main(lambda: made.save(file))
+
+    return work
+
+
+def unlearned(folder: Path, out: Path, forget: str = "random:10%", **settings: object) -> Callable[[], None]:
+    """Return work that unlearns some of a classifier's images, or trains it first."""
+    start = "resnet18-cifar[width=2,stride=2]" if forget == NOTHING else str(folder / "classifier")
+    method = "retrain" if forget == NOTHING else "salun"
+    data = {"source": f"folder:{folder / 'images'}", "size": 8}
+    small = {"epochs": 2, "batch_size": 20, "lr": 0.01, "checkpoint_every": 1}
+    asked = unlearn_recipe(start, data, forget, method=method, settings={**small, **settings})
+    return lambda: deque(iter_unlearn(asked, out), maxlen=0) and None
+
+
+def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Yield each scenario's name and how its ranks ended."""
+    asked = recipe(folder)
+    assert asked.concept.forget_prompts  # imports what every fork would import by itself
+    for name, ranks in (("one", 1), ("two", 2), ("four", 4)):
+        yield name, spread(ranks, erased(asked, folder / name))
+    yield "mask", spread(2, masked(asked, folder / "mask.safetensors"))
+    yield "uneven", spread(2, erased(recipe(folder, accumulation=3), folder / "uneven"))
+    yield "killed", spread(2, erased(asked, folder / "killed", killed=3))
+    yield "other", spread(1, erased(asked, folder / "killed"))
+    yield "resumed", spread(2, erased(asked, folder / "killed"))
+    for method in methods:
+        for ranks in (1, 2):
+            yield f"{method}-{ranks}", spread(ranks, erased(recipe(folder, method), folder / f"{method}-{ranks}"))
+    yield "classifier", spread(1, unlearned(folder, folder / "classifier", NOTHING))
+    shares = {"accumulation": 4, "batch_norm": "frozen"}
+    for ranks in (1, 2):
+        yield f"unlearned-{ranks}", spread(ranks, unlearned(folder, folder / f"unlearned-{ranks}", **shares))
+
+
+if __name__ == "__main__":
+    for scenario, ended in scenarios(Path(sys.argv[1]), sys.argv[2:]):
+        print(json.dumps([scenario, ended]), flush=True)
