@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,7 +53,7 @@ def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> I
         return
     places = {id(one.parameter): one for one in masked.salient.values()}
 
-    def chosen(bucket: GradBucket) -> Tensor:
+    def chosen(bucket: Any) -> Tensor:
         return torch.cat([places[id(p)].chosen() for p in bucket.parameters()])
 
     # Without annotations: torch compares them, and these are texts.
