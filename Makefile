@@ -23,7 +23,7 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
 .PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench comparison classification ddpm \
-	train measure clean
+	wire train measure clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -117,6 +117,9 @@ classification: $(VENV)/installed  ## measure what docs/classification.md still 
 
 ddpm: $(VENV)/installed  ## measure what docs/ddpm.md still lacks (resumable; it needs Fashion-MNIST)
 	OMP_NUM_THREADS=1 $(FAST) $(BIN)/python benchmarks/ddpm.py
+
+wire: $(VENV)/installed  ## measure what two processes send each other, for docs/how-to/several-processes.md
+	$(BIN)/python benchmarks/wire.py
 
 train: $(VENV)/installed  ## train the built-in model again (two hours on two cores)
 	$(FAST) $(BIN)/python -m erase_concept.pipelines.emojinette.train --work runs/emojinette

@@ -32,9 +32,11 @@ GPU_BARS = (("sd1", "low", 4.5), ("sdxl", "low", 14.0), ("sdxl", "balanced", 21.
 CUDA = 0.6
 
 
-def predicted(family: str, memory: str, *, size: int | None = None, batch: int = 1, cpu: bool = False) -> float:
+def predicted(
+    family: str, memory: str, *, size: int | None = None, batch: int = 1, accumulation: int = 1, cpu: bool = False
+) -> float:
     """Return the GiB that a step of a preset is predicted to take, without the process's own."""
-    settings = SalUnSettings(batch_size=batch, **MEMORY[memory].get("settings", {}))
+    settings = SalUnSettings(batch_size=batch, accumulation=accumulation, **MEMORY[memory].get("settings", {}))
     found = predict_step(ModelConfigs(FAMILIES.find(family), configs(family)), settings, 0.5, size=size)
     held = HELD_BY_MALLOC * found.bytes["activations"] if cpu and settings.recompute else 0
     return (found.peak + held) / GIB

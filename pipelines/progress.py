@@ -16,7 +16,8 @@ _T = TypeVar("_T")
 def bar() -> Progress:
     """Return a progress bar; of several processes only the main one shows it."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not main_process())
+    alone = main_process()
+    return Progress(*columns, console=Console(stderr=True, quiet=not alone), transient=True, disable=not alone)
 
 
 def progress(items: Iterable[_T], text: str, total: int | None = None) -> Iterator[_T]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from erase_concept.pipelines.processes import main_process
+
 HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -70,7 +72,8 @@ def _received(number: int, _: FrameType | None) -> None:
         signal.raise_signal(number)
         return
     _state.waiting = number
-    print("erase-concept: the step is finished first; once more stops at once", file=sys.stderr)
+    if main_process():
+        print("erase-concept: the step is finished first; once more stops at once", file=sys.stderr)
 
 
 def _restore() -> None:

@@ -117,7 +117,7 @@ def main() -> None:
             raise
         advice = "a lower --memory or smaller batches may help, and 'erase --dry-run' tells what to expect"
         _fail(problem, f"there is too little memory: {advice}", 1)
-    if code in (130, 143):
+    if code in (130, 143) and main_process():
         what = "interrupted" if code == 130 else "terminated"
         print(f"erase-concept: {what}; the same command goes on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -25,7 +25,7 @@ from erase_concept.settings import described, settings
 from erase_concept.training.checkpoint import processes_of, read_checkpoint, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
-from erase_concept.training.shared import LOOK_FOR_UNUSED, LossOf, shared
+from erase_concept.training.shared import IN_PLACE, LossOf, shared
 
 
 class Trainable(Protocol):
@@ -218,7 +218,7 @@ def train(
 
 def _accelerator(device: torch.device, batches: int) -> Accelerator:
     """Return Accelerate's engine for training in fp32 with so many batches of this process in a step."""
-    on_cpu, handlers = device.type == "cpu", [LOOK_FOR_UNUSED]
+    on_cpu, handlers = device.type == "cpu", [IN_PLACE]
     return Accelerator(cpu=on_cpu, gradient_accumulation_steps=batches, mixed_precision="no", kwargs_handlers=handlers)
 
 
