@@ -182,7 +182,7 @@ def _stages(
         times.append(time.perf_counter())
         # Everything is encoded: only the UNet and what is trained are needed until the pipeline is written.
         unused = [one for one in (model.vae, *model.text_encoders.values()) if one is not trained]
-        with offload_to_disk(unused, out / f"offloaded{state.process_index or ''}"):
+        with offload_to_disk(unused, out / "offloaded"):
             if needs_mask(recipe):
                 yield "mask"
             mask = cached_mask(recipe, model, data, about["unet"], out / "mask.safetensors")
@@ -217,8 +217,9 @@ def _stages(
 
 def check(recipe: Recipe) -> Mask | None:
     """Refuse what cannot be followed before anything is written; return the mask of a file, where one is named."""
-    if isinstance(recipe.settings, Training):
-        check_shares(recipe.settings, processes().num_processes)
+    if isinstance(settings := recipe.settings, Training):
+        # So that all have found each other before one of them ends.
+        from_main(lambda: check_shares(settings, processes().num_processes))
     check_data(recipe)
     check_weights(recipe)
     return check_mask(recipe)

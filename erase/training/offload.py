@@ -12,26 +12,38 @@ from safetensors.torch import save_file
 from torch import nn
 
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.processes import from_main, processes
 
 
 @contextmanager
 def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None]:
     """Write the modules' weights to files in the folder, and bring the same weights back when the context ends.
 
-    The folder is removed with its files.
+    The folder is removed with its files. Several processes have the same weights: the main one writes them, and all of
+    them read them.
     """
     places = [(module, next(module.parameters()).device) for module in modules]
-    for i, (module, _) in enumerate(places):
-        with atomic_write(folder / f"{i}.safetensors") as partial:
-            save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
+
+    def write() -> None:
+        for i, module in enumerate(modules):
+            with atomic_write(folder / f"{i}.safetensors") as partial:
+                save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
+
+    from_main(write)
+    for module in modules:
         for p in module.parameters():
             p.data = p.data.new_empty(0)
+    done = False
     try:
         yield
+        done = True
     finally:
         for i, (module, device) in enumerate(places):
             with safe_open(folder / f"{i}.safetensors", "pt") as stored:
                 for name, p in module.named_parameters():
                     # A copy: what safetensors returns is mapped to the file, and the file is removed.
                     p.data = stored.get_tensor(name).clone().to(device)
-        shutil.rmtree(folder)
+        if done:
+            processes().wait_for_everyone()  # after a failure nobody can be waited for
+        if processes().is_main_process:
+            shutil.rmtree(folder)
