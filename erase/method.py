@@ -62,6 +62,8 @@ class Method:
     ``check`` raises RequestError for a recipe that the method cannot follow, before anything is sampled.
     ``bf16_weights`` tells whether the UNet's weights may be bf16 while it learns: where nothing but the masked update,
     which rounds at random, changes them.
+    ``sharded`` tells whether the UNet's weights may be in shards (FSDP2) while it learns: where the method looks at no
+    weight itself, and makes as many passes through the UNet on every process.
     ``memory`` returns for its settings the moments at which it holds most. By default a step makes one pass on the
     forget rows without gradient, and one on forget and retain rows with it. A closed form has none.
     """
@@ -79,6 +81,7 @@ class Method:
     tuned_setting: str = "lr"
     text_encoder: bool = False
     bf16_weights: bool = False
+    sharded: bool = False
     memory: Callable[[Any], tuple[Phase, ...]] = _salun_memory
     check: Callable[[Any], None] = _accept
 

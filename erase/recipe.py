@@ -23,6 +23,8 @@ from erase_concept.prompts.concept import Concept
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.run_folder import base_source, read_run
 from erase_concept.settings import changed_settings, check_settings, described, merge, read_assignments, settings
+from erase_concept.training.loop import Training
+from erase_concept.training.shards import sharding
 
 SALUN = "SalUn, arXiv 2310.12508"
 # What a run's memory presets set.
@@ -238,6 +240,26 @@ def check_weights(recipe: Recipe) -> None:
     state = getattr(recipe.settings, "state", "fp32")
     if getattr(recipe.settings, "optimizer", "") == "sgd" and state != "fp32":
         raise RequestError("settings.state", state, "sgd keeps its momentum in fp32; allowed: fp32")
+
+
+def check_shards(recipe: Recipe) -> None:
+    """Raise RequestError where Accelerate shards the weights and the method, or what it trains, does not go with that.
+
+    An engine that goes with no masked training is refused too.
+    """
+    method = METHODS.find(recipe.method)
+    if isinstance(recipe.settings, Training) and sharding() is not None:
+        if not method.sharded:
+            able = ", ".join(name for name, one in METHODS.all().items() if one.sharded)
+            raise RequestError(
+                "method", recipe.method, f"cannot train on FSDP's shards; use DDP, or one of these: {able}"
+            )
+        if recipe.mask.scope == "text-encoder":
+            raise RequestError("mask.scope", "text-encoder", "is not for FSDP, which shards the UNet; use DDP")
+        if recipe.settings.state == "8bit":
+            raise RequestError(
+                "settings.state", "8bit", "is not for FSDP, whose shards cut its blocks; allowed: fp32, bf16"
+            )
 
 
 def _bf16_goes_with(method: str, scope: str | None) -> bool:

@@ -40,6 +40,7 @@ from erase_concept.pipelines.sample import cut_note
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import (
     Recipe,
+    check_shards,
     check_weights,
     earlier_runs,
     in_low_precision,
@@ -222,6 +223,7 @@ def check(recipe: Recipe) -> Mask | None:
         from_main(lambda: check_shares(settings, processes().num_processes))
     check_data(recipe)
     check_weights(recipe)
+    check_shards(recipe)
     return check_mask(recipe)
 
 

@@ -46,6 +46,7 @@ from erase_concept.run_log import checkpoint_file, logged
 from erase_concept.seed import stage_seed
 from erase_concept.training.checkpoint import steps_done
 from erase_concept.training.loop import Record, TargetProgress
+from erase_concept.training.shards import sharding
 
 RUN_FILE = "unlearn.json"  # another name than that of runs of diffusion models: neither is taken for the other
 
@@ -169,6 +170,8 @@ def iter_unlearn(
 
 def prepare(recipe: UnlearnRecipe, classifier: InPython | None = None) -> tuple[Classifier, ForgetRetainImages]:
     """Return the classifier and the images of a recipe; raises RequestError when it cannot be followed."""
+    if sharding() is not None:
+        raise RequestError("distributed_type", "FSDP", "shards a diffusion model; allowed for a classifier: DDP")
     method, mask = UNLEARNERS.find(recipe.method), given_mask(recipe.mask)
     split = split_data(recipe.data)
     if recipe.forget == NOTHING and method.anew:

@@ -74,6 +74,7 @@ def _memory_noise(settings: ConceptAblationSettings) -> tuple[Phase, ...]:
     memory=_memory,
     check=_check,
     bf16_weights=True,
+    sharded=True,
 )
 def concept_ablation(
     model: Diffusion,
@@ -109,6 +110,7 @@ def concept_ablation(
     memory=_memory_noise,
     check=_check,
     bf16_weights=True,
+    sharded=True,
 )
 def concept_ablation_noise(
     model: Diffusion,

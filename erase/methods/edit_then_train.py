@@ -53,6 +53,7 @@ class EditThenTrainSettings(Training):
     trains="the salient half of the UNet",
     latents=("forget", "anchor", "retain"),
     mask="salient",
+    sharded=True,
 )
 def edit_then_train(
     model: Diffusion,

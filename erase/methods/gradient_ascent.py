@@ -37,6 +37,7 @@ def _memory(settings: GradientAscentSettings) -> tuple[Phase, ...]:
     paper="arXiv 2109.13398",
     memory=_memory,
     bf16_weights=True,
+    sharded=True,
 )
 def gradient_ascent(
     model: Diffusion,

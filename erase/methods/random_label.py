@@ -21,6 +21,7 @@ from erase_concept.training.loop import Record, TargetProgress, train
     paper="arXiv 2310.12508",
     latents=("forget", "anchor", "retain"),
     check=check_remap,
+    sharded=True,
 )
 def random_label(
     model: Diffusion,

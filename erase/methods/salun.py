@@ -59,6 +59,7 @@ def check_remap(recipe: Recipe) -> None:
     mask="salient",
     check=check_remap,
     bf16_weights=True,
+    sharded=True,
 )
 def salun(
     model: Diffusion,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from erase_concept.pipelines.formats.weights import each_tensor
+from erase_concept.training.shards import is_sharded
 
 
 @contextmanager
@@ -27,6 +28,8 @@ def in_bf16(unet: nn.Module, base: Path, device: torch.device) -> Iterator[None]
     finally:
         parameters = dict(unet.named_parameters())
         for name, before in each_tensor(base):
+            if is_sharded(parameters[name]):  # a training that failed has left its shards
+                continue
             p, after = parameters[name], parameters[name].detach().cpu()
             moved = after != before.to(torch.bfloat16)
             p.data = torch.where(moved, after.float(), before.float()).to(place)

@@ -35,8 +35,13 @@ def update(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, num
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any, seed: Any) -> None:
-    """Update weights by Adam, with bfloat16 moments as uint16, rounded at random by a hash of place and seed."""
+def update_bf16(
+    weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any, numbers: Any, seed: Any, before: Any
+) -> None:
+    """Update weights by Adam, with bfloat16 moments as uint16, rounded at random by a hash of place and seed.
+
+    ``before`` salient weights of the parameter are in other processes' shards before these.
+    """
     mean, square = moments
     first, last, place = piece
     where, own, slope = np.empty(_BLOCK + 8, np.int32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
@@ -49,7 +54,7 @@ def update_bf16(weights: Any, gradient: Any, moments: Any, bits: Any, piece: Any
             square_bits[i] = np.uint32(square[place + i]) << np.uint32(16)
         _adam(own, slope, mean_bits.view(np.float32), square_bits.view(np.float32), n, numbers)
         for i in range(n):
-            noise = np.uint32((np.uint32(place + i) ^ seed) * np.uint32(0x9E3779B1))
+            noise = np.uint32((np.uint32(before + place + i) ^ seed) * np.uint32(0x9E3779B1))
             noise = np.uint32((noise ^ (noise >> np.uint32(15))) * np.uint32(0x85EBCA77))
             noise = noise ^ (noise >> np.uint32(13))
             mean[place + i] = (mean_bits[i] + (noise & np.uint32(0xFFFF))) >> np.uint32(16)

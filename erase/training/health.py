@@ -17,8 +17,10 @@ from erase_concept.data import ForgetRetain
 from erase_concept.errors import EraseError
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
+from erase_concept.pipelines.processes import total
 from erase_concept.seed import stage_generator
 from erase_concept.training.loop import Record, TargetProgress, Training
+from erase_concept.training.shards import is_sharded, local
 
 ROWS = 4  # retained rows that are looked at
 _DEAD = 2  # looks at which nothing has changed; one is no proof, for a method may put weights back for a while
@@ -114,6 +116,12 @@ class _Probe:
 
 
 def _sum_of_bits(module: nn.Module) -> int:
-    """Return the sum of all weights' bits, each weight's taken as a whole number: it changes with nearly any change."""
+    """Return the sum of all weights' bits, each weight's taken as a whole number: it changes with nearly any change.
+
+    Where weights are sharded, every process has to call it.
+    """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return sum(int(p.detach().contiguous().view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in module.parameters())
+    parameters = list(module.parameters())
+    own = [local(p.detach()).contiguous() for p in parameters]
+    bits = sum(int(p.view(kinds[p.itemsize]).sum(dtype=torch.int64)) for p in own)
+    return total(bits) if any(is_sharded(p) for p in parameters) else bits

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -25,6 +26,7 @@ from erase_concept.settings import described, settings
 from erase_concept.training.checkpoint import processes_of, read_checkpoint, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
+from erase_concept.training.shards import sharded, sharding
 from erase_concept.training.shared import IN_PLACE, LossOf, shared
 
 
@@ -194,32 +196,38 @@ def train(
         for step in range(first, settings.steps):
             targets |= _targets(model, precompute, settings, generators, step)
             yield TargetProgress(step + 1, settings.steps)
-    masked = MaskedOptimizer(trained, mask, settings.rule())
-    if first and checkpoint is not None:
-        masked.restore(read_checkpoint(checkpoint))
-    elif start is not None:
+    if not first and start is not None:
         start(model)
-    batches = shared(accelerator, LossOf(trained, partial(loss, model)), masked)
-    training = model.in_training(recompute=settings.recompute)
-    with _tidied(accelerator, trained), training, batches as loss_of, finish_first() as interrupted:
+    training, shards = model.in_training(recompute=settings.recompute), sharded(accelerator, trained)
+    with training, shards, _tidied(accelerator, trained), finish_first() as interrupted:
+        masked = MaskedOptimizer(trained, mask, settings.rule())
+        if first and checkpoint is not None:
+            masked.restore(read_checkpoint(checkpoint))
+        loss_of = shared(accelerator, LossOf(trained, partial(loss, model)), masked)
         steps = _Steps(accelerator, loss_of, masked, model.device, settings, generators, targets)
         for step in range(first, settings.steps):
             mean, terms = steps.take(step, checkpoint)
             yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
             # A signal reaches each process at another time: all of them end after the same step.
             stopping = any(gathered(interrupted())) if count > 1 else interrupted()
-            due = accelerator.is_main_process and settings.checkpoint_due(step + 1, interrupted=stopping)
-            if checkpoint is not None and due:
+            if checkpoint is not None and settings.checkpoint_due(step + 1, interrupted=stopping):
                 # After the yield, so that a step in the checkpoint is always in the caller's log.
-                save_checkpoint(checkpoint, masked.state(), step + 1, count)
+                state = masked.state()
+                if accelerator.is_main_process:
+                    save_checkpoint(checkpoint, state, step + 1, count)
             if stopping:
                 break
 
 
 def _accelerator(device: torch.device, batches: int) -> Accelerator:
     """Return Accelerate's engine for training in fp32 with so many batches of this process in a step."""
-    on_cpu, handlers = device.type == "cpu", [IN_PLACE]
-    return Accelerator(cpu=on_cpu, gradient_accumulation_steps=batches, mixed_precision="no", kwargs_handlers=handlers)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        # Of weights in shards no process keeps whole gradients from one batch to the next.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(batches, sync_each_batch=sharding() is not None),
+        kwargs_handlers=[IN_PLACE],
+    )
 
 
 @contextmanager

@@ -9,15 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
 from erase_concept.training.rules import SGD, Adam, AdamNumbers, SGDNumbers, State
+from erase_concept.training.shards import Shards, joined, local, whole
 
 _BLOCK = 256  # salient weights that share a scale in the 8-bit state
 _PIECE = 1 << 20  # weights that one thread updates at a time
@@ -29,19 +33,34 @@ TOGETHER = 128 << 20
 
 @dataclass
 class _Salient:
-    """One parameter's salient weights: which they are, how many, and their moments in order, by name."""
+    """One parameter's salient weights: which they are, how many, and their moments in order, by name.
+
+    Of a sharded parameter these are the ones of this process's shard; ``counts`` says how many there are in each.
+    """
 
     parameter: nn.Parameter
+    shards: Shards
     bits: Tensor
-    count: int
+    counts: tuple[int, ...]
     moments: dict[str, Any]
     pieces: tuple[tuple[int, int, int], ...]  # first and last weight, and how many are salient before
     seed: int
 
+    @property
+    def count(self) -> int:
+        """How many salient weights there are."""
+        return self.counts[self.shards.rank]
+
+    @property
+    def before(self) -> int:
+        """How many there are in the shards before."""
+        return sum(self.counts[: self.shards.rank])
+
     def chosen(self) -> Tensor:
         """Tell of each weight of the flattened parameter whether it is salient, bool [weights]."""
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
-        return ((self.bits[:, None] >> shifts) & 1).view(-1)[: self.parameter.numel()].bool()
+        size = self.shards.last - self.shards.first
+        return ((self.bits[:, None] >> shifts) & 1).view(-1)[:size].bool()
 
     def indices(self) -> Tensor:
         """Return the indices of the salient weights in the flattened parameter, int64 [count]."""
@@ -116,23 +135,16 @@ class MaskedOptimizer:
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"weights must be fp32 or bf16 to be trained, and {key} is {parameter.dtype}")
             packed = np.packbits(np.ones(parameter.numel(), bool)) if mask is None else mask.bits[key].numpy()
-            spare = 0xFF >> (parameter.numel() % 8 or 8)
-            if packed.size and packed[-1] & spare:
-                # Whatever stands behind the last weight must be zero: the compiled update relies on it.
-                packed = np.append(packed[:-1], packed[-1] & ~np.uint8(spare))
-            chosen = np.unpackbits(packed, count=parameter.numel())
-            count = int(chosen.sum(dtype=np.int64))
-            parameter.requires_grad_(count > 0)
-            if count:
-                pieces, seed = _pieces(chosen), zlib.crc32(key.encode())
-                bits = torch.from_numpy(packed).to(parameter.device)
-                moments = {
-                    name: _zeros(count, rule.state, parameter.device, signed=signed)
-                    for name, signed in rule.moments.items()
-                }
-                self.salient[key] = _Salient(parameter, bits, count, moments, pieces, seed)
+            parameter.requires_grad_(bool(packed.any()))
+            if parameter.requires_grad:
+                self.salient[key] = _salient(parameter, packed, rule, zlib.crc32(key.encode()))
         if not self.salient:
             raise ValueError("the mask allows no weight to change")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a shard of every parameter."""
+        return any(len(one.counts) > 1 for one in self.salient.values())
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
@@ -171,6 +183,8 @@ class MaskedOptimizer:
         if self.rule.max_grad_norm is not None:
             parts = [_flat(one)[1][one.indices()].float() for one in ready]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+            if self.sharded:
+                norm = reduce(norm.square(), "sum").sqrt()
             scale = min(1.0, self.rule.max_grad_norm / (float(norm) + 1e-6))
         self._update(ready, scale)
 
@@ -196,14 +210,19 @@ class MaskedOptimizer:
     def state(self) -> dict[str, Tensor]:
         """Return the weights, the salient ones' moments and the module's buffers, such as BatchNorm's statistics.
 
-        They are named tensors for a checkpoint, and none is a copy.
+        They are named tensors for a checkpoint, and none is a copy. Shards are joined, so that they are those of a
+        single process: then every process has to call this, and only the main one gets them, in main memory.
         """
         tensors = {"step": torch.tensor(self.count)}
         tensors |= {f"buffers.{name}": buffer for name, buffer in self.buffers.items()}
-        for key, one in self.salient.items():
-            tensors[f"weights.{key}"] = one.parameter.detach()
-            tensors |= {f"{part}.{key}": tensor for part, tensor in one.tensors().items()}
-        return tensors
+        if not self.sharded:
+            return tensors | {name: tensor for one in self.salient.items() for name, tensor in _named(*one)}
+        main = PartialState().is_main_process
+        for one in self.salient.items():
+            for name, tensor in _named(*one):
+                if main:
+                    tensors[name] = tensor.cpu()
+        return tensors if main else {}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -212,13 +231,43 @@ class MaskedOptimizer:
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffers.{name}"])
         for key, one in self.salient.items():
-            one.parameter.copy_(tensors[f"weights.{key}"])
+            first, last = one.shards.first, one.shards.last
+            local(one.parameter).view(-1).copy_(tensors[f"weights.{key}"].view(-1)[first:last])
             for part, tensor in one.tensors().items():
-                tensor.copy_(tensors[f"{part}.{key}"])
+                tensor.copy_(tensors[f"{part}.{key}"][one.before : one.before + one.count])
+
+
+def _named(key: str, one: _Salient) -> Iterator[tuple[str, Tensor]]:
+    """Yield a parameter's tensors for a checkpoint by name, one at a time; shards are joined."""
+    yield f"weights.{key}", whole(one.parameter)
+    for part, tensor in one.tensors().items():
+        yield f"{part}.{key}", joined(tensor, one.counts)
+
+
+def _salient(parameter: nn.Parameter, packed: np.ndarray, rule: Adam | SGD, seed: int) -> _Salient:
+    """Begin with a parameter's salient weights, given as the mask's bits."""
+    shards = Shards.of(parameter)
+    if len(shards.bounds) > 2 and rule.state == "8bit":
+        raise RequestError(
+            "settings.state", "8bit", "is not for FSDP, whose shards cut its blocks; allowed: fp32, bf16"
+        )
+    chosen = np.unpackbits(packed, count=parameter.numel())
+    counts = tuple(int(chosen[a:b].sum(dtype=np.int64)) for a, b in pairwise(shards.bounds))
+    if len(counts) > 1:
+        chosen = chosen[shards.first : shards.last]
+        packed = np.packbits(chosen)
+    elif packed[-1] & (spare := 0xFF >> (len(chosen) % 8 or 8)):
+        # Whatever stands behind the last weight must be zero: the compiled update relies on it.
+        packed = np.append(packed[:-1], packed[-1] & ~np.uint8(spare))
+    count, device = counts[shards.rank], parameter.device
+    moments = {name: _zeros(count, rule.state, device, signed=signed) for name, signed in rule.moments.items()}
+    return _Salient(parameter, shards, torch.from_numpy(packed).to(device), counts, moments, _pieces(chosen), seed)
 
 
 def _pieces(salient: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     """Cut a parameter in pieces: first and last weight of each, and how many weights are salient before it."""
+    if not salient.any():
+        return ()
     cuts = np.append(np.arange(0, len(salient), _PIECE), len(salient))
     before = np.cumsum([0, *np.add.reduceat(salient, cuts[:-1], dtype=np.int64)])
     return tuple(zip(cuts[:-1].tolist(), cuts[1:].tolist(), before[:-1].tolist(), strict=True))
@@ -241,10 +290,12 @@ def _update_plainly(one: _Salient, numbers: AdamNumbers | SGDNumbers, seed: int)
     moments = [moment.float() for moment in one.moments.values()]  # in fp32 they are the moments themselves
     changed = _adam(w, g, moments, numbers) if isinstance(numbers, AdamNumbers) else _sgd(w, g, moments, numbers)
     if weights.dtype == torch.bfloat16:
-        changed = _rounded(changed, _noise(indices.to(torch.int32), seed ^ _OF_WEIGHTS) & 0xFFFF)
+        places = (indices + one.shards.first).to(torch.int32)
+        changed = _rounded(changed, _noise(places, seed ^ _OF_WEIGHTS) & 0xFFFF)
     weights.index_copy_(0, indices, changed)
     narrow = [isinstance(moment, Tensor) and moment.dtype == torch.bfloat16 for moment in one.moments.values()]
-    noise = _noise(torch.arange(one.count, dtype=torch.int32, device=weights.device), seed) if any(narrow) else None
+    places = torch.arange(one.before, one.before + one.count, dtype=torch.int32, device=weights.device)
+    noise = _noise(places, seed) if any(narrow) else None
     for place, (moment, value) in enumerate(zip(one.moments.values(), moments, strict=True)):
         if noise is not None:
             moment.copy_(_rounded(value, noise >> 16 * place & 0xFFFF))
@@ -306,10 +357,10 @@ def _compiled(
     if isinstance(numbers, SGDNumbers):
         function = compiled.update_sgd
     given = tuple(_array(moment) for moment in moments)
-    more = (np.uint32(seed),) if narrow else ()
+    more = (np.uint32(seed), one.before) if narrow else ()
     weights, gradient = map(_array, _flat(one))
     if one.parameter.dtype == torch.bfloat16:
-        function = partial(_in_fp32, function, np.uint32(seed ^ _OF_WEIGHTS))
+        function = partial(_in_fp32, function, np.uint32(seed ^ _OF_WEIGHTS), one.shards.first)
     return [partial(function, weights, gradient, given, one.bits.numpy(), piece, plain, *more) for piece in one.pieces]
 
 
@@ -318,22 +369,23 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _in_fp32(
-    function: Any, seed: np.uint32, weights: np.ndarray, gradient: np.ndarray, given: Any, bits: np.ndarray, *rest: Any
-) -> None:
-    """Update a piece of bf16 weights in fp32, and round at random. What did not move is exact and stays as it is."""
+def _in_fp32(function: Any, seed: np.uint32, begins: int, *arguments: Any) -> None:
+    """Update a piece of bf16 weights in fp32, and round at random. What did not move is exact and stays as it is.
+
+    ``begins`` is the place of the first weight in the whole parameter.
+    """
     from erase_concept.training import compiled
 
-    (first, last, place), *more = rest
+    weights, gradient, given, bits, (first, last, place), *more = arguments
     wide, slope = (np.empty(last - first, np.float32) for _ in range(2))
     compiled.widen(weights[first:last], wide)
     compiled.widen(gradient[first:last], slope)
     function(wide, slope, given, bits[first >> 3 :], (0, last - first, place), *more)
-    compiled.round_at_random(wide, weights[first:last], first, seed)
+    compiled.round_at_random(wide, weights[first:last], begins + first, seed)
 
 
 def _flat(one: _Salient) -> tuple[Tensor, Tensor]:
-    """Return a parameter and its gradient, flattened."""
+    """Return a parameter and its gradient, flattened; of a sharded one this process's shard."""
     gradient = one.parameter.grad
     assert gradient is not None  # only parameters that have one are updated
-    return one.parameter.detach().view(-1), gradient.reshape(-1)
+    return local(one.parameter.detach()).view(-1), local(gradient).reshape(-1)

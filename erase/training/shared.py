@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,17 +40,15 @@ class LossOf(nn.Module):
 IN_PLACE = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
-@contextmanager
-def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> Iterator[nn.Module]:
-    """Let several processes train: what this yields computes the loss, and its backward pass averages the gradients.
+def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> nn.Module:
+    """Let several processes train: return what computes the loss and averages the gradients in its backward pass.
 
     They send each other the gradients of salient weights alone. Those of the others become zero. A single process has
-    nothing to send.
+    nothing to send, and of weights in shards FSDP sends the gradients itself.
     """
-    prepared: nn.Module = accelerator.prepare(loss)
+    prepared: nn.Module = loss if masked.sharded else accelerator.prepare(loss)
     if not isinstance(prepared, DistributedDataParallel):
-        yield prepared
-        return
+        return prepared
     places = {id(one.parameter): one for one in masked.salient.values()}
 
     def chosen(bucket: Any) -> Tensor:
@@ -59,7 +56,7 @@ def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> I
 
     # Without annotations: torch compares them, and these are texts.
     prepared.register_comm_hook(None, lambda _, bucket: averaged(bucket.buffer(), chosen(bucket)))
-    yield prepared
+    return prepared
 
 
 def averaged(gradients: Tensor, chosen: Tensor) -> Future[Tensor]:

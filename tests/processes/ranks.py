@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,6 +15,8 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from fsdp import same_module, same_steps, under_fsdp
 
 from erase_concept.classification.recipe import NOTHING, unlearn_recipe
 from erase_concept.classification.run import iter_unlearn
@@ -23,6 +26,7 @@ from erase_concept.methods import METHODS
 from erase_concept.pipelines.processes import from_main, lost_process, processes
 from erase_concept.recipe import Recipe, make_recipe
 from erase_concept.run import iter_erase
+from erase_concept.training.checkpoint import previous
 from erase_concept.training.loop import Record
 
 STEPS = 4
@@ -111,6 +115,19 @@ def unlearned(folder: Path, out: Path, forget: str = "random:10%", **settings: o
     return lambda: deque(iter_unlearn(asked, out), maxlen=0) and None
 
 
+def in_shards(folder: Path, asked: Recipe) -> Iterator[tuple[str, list[int]]]:
+    """Yield the scenarios of FSDP2: all parts by themselves, a run, and its second half once more, with and without."""
+    yield "same-steps", spread(2, same_steps)
+    yield "same-module", spread(2, under_fsdp(lambda: same_module(folder / "model")))
+    yield "fsdp", spread(2, under_fsdp(erased(asked, folder / "fsdp")))
+    for name in ("fsdp-half", "ddp-half"):
+        shutil.copytree(folder / "fsdp", folder / name, ignore=shutil.ignore_patterns("run.json", "pipeline"))
+        last = folder / name / "checkpoints" / "last.safetensors"
+        previous(last).replace(last)
+    yield "fsdp-half", spread(2, under_fsdp(erased(asked, folder / "fsdp-half")))
+    yield "ddp-half", spread(2, erased(asked, folder / "ddp-half"))
+
+
 def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
     """Yield each scenario's name and how its ranks ended."""
     asked = recipe(folder)
@@ -122,6 +139,7 @@ def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[
     yield "killed", spread(2, erased(asked, folder / "killed", killed=3))
     yield "other", spread(1, erased(asked, folder / "killed"))
     yield "resumed", spread(2, erased(asked, folder / "killed"))
+    yield from in_shards(folder, asked)
     for method in methods:
         for ranks in (1, 2):
             yield f"{method}-{ranks}", spread(ranks, erased(recipe(folder, method), folder / f"{method}-{ranks}"))

@@ -109,6 +109,37 @@ def test_batches_that_cannot_be_shared_are_refused(ran: tuple[Path, dict[str, An
     assert not (folder / "uneven").exists()
 
 
+def test_weights_in_shards_are_updated_to_the_same_bits(ran: tuple[Path, dict[str, Any]]) -> None:
+    _, ended = ran
+    assert ended["same-steps"] == [0, 0], ended["stderr"]
+    assert ended["same-module"] == [0, 0], ended["stderr"]
+
+
+def test_training_in_shards_is_the_same_but_for_rounding(ran: tuple[Path, dict[str, Any]]) -> None:
+    folder, ended = ran
+    assert ended["fsdp"] == [0, 0], ended["stderr"]
+    files = [folder / run / "pipeline" / UNET for run in ("two", "fsdp")]
+    assert difference(*files, folder / "model" / UNET) < TOLERANCE
+    about = json.loads((folder / "fsdp" / "run.json").read_text())
+    assert about["checks"]["changed_outside_mask"] == 0
+    kept = [load_file(folder / run / "checkpoints" / "last.safetensors") for run in ("two", "fsdp")]
+    layouts = [{name: (tensor.shape, tensor.dtype) for name, tensor in one.items()} for one in kept]
+    assert layouts[0] == layouts[1]
+
+
+def test_a_checkpoint_of_shards_goes_on_in_shards_to_the_same_bits_and_without_them(
+    ran: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, ended = ran
+    assert ended["fsdp-half"] == ended["ddp-half"] == [0, 0], ended["stderr"]
+    steps = [json.loads(line)["step"] for line in (folder / "ddp-half" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    whole, half, without = (folder / run / "pipeline" / UNET for run in ("fsdp", "fsdp-half", "ddp-half"))
+    one, other = load_file(whole), load_file(half)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert difference(whole, without, folder / "model" / UNET) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_special_losses_are_shared(ran: tuple[Path, dict[str, Any]], method: str) -> None:
     folder, ended = ran
