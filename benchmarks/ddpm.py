@@ -287,6 +287,7 @@ def main() -> None:
     args: Any = parser.parse_args()
     plan = Plan(args.data, args.work)
     every = [(method, concept, seed) for seed in SEEDS for concept in LABELS for method in METHODS]
+    every.sort(key=lambda one: one[0] not in (RETRAIN, "salun"))  # first what is compared with the published figures
     if not args.tables_only:
         args.work.mkdir(parents=True, exist_ok=True)
         asked = [one for one in every if one[1] in args.concepts]
