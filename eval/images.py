@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,10 +217,10 @@ def _in_common(erased: ImageSet, base: ImageSet) -> tuple[ImageSet, ImageSet]:
     """Return the images of the prompts that both have; notes say how many have no counterpart."""
     if erased.rows == base.rows:
         return erased, base
-    places: dict[PromptRow, list[int]] = defaultdict(list)
+    places: dict[PromptRow, deque[int]] = defaultdict(deque)
     for place, row in enumerate(base.rows):
         places[row].append(place)
-    pairs = [(place, places[row].pop(0)) for place, row in enumerate(erased.rows) if places[row]]
+    pairs = [(place, places[row].popleft()) for place, row in enumerate(erased.rows) if places[row]]
     if not pairs:
         raise RequestError("baseline", folder_of(base), f"no prompt and seed of it is one of {folder_of(erased)}")
     both = []

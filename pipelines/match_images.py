@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +89,13 @@ def _listed(folder: Path, setting: str) -> tuple[list[Path], list[str]]:
 
 def _match_manifest(made: ImageSet, prompts: PromptSet) -> _Matches:
     """Match images by the rows of their manifest."""
-    places_of: dict[tuple[object, ...], list[int]] = {}
+    places_of: dict[tuple[object, ...], deque[int]] = {}  # in order, for a set may ask for one image several times
     for place, row in enumerate(prompts.rows):
-        places_of.setdefault(_identity(row), []).append(place)
+        places_of.setdefault(_identity(row), deque()).append(place)
     pairs, strangers = [], []
     for file, row in zip(made.files, made.rows, strict=True):
         if places := places_of.get(_identity(row)):
-            pairs.append((places.pop(0), file))
+            pairs.append((places.popleft(), file))
         else:
             strangers.append(file.name)
     return _Matches(sorted(pairs), strangers, "manifest")

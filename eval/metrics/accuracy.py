@@ -85,11 +85,10 @@ def confusion(asked: Sequence[str], shown: Shown) -> dict[str, dict[str, int]]:
     ask for none, show none, or were not judged. Pairs that never occurred are left out, so all counts add up to the
     images.
     """
-    pairs = list(zip(asked, shown, strict=True))
-    return {
-        label: dict(Counter(_first(labels) for other, labels in pairs if other == label).most_common())
-        for label in dict.fromkeys(asked)
-    }
+    counts: dict[str, Counter[str]] = {}
+    for label, labels in zip(asked, shown, strict=True):
+        counts.setdefault(label, Counter())[_first(labels)] += 1
+    return {label: dict(found.most_common()) for label, found in counts.items()}
 
 
 def share(metric: str, target: str, hits: Sequence[bool | None], protocol: str) -> Score:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,14 +66,21 @@ def expected_maximum(shares: NDArray[np.floating], draws: int = DRAWS) -> tuple[
     """
     if not 1 <= draws <= len(shares):
         raise ValueError(f"cannot draw {draws} of {len(shares)} prompts")
-    n = len(shares)
+    chances = _chances(len(shares), draws)
+    ordered = np.sort(np.asarray(shares, float))
+    mean = float(chances @ ordered)
+    return mean, math.sqrt(max(float(chances @ (ordered - mean) ** 2), 0.0))
+
+
+@lru_cache(maxsize=4)  # a bootstrap asks for the same ones a thousand times
+def _chances(n: int, draws: int) -> NDArray[np.float64]:
+    """Return the probability [n] of each of n ascending shares to be the largest of those that are drawn."""
     chances = np.zeros(n)
     chances[-1] = draws / n
     for i in range(n - 1, draws - 1, -1):  # C(i - 1, d - 1) / C(i, d - 1) = (i - d + 1) / i
         chances[i - 1] = chances[i] * (i - draws + 1) / i
-    ordered = np.sort(np.asarray(shares, float))
-    mean = float(chances @ ordered)
-    return mean, math.sqrt(max(float(chances @ (ordered - mean) ** 2), 0.0))
+    chances.setflags(write=False)
+    return chances
 
 
 def maximum(metric: str, target: str, flags: Flags, prompts: Sequence[str], protocol: str, draws: int = DRAWS) -> Score:

@@ -225,7 +225,7 @@ def _mean_interval(column: NDArray[np.int64], each: float) -> Interval:
     if hits < FEW:
         low, high = wilson(hits, n)
         return low * each, high * each
-    generator = np.random.default_rng(SEED)
+    generator, column = np.random.default_rng(SEED), np.ascontiguousarray(column)
     return bootstrap(lambda places: float(column[places].mean()), n, generator, resamples=RESAMPLES)
 
 
