@@ -234,13 +234,14 @@ def read_json(file: Path, *, half_characters: bool = False) -> Any:
     return parse_json(read_text(file), half_characters=half_characters)
 
 
-def parse_json(text: str, *, half_characters: bool = False) -> Any:
+def parse_json(text: str, *, half_characters: bool = False, most: int = _MOST_VALUES) -> Any:
     """Return the value of a JSON text. It may have no key twice and no number that is not finite.
 
-    ``half_characters`` allows halves of surrogate pairs, which no file in UTF-8 can hold but as escapes.
+    ``half_characters`` allows halves of surrogate pairs, which no file in UTF-8 can hold but as escapes. ``most`` is
+    how many values it may have.
     """
-    if text.count("{") + text.count("[") + text.count(",") > _MOST_VALUES:
-        raise ValueError(f"not JSON of at most {_MOST_VALUES:,} values")
+    if text.count("{") + text.count("[") + text.count(",") > most:
+        raise ValueError(f"not JSON of at most {most:,} values")
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:

@@ -17,6 +17,7 @@ from erase_concept.errors import RequestError
 from erase_concept.files import LOCK, PARTIAL, atomic_write, file_sha256, is_there, read_json
 
 RUN_FILE = "run.json"  # of a run that erases from a diffusion model
+UNLEARN_FILE = "unlearn.json"  # of a classifier's run: neither is taken for the other
 
 
 class _Base(TypedDict):
@@ -40,6 +41,34 @@ class _RunInfo(TypedDict):
     concept: NotRequired[str]
     mask: NotRequired[dict[str, Any] | None]
     earlier: NotRequired[list[_Earlier]]
+
+
+class _Images(TypedDict):
+    forget: int
+    retain: int
+
+
+class _FirstClassifier(TypedDict):
+    source: str
+    architecture: str
+    sha256: str
+
+
+class _UnlearnInfo(TypedDict):
+    """What those who read ``unlearn.json`` rely on."""
+
+    method: str
+    forget: str
+    images: _Images
+    seed: int
+    base: _FirstClassifier
+    unlearned: dict[str, str]
+    seconds: dict[str, float]
+    resumed_at_step: int
+    files: dict[str, str]
+
+
+_RECORDS: dict[str, TypeAdapter[Any]] = {RUN_FILE: TypeAdapter(_RunInfo), UNLEARN_FILE: TypeAdapter(_UnlearnInfo)}
 
 
 def complete(folder: Path, file: str = RUN_FILE) -> bool:
@@ -80,8 +109,7 @@ def read_run(folder: str | os.PathLike[str], file: str = RUN_FILE) -> dict[str, 
         raise RequestError("run", os.fspath(folder), f"holds no complete run (no {file})")
     try:
         run_info = read_json(Path(folder) / file)
-        if file == RUN_FILE:
-            TypeAdapter(_RunInfo).validate_python(run_info)
+        _RECORDS[file].validate_python(run_info)
     except ValidationError as problem:
         where = ".".join(map(str, problem.errors()[0]["loc"]))
         raise RequestError("run", os.fspath(folder), f"{file} is damaged: {where} is missing or wrong") from None

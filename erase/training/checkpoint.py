@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from erase_concept.errors import one_line
 from erase_concept.files import atomic_write
 
 PREVIOUS = ".previous"  # how the name of the checkpoint before the last ends
@@ -94,7 +95,7 @@ def _checked(file: Path, size: int, changed: int) -> _Checkpoint | None:
             return _Checkpoint(file, step, int(about.get("processes", "1")))
         problem = "its checksum is another one"
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        problem = str(error) or type(error).__name__
+        problem = one_line(str(error)) or type(error).__name__  # it may quote the file
     logging.getLogger("erase_concept").warning("erase-concept: %s is damaged and not used: %s", file, problem)
     return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from erase_concept.classification.data import Split, split_data
+from erase_concept.classification.forget import forget_rows
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.run import UnlearnRun
 from erase_concept.errors import RequestError
@@ -71,16 +72,16 @@ def evaluate_classifier(
         raise RequestError("shadow_models", shadow_models, "needs retrain: shadow models are trained as it was")
     ours = run if isinstance(run, UnlearnRun) else UnlearnRun(Path(run))
     split = split_data(ours.recipe.data)
-    forgotten = ours.forgotten
-    if not len(forgotten):
+    if not ours.run_info["images"]["forget"]:
         raise RequestError("run", ours.path, "has forgotten nothing: it is an original")
+    forgotten = _forgotten(ours, split)
     model, target = ours.classifier(split, module), ours.recipe.forget
     scores, gap = measure(model, split, forgotten, target), None
     if retrain is not None:
         theirs = retrain if isinstance(retrain, UnlearnRun) else UnlearnRun(Path(retrain))
         if not UNLEARNERS.find(theirs.recipe.method).anew:
             raise RequestError("retrain", theirs.path, f"is a run of {theirs.recipe.method}, not of retrain")
-        if theirs.recipe.data != ours.recipe.data or not torch.equal(theirs.forgotten, forgotten):
+        if theirs.recipe.data != ours.recipe.data or not torch.equal(_forgotten(theirs, split), forgotten):
             raise RequestError("retrain", theirs.path, "has other images, or has forgotten others")
         base_model = theirs.classifier(split, module)
         measured = measure(base_model, split, forgotten, target)
@@ -105,6 +106,11 @@ def evaluate_classifier(
         resumed,
         gap,
     )
+
+
+def _forgotten(run: UnlearnRun, split: Split) -> Tensor:
+    """Return the numbers of the images that a run forgot; raises RequestError where they are not the split's."""
+    return forget_rows(f"indices:{run.path / 'forget.txt'}", split, 0)
 
 
 def measure(model: Classifier, split: Split, forgotten: Tensor, target: str) -> list[Score]:

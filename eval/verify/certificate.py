@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from erase_concept.eval.report.html import render
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.findings import Findings
 from erase_concept.eval.verify.signature import check_envelope
-from erase_concept.files import atomic_write, file_sha256, relative
-from erase_concept.pipelines.image_set import is_intact, read_manifest
+from erase_concept.files import atomic_write, file_sha256, is_there, read_json, relative
+from erase_concept.pipelines.image_set import MANIFEST, is_intact, read_manifest
 from erase_concept.run_folder import versions
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -77,10 +78,10 @@ def _described(files: Iterable[Path], home: Path) -> Iterator[dict[str, Any]]:
 def write_certificate(content: Mapping[str, Any], where: Certificate) -> None:
     """Write a statement and its page."""
     text = json.dumps(content, indent=1, ensure_ascii=True) + "\n"
-    with atomic_write(where.page) as partial:
-        partial.write_bytes(page(json.loads(text)))
-    with atomic_write(where.file) as partial:  # last: it says that the page is there
-        partial.write_text(text, encoding="utf-8")
+    with atomic_write(where.page) as file:
+        file.write_bytes(page(json.loads(text)))
+    with atomic_write(where.file) as file:  # last: it says that the page is there
+        file.write_text(text, encoding="utf-8")
 
 
 def page(content: Mapping[str, Any]) -> bytes:
@@ -91,13 +92,13 @@ def page(content: Mapping[str, Any]) -> bytes:
 def read_certificate(file: Path) -> dict[str, Any]:
     """Read a statement; raises RequestError for a file that holds none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         kinds = content["_type"], content["predicateType"]
         described = [*content["subject"], *content["predicate"]["evidence"]]
         for one in described:
             if not isinstance(one["name"], str) or not isinstance(one["digest"]["sha256"], str):
                 raise TypeError("a file without a name or a digest")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
+    except (ValueError, KeyError, TypeError) as problem:
         raise RequestError("model", file, f"is no certificate that can be read: {problem}") from None
     if kinds != (STATEMENT, PREDICATE):
         raise RequestError("model", file, f"is a statement of another kind: {' '.join(map(str, kinds))}")
@@ -115,16 +116,17 @@ def check_certificate(where: Certificate, public: Any | None, *, whole: bool) ->
     checks = [*_signature(where, public)]
     subjects, evidence = content["subject"], content["predicate"]["evidence"]
     wrong, absent, there = [], 0, 0
-    for one in (*subjects, *evidence):
+    hashed, images = cache(file_sha256), cache(partial(_images, home=where.home))  # a file may be named several times
+    for place, one in enumerate((*subjects, *evidence)):
         file = _find(where.home, one["name"])
         if file is None:
             absent += 1
             wrong += [failed(f"files of {name}", one["name"], f"is missing, and {name} names it")] if whole else []
-        elif file_sha256(file) != one["digest"]["sha256"]:
+        elif hashed(file) != one["digest"]["sha256"]:
             wrong.append(failed(f"files of {name}", one["name"], f"was changed since {name} was written"))
         else:
-            there += one in subjects
-            wrong += _images(file, where.home) if file.name == "manifest.jsonl" else []
+            there += place < len(subjects)
+            wrong += images(file) if file.name == MANIFEST else []
     if not wrong and not there:
         wrong = [failed(f"files of {name}", subjects[0]["name"] if subjects else name, "is not here, nor any other")]
     total = len(subjects) + len(evidence)
@@ -135,7 +137,7 @@ def check_certificate(where: Certificate, public: Any | None, *, whole: bool) ->
 
 def _find(home: Path, name: str) -> Path | None:
     """Return a certified file: by its path from the certificate's folder, or else in it."""
-    return next((file for file in (home / name, home / Path(name).name) if file.is_file()), None)
+    return next((file for file in (home / name, home / Path(name).name) if is_there(file) and file.is_file()), None)
 
 
 def _images(manifest: Path, home: Path) -> list[Check]:

@@ -88,13 +88,15 @@ def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck)
         elsewhere = Check(f"numbers of {name}", None, "its images were made elsewhere")
         return CheckedReport(name, report, (elsewhere,), 0, present)
     images = {who: read_images(folder / "samples" / who) for who in sides}
+    file = relative(folder / JUDGEMENTS, home)
     try:
         judged = read_judgements(folder, images)
     except RequestError as problem:
-        file = relative(folder / JUDGEMENTS, home)
         return CheckedReport(name, report, (failed(file, file, problem.allowed),), 0, present)
     plan = _plan(report, images["erased"], folder, measured)
-    again, rejudged = _judged_anew(plan, judged, recheck, relative(folder / JUDGEMENTS, home))
+    if strange := _strange(plan, judged):
+        return CheckedReport(name, report, (failed(file, file, strange),), 0, present)
+    again, rejudged = _judged_anew(plan, judged, recheck, file)
     checks = [_counted(report, plan, judged, folder, home), *_pages(report, folder, home), again]
     return CheckedReport(name, report, tuple(checks), rejudged, present)
 
@@ -151,6 +153,17 @@ def _plan(report: Report, erased: ImageSet, folder: Path, measured: Measured) ->
         if there != judge.weights:
             raise RequestError("judge", name, f"has other weights here ({judge.weights[:12]}) than then ({there[:12]})")
     return plan
+
+
+def _strange(plan: EvalPlan, judged: Judged) -> str:
+    """Say which judge of the plan has said nothing, or something of other labels; "" for none."""
+    for name, judge in plan.prepared.judges.items():
+        for who, side in judged.sides.items():
+            if name not in side.judgements:
+                return f"{name} has not judged the {who} images"
+            if side.judgements[name].labels != tuple(judge.labels):
+                return f"{name} judges the {who} images by other labels"
+    return ""
 
 
 def _counted(report: Report, plan: EvalPlan, judged: Judged, folder: Path, home: Path) -> Check:

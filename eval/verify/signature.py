@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError, first_line
+from erase_concept.files import read_json
 
+_MOST_SIGNATURES = 100  # each is tried
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
@@ -60,11 +61,13 @@ def check_envelope(file: Path, payload: bytes, public: Any) -> str:
     from cryptography.exceptions import InvalidSignature
 
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         inside = base64.b64decode(content["payload"], validate=True)
         signatures = [base64.b64decode(one["sig"], validate=True) for one in content["signatures"]]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError) as problem:
         return f"is missing or damaged: {first_line(problem)}"
+    if len(signatures) > _MOST_SIGNATURES:
+        return f"has more than {_MOST_SIGNATURES} signatures"
     if content.get("payloadType") != PAYLOAD_TYPE or inside != payload:
         return "signs another certificate"
     for signature in signatures:

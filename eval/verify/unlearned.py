@@ -20,7 +20,7 @@ from erase_concept.eval.verify.findings import Findings, VerifyRequest
 from erase_concept.eval.verify.run import check_files, check_mask, check_recipe
 from erase_concept.eval.verify.scores import differing
 from erase_concept.eval.verify.weights import Compared, compare
-from erase_concept.files import relative
+from erase_concept.files import read_text, relative
 from erase_concept.pipelines.classifiers.load import classifier_state
 from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.recipe import read_recipe
@@ -42,11 +42,7 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
         raise RequestError("run", run, "has forgotten nothing: it is an original")
     recipe = make_unlearn_recipe(read_recipe(run / "recipe.yaml"))
     checks = [check_recipe(info, recipe.fingerprint()), *check_files(run / "classifier", run, info)]
-    lines = (run / "forget.txt").read_text(encoding="utf-8").split()
-    if len(set(lines)) != info["images"]["forget"]:
-        checks.append(
-            failed("forget.txt", "forget.txt", f"names {len(set(lines))} images, not {info['images']['forget']}")
-        )
+    checks += _forgotten(run / "forget.txt", info["images"]["forget"])
     mask, found = check_mask(run, info)
     checks += found
     compared = None
@@ -77,6 +73,15 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
         evidence=tuple(file for file in (*(run / name for name in _RECORDS), *files) if file.is_file()),
         untested=tuple(_untested(measured)),
     )
+
+
+def _forgotten(file: Path, count: int) -> list[Check]:
+    """Return a check that fails where a run's list of forgotten images has another number of them, or no numbers."""
+    try:
+        found = len({int(line) for line in read_text(file).split()})
+    except ValueError as problem:
+        return [failed(file.name, file.name, f"is damaged: {problem}")]
+    return [] if found == count else [failed(file.name, file.name, f"names {found} images, not {count}")]
 
 
 def _check_weights(info: Mapping[str, Any], found: Compared, base: str, *, masked: bool) -> Check:

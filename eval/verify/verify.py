@@ -19,9 +19,7 @@ from erase_concept.eval.verify.check import Check
 from erase_concept.eval.verify.findings import Findings, VerifyRequest
 from erase_concept.eval.verify.signature import envelope, read_private_key, read_public_key
 from erase_concept.files import atomic_write
-from erase_concept.run_folder import RUN_FILE
-
-UNLEARN_FILE = "unlearn.json"
+from erase_concept.run_folder import RUN_FILE, UNLEARN_FILE
 
 
 @dataclass(frozen=True, eq=False)

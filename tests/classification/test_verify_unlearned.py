@@ -90,15 +90,25 @@ def outside() -> None:
         (outside, WEIGHTS),
         (lambda: edit(lambda info: info["unlearned"].update(sha256="0")), "unlearn.json"),
         (lambda: Path("run/forget.txt").write_text("1\n"), "forget.txt"),
+        (lambda: Path("run/forget.txt").write_bytes(b"\xff"), "forget.txt"),
         (lambda: edit(lambda report: report["scores"][0].update(value=0.3), "run/report.json"), "report.json"),
         (lambda: Path("run/mask.safetensors").write_bytes(b"no mask"), "mask.safetensors"),
     ],
-    ids=["a weight outside the mask", "a hash", "the images", "a score", "the mask"],
+    ids=["a weight outside the mask", "a hash", "the images", "no images", "a score", "the mask"],
 )
 def test_what_was_tampered_with_is_named(tamper: Callable[[], None], file: str, folder: Path) -> None:
     tamper()
     assert file in faults()
     assert not Path("run/certificate.json").exists()
+
+
+def test_a_damaged_record_is_refused_by_those_who_measure(folder: Path) -> None:
+    Path("run/forget.txt").write_text("one\n")
+    with pytest.raises(RequestError, match=r"forget indices:run/forget\.txt: line 1 is 'one'"):
+        evaluate_classifier("run")
+    edit(lambda info: info.pop("seconds"))
+    with pytest.raises(RequestError, match=r"unlearn\.json is damaged: seconds is missing or wrong"):
+        evaluate_classifier("run")
 
 
 def test_another_classifier_and_an_original_are_refused(folder: Path) -> None:

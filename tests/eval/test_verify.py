@@ -224,6 +224,18 @@ def consistent_judgement(folder: Path) -> None:
     edit("run/report.json", lambda report: report["provenance"]["evidence"].update({JUDGEMENTS: digest}))
 
 
+def say(old: str, new: str) -> None:
+    """Change what the judgements say beside their numbers, and the hash of their file."""
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        text = tensors["about"].numpy().tobytes().replace(old.encode(), new.encode())
+        tensors["about"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    change(f"run/{JUDGEMENTS}", turn)
+    digest = file_sha256(Path("run") / JUDGEMENTS)
+    edit("run/report.json", lambda report: report["provenance"]["evidence"].update({JUDGEMENTS: digest}))
+
+
 def score(folder: Path) -> None:
     edit("run/report.json", lambda report: report["scores"][0].update(value=0.123))
 
@@ -260,6 +272,9 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "an image": (image, "samples/base/00002.png"),
     "a judgement": (judgement, JUDGEMENTS),
     "a judgement and its hash": (consistent_judgement, "report.json"),
+    "the labels of judgements": (lambda _: say('["square"', '["house"'), JUDGEMENTS),
+    "the judge of judgements": (lambda _: say("torchscript", "another"), JUDGEMENTS),
+    "judgements of too few images": (lambda _: say('"words": ["', '"words": ["a", "'), JUDGEMENTS),
     "a score": (score, "report.json"),
     "the page": (page, "report.html"),
     "the report": (lambda f: (f / "run/report.json").write_text("{}"), "report.json"),
@@ -407,13 +422,16 @@ def test_the_envelope_is_dsse(folder: Path) -> None:
     """Checked by DSSE's own words: what is signed is the type and the bytes, with their lengths before them."""
     import base64
 
-    from erase_concept.eval.verify.signature import envelope, read_private_key, read_public_key
+    from erase_concept.eval.verify.signature import check_envelope, envelope, read_private_key, read_public_key
 
     private, public = key(folder)
     made = envelope(b'{"hello": "world"}', read_private_key(private))
     assert base64.b64decode(made["payload"]) == b'{"hello": "world"}'
     signed = b'DSSEv1 28 application/vnd.in-toto+json 18 {"hello": "world"}'
     read_public_key(public).verify(base64.b64decode(made["signatures"][0]["sig"]), signed)
+    (folder / "many.json").write_text(json.dumps(made | {"signatures": made["signatures"] * 101}))
+    said = check_envelope(folder / "many.json", b'{"hello": "world"}', read_public_key(public))
+    assert said == "has more than 100 signatures"
 
 
 @pytest.mark.parametrize("file", [UNET, "run.json", "log.jsonl", "samples/base/00000.png", JUDGEMENTS, "grid.png"])

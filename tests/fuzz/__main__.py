@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import tempfile
 import time
@@ -42,6 +43,7 @@ def main() -> int:
             print(f"{reader.name}: {problem}", flush=True)
 
     end, start = time.monotonic() + 60 * asked.minutes, asked.seed * 1_000_000
+    logging.getLogger("erase_concept").propagate = False  # a reader that warns of a damaged file does as it must
     with tempfile.TemporaryDirectory() as folder, limited_memory():
         feeders = [Feeder(reader, Path(folder) / reader.name, report) for reader in chosen]
         for feeder in feeders:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from fuzz import records
 from fuzz import structures as made
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
@@ -388,7 +389,23 @@ _TAGS = {
         "summary",
     ),
     *("button", "figure", "figcaption", "img", "input", "svg", "line", "text", "polygon", "polyline", "circle", "g"),
-    *("dl", "dt", "dd", "pre", "br", "wbr", "script", "footer", "noscript", "label", "select", "option", "ol", "link"),
+    *(
+        "dl",
+        "dt",
+        "dd",
+        "pre",
+        "br",
+        "wbr",
+        "script",
+        "footer",
+        "code",
+        "noscript",
+        "label",
+        "select",
+        "option",
+        "ol",
+        "link",
+    ),
 }
 
 
@@ -416,6 +433,13 @@ def _report(file: Path) -> object:
         lines = (folder / "report.md").read_text(encoding="utf-8").split("```json")[0].splitlines()
         assert not any(mark in line for line in lines for mark in ("<script", "<img", "http://", "](http"))
     return report
+
+
+def _certificate_page(file: Path) -> object:
+    text = records.page_of(file)
+    assert text.count("<script") == 1
+    _Page().feed(text)
+    return text
 
 
 def _run(file: Path) -> object:
@@ -558,5 +582,48 @@ READERS = (
             ("tokenizer", "tokenizer_config.json"),
         )
     ),
+)
+READERS += (
+    Reader(
+        "checkpoint",
+        "last.safetensors",
+        records.read_newest,
+        made.packed(made.tensors_of(records.CHECKPOINT), records.with_checksum),
+        records.checkpoint_seeds,
+    ),
+    Reader(
+        "unlearned-run",
+        "unlearn.json",
+        records.read_unlearned,
+        made.json_of(records.UNLEARN_INFO),
+        records.unlearned_seeds,
+        0.1,
+    ),
+    Reader("forgotten", "forget.txt", records.read_unlearned, made.lines_of("2", "0"), records.list_seeds, 0.1),
+    Reader("indices", "rows.txt", records.read_indices, made.lines_of("0", "2"), _texts("0\n2\n")),
+    Reader(
+        "judgements",
+        records.JUDGEMENTS,
+        records.read_said,
+        records.judgements_that_say(made.changed(records.SAID)),
+        records.judgement_seeds,
+    ),
+    Reader(
+        "certificate",
+        "certificate.json",
+        records.read_certified,
+        made.json_of(records.CERTIFIED),
+        records.certificate_seeds,
+        0.5,
+    ),
+    Reader(
+        "certificate-page",
+        "certificate.json",
+        _certificate_page,
+        made.json_of(records.CERTIFIED),
+        records.certificate_seeds,
+        0.2,
+    ),
+    Reader("envelope", "c.dsse.json", records.read_envelope, made.json_of(records.ENVELOPE), records.envelope_seeds),
 )
 BY_NAME = {reader.name: reader for reader in READERS}
