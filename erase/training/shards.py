@@ -107,11 +107,14 @@ def _set_parameters(module: nn.Module, parameters: Iterable[tuple[str, nn.Parame
 
 
 def _gathered(shards: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield whole parameters by name; a shard that has two names becomes one parameter."""
+    """Yield whole parameters by name, and give back their shards; one that has two names becomes one parameter."""
     made: dict[int, nn.Parameter] = {}
     for name, shard in shards.items():
         if id(shard) not in made:
             made[id(shard)] = nn.Parameter(whole(shard), requires_grad=False)
+            storage = local(shard.detach()).untyped_storage()
+            if storage.resizable():  # the update on CPUs has arrays that share it
+                storage.resize_(0)
         yield name, made[id(shard)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,14 +44,17 @@ def same_module(folder: Path) -> None:
     model = load(str(folder))
     whole = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
     bits, given = health._sum_of_bits(model.unet), (torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 77, 16))
-    accelerator = Accelerator(cpu=True)
+    accelerator, before = Accelerator(cpu=True), [weakref.ref(p) for p in model.unet.parameters()]
     with torch.no_grad():
         predicted = model.predict(*given)
         with sharded(accelerator, model.unet):
-            assert all(is_sharded(p) for p in model.unet.parameters())
-            assert sum(local(p).numel() for p in model.unet.parameters()) < 0.6 * sum(p.numel() for p in whole.values())
+            assert not any(parameter() for parameter in before)  # nobody holds the whole weights
+            shards = list(model.unet.parameters())
+            assert all(map(is_sharded, shards))
+            assert sum(local(p).numel() for p in shards) < 0.6 * sum(p.numel() for p in whole.values())
             assert torch.equal(model.predict(*given), predicted)
             assert health._sum_of_bits(model.unet) == bits
+        assert not any(local(p).untyped_storage().size() for p in shards)  # nor their shards afterwards
         with contextlib.suppress(EraseError), sharded(accelerator, model.unet):
             raise EraseError("of all processes")
         after = model.unet.state_dict()
