@@ -19,6 +19,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.pipelines.processes import processes
 
 # Engines that take the weights over, so that the masked optimizer cannot step them.
 _OTHER_ENGINES = {
@@ -30,8 +31,8 @@ _OTHER_ENGINES = {
 def sharding() -> FullyShardedDataParallelPlugin | None:
     """Return the settings of FSDP2 that ``accelerate launch`` was given; None where weights are not sharded.
 
-    Raises RequestError for an engine that cannot keep frozen weights bit-identical, and for settings of FSDP that a
-    masked training cannot follow. Their names are those of Accelerate's configuration file.
+    Raises RequestError for an engine that cannot keep frozen weights bit-identical, for settings of FSDP that a masked
+    training cannot follow, and for a single process. Names are those of Accelerate's configuration file.
     """
     for flag, (engine, reason) in _OTHER_ENGINES.items():
         if parse_flag_from_env(flag):
@@ -54,6 +55,8 @@ def sharding() -> FullyShardedDataParallelPlugin | None:
     for setting, (given, reason) in refused.items():
         if given:
             raise RequestError(setting, "true", f"must be false: {reason}")
+    if (count := processes().num_processes) == 1:
+        raise RequestError("num_processes", count, "FSDP has nothing to share in one process; allowed: at least 2")
     return plugin
 
 
@@ -68,7 +71,7 @@ def sharded(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
     an error that may be of one process alone it keeps its shards. Raises RequestError as ``sharding`` does, and where
     the module has none of the layers that are to be gathered one at a time.
     """
-    if (plugin := sharding()) is None or not accelerator.use_distributed:
+    if (plugin := sharding()) is None:
         yield
         return
     _leave_own_layers(plugin, module)

@@ -25,12 +25,13 @@ def test_without_an_engine_nothing_is_sharded() -> None:
     assert sharding() is None
 
 
-def test_fsdp2_is_taken_as_it_is_set(launched: pytest.MonkeyPatch) -> None:
-    launched.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
-    plugin = sharding()
-    assert plugin is not None
-    assert plugin.fsdp_version == 2
-    assert plugin.reshard_after_forward is False
+def test_one_process_has_nothing_to_share(launched: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="num_processes 1: FSDP has nothing to share"):
+        sharding()
+
+
+def test_a_closed_form_needs_no_engine_and_refuses_none(launched: pytest.MonkeyPatch, square: Concept) -> None:
+    check_shards(recipe_for("emojinette", square, method="uce"))
 
 
 @pytest.mark.parametrize(
@@ -54,33 +55,3 @@ def test_what_a_mask_cannot_hold_is_refused_by_its_name(
     with pytest.raises(RequestError) as refused:
         check(recipe_for("emojinette", square, method="salun"))
     assert str(refused.value).startswith(said)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"method": "esd-x"}, "method esd-x: cannot train on FSDP's shards"),
-        ({"method": "salun", "settings": {"state": "8bit"}}, "settings.state 8bit: is not for FSDP"),
-        (
-            {"method": "concept-ablation", "mask": {"scope": "text-encoder", "kind": "none"}},
-            "mask.scope text-encoder: is not for FSDP",
-        ),
-    ],
-)
-def test_what_needs_whole_weights_is_refused_under_fsdp_alone(
-    monkeypatch: pytest.MonkeyPatch, square: Concept, changed: dict[str, object], said: str
-) -> None:
-    recipe = recipe_for("emojinette", square, **changed)  # type: ignore[arg-type]
-    check_shards(recipe)
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RequestError) as refused:
-        check_shards(recipe)
-    assert str(refused.value).startswith(said)
-
-
-@pytest.mark.parametrize("method", ["edit-then-train", "random-label", "uce"])
-def test_methods_that_leave_weights_alone_and_closed_forms_are_not_refused(
-    launched: pytest.MonkeyPatch, square: Concept, method: str
-) -> None:
-    check_shards(recipe_for("emojinette", square, method=method))

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from erase_concept import masks
-from erase_concept.errors import EraseError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.processes import processes
+from erase_concept.recipe import check_shards, recipe_for
 from erase_concept.training import health, optimizer
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam
-from erase_concept.training.shards import Shards, is_sharded, local, sharded
+from erase_concept.training.shards import Shards, is_sharded, local, sharded, sharding
 
 CONFIGURATION = Path(__file__).parents[2] / "docs" / "accelerate" / "fsdp2.yaml"
 
@@ -37,6 +39,27 @@ def under_fsdp(work: Callable[[], object]) -> Callable[[], object]:
         return work()
 
     return launched
+
+
+def refused() -> None:
+    """Check what goes with whole weights alone, and what with shards, too."""
+    given: dict[str, dict[str, Any]] = {
+        "method esd-x: cannot train on FSDP's shards": {"method": "esd-x"},
+        "settings.state 8bit: is not for FSDP": {"method": "salun", "settings": {"state": "8bit"}},
+        "mask.scope text-encoder: is not for FSDP": {"method": "concept-ablation", "mask": {"scope": "text-encoder"}},
+    }
+    for said, values in given.items():
+        problem = None
+        try:
+            check_shards(recipe_for("emojinette", "church", **values))
+        except RequestError as found:
+            problem = str(found)
+        assert str(problem).startswith(said)
+    for method in ("salun", "edit-then-train"):
+        check_shards(recipe_for("emojinette", "church", method=method))
+    plugin = sharding()
+    assert plugin is not None
+    assert plugin.transformer_cls_names_to_wrap == ["BasicTransformerBlock", "ResnetBlock2D"]
 
 
 def same_module(folder: Path) -> None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fsdp import same_module, same_steps, under_fsdp
+from fsdp import refused, same_module, same_steps, under_fsdp
 
 from erase_concept.classification.recipe import NOTHING, unlearn_recipe
 from erase_concept.classification.run import iter_unlearn
@@ -118,6 +118,7 @@ def unlearned(folder: Path, out: Path, forget: str = "random:10%", **settings: o
 def in_shards(folder: Path, asked: Recipe) -> Iterator[tuple[str, list[int]]]:
     """Yield the scenarios of FSDP2: all parts by themselves, a run, and its second half once more, with and without."""
     yield "same-steps", spread(2, same_steps)
+    yield "refused", spread(2, under_fsdp(refused))
     yield "same-module", spread(2, under_fsdp(lambda: same_module(folder / "model")))
     yield "fsdp", spread(2, under_fsdp(erased(asked, folder / "fsdp")))
     for name in ("fsdp-half", "ddp-half"):

@@ -109,6 +109,11 @@ def test_batches_that_cannot_be_shared_are_refused(ran: tuple[Path, dict[str, An
     assert not (folder / "uneven").exists()
 
 
+def test_what_needs_whole_weights_is_refused_in_shards(ran: tuple[Path, dict[str, Any]]) -> None:
+    _, ended = ran
+    assert ended["refused"] == [0, 0], ended["stderr"]
+
+
 def test_weights_in_shards_are_updated_to_the_same_bits(ran: tuple[Path, dict[str, Any]]) -> None:
     _, ended = ran
     assert ended["same-steps"] == [0, 0], ended["stderr"]
