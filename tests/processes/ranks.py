@@ -27,7 +27,6 @@ from erase_concept.pipelines.processes import from_main, lost_process, processes
 from erase_concept.recipe import Recipe, make_recipe
 from erase_concept.run import iter_erase
 from erase_concept.training.checkpoint import previous
-from erase_concept.training.loop import Record
 
 STEPS = 4
 
@@ -83,13 +82,13 @@ def _ended(rank: int, work: Callable[[], object]) -> int:
     return 0
 
 
-def erased(asked: Recipe, out: Path, *, killed: int = 0, rank: int = 1) -> Callable[[], None]:
-    """Return work that follows a recipe; one rank kills itself after so many steps, where it is told to."""
+def erased(asked: Recipe, out: Path, *, killed: int | str | None = None) -> Callable[[], None]:
+    """Return work that follows a recipe; the second rank kills itself at a stage, or after a step, if it is told to."""
 
     def work() -> None:
         for event in iter_erase(asked, out):
-            step = event.step if isinstance(event, Record) else 0
-            if killed and step == killed and processes().process_index == rank:
+            here = killed is not None and killed in (event, getattr(event, "step", None))
+            if here and processes().process_index == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return work
@@ -139,6 +138,8 @@ def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[
     yield "uneven", spread(2, erased(recipe(folder, accumulation=3), folder / "uneven"))
     yield "killed", spread(2, erased(asked, folder / "killed", killed=3))
     yield "other", spread(1, erased(asked, folder / "killed"))
+    yield "stopped", spread(2, erased(asked, folder / "stopped", killed="erase"))
+    yield "alone", spread(1, erased(asked, folder / "stopped"))
     yield "resumed", spread(2, erased(asked, folder / "killed"))
     yield from in_shards(folder, asked)
     for method in methods:

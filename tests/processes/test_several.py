@@ -93,12 +93,20 @@ def test_training_is_that_of_one_process_but_for_rounding(ran: tuple[Path, dict[
 def test_one_is_killed_the_others_end_and_as_many_go_on_to_the_same_bits(ran: tuple[Path, dict[str, Any]]) -> None:
     folder, ended = ran
     assert ended["killed"] == [1, -9]
-    assert ended["said"].count("rank 0: lost") == 1
+    assert ended["said"].count("rank 0: lost") == 2  # here, and before the training
     assert ended["other"] == [2]
     problem = f"processes 1: the training in {folder / 'killed' / 'checkpoints' / 'last.safetensors'} was begun with 2"
     assert sum(problem in line for line in ended["said"]) == 1
     assert ended["resumed"] == [0, 0], ended["stderr"]
     one, other = (load_file(folder / run / "pipeline" / UNET) for run in ("two", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_before_the_training_another_number_of_processes_may_go_on(ran: tuple[Path, dict[str, Any]]) -> None:
+    folder, ended = ran
+    assert ended["stopped"] == [1, -9]
+    assert ended["alone"] == [0], ended["stderr"]
+    one, other = (load_file(folder / run / "pipeline" / UNET) for run in ("one", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
