@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -20,7 +21,7 @@ def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None
     """Write the modules' weights to files in the folder, and bring the same weights back when the context ends.
 
     The folder is removed with its files. Several processes have the same weights: the main one writes them, and all of
-    them read them.
+    them read them. When several processes fail, the modules stay empty.
     """
     places = [(module, next(module.parameters()).device) for module in modules]
 
@@ -38,12 +39,19 @@ def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None
         yield
         done = True
     finally:
-        for i, (module, device) in enumerate(places):
-            with safe_open(folder / f"{i}.safetensors", "pt") as stored:
-                for name, p in module.named_parameters():
-                    # A copy: what safetensors returns is mapped to the file, and the file is removed.
-                    p.data = stored.get_tensor(name).clone().to(device)
-        if done:
-            processes().wait_for_everyone()  # after a failure nobody can be waited for
-        if processes().is_main_process:
+        state = processes()
+        if done or state.num_processes == 1:
+            _bring_back(places, folder)
+        if done:  # after a failure nobody can be waited for
+            state.wait_for_everyone()
+        if state.is_main_process:
             shutil.rmtree(folder)
+
+
+def _bring_back(places: Sequence[tuple[nn.Module, torch.device]], folder: Path) -> None:
+    """Read the weights of each module from its file, to its device."""
+    for i, (module, device) in enumerate(places):
+        with safe_open(folder / f"{i}.safetensors", "pt") as stored:
+            for name, p in module.named_parameters():
+                # A copy: what safetensors returns is mapped to the file, and the file is removed.
+                p.data = stored.get_tensor(name).clone().to(device)
