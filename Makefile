@@ -22,7 +22,7 @@ LOWEST_TESTS := tests/pipelines/test_load.py tests/pipelines/test_bad_models.py 
 	tests/pipelines/test_single_file.py tests/pipelines/test_tokenizer.py tests/pipelines/test_emojinette.py \
 	tests/erase/test_export.py tests/erase/test_recipe.py tests/cli
 
-.PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench comparison classification ddpm \
+.PHONY: demo test faults faults-full test-lowest lint wheel-test fuzz audit docs rehearsal bench load comparison classification ddpm \
 	wire train measure clean
 
 $(VENV)/installed: pyproject.toml
@@ -67,7 +67,8 @@ test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the
 fuzz: $(VENV)/installed  ## feed every reader with hostile files for five minutes
 	cd tests && $(TESTS) ../$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) --seed $(or $(SEED),0) --keep ../runs/fuzz
 
-# pip-audit has an environment of its own, so that it does not audit itself.
+# pip-audit has an environment of its own, so that it does not audit itself. By itself it passes over a library of which
+# it finds nothing, and so over all of them where the advisories cannot be reached; --strict makes that a failure.
 AUDIT := .venv-audit
 $(AUDIT)/installed:
 	$(PYTHON) -m venv $(AUDIT)
@@ -75,8 +76,8 @@ $(AUDIT)/installed:
 	touch $@
 
 audit: $(VENV)/installed $(AUDIT)/installed  ## ask the advisories about every installed library (needs the network)
-	@$(AUDIT)/bin/pip-audit --progress-spinner off --skip-editable \
-		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	@$(BIN)/pip list --format freeze --exclude-editable | sed 's/+.*//' > $(AUDIT)/libraries.txt  # advisories know no +cpu
+	@$(AUDIT)/bin/pip-audit --progress-spinner off --strict --disable-pip --no-deps --requirement $(AUDIT)/libraries.txt \
 		|| { echo "audit: a library has an advisory, or the advisories could not be reached: see above" >&2; exit 1; }
 
 lint: $(VENV)/installed  ## check style, docstrings, shape, types and imports
@@ -108,6 +109,9 @@ rehearsal: $(VENV)/installed $(LOWEST)/installed $(PROGRAMS)/installed  ## erase
 
 bench: $(VENV)/installed  ## measure time, memory, and what the defaults erase and keep (over an hour on two cores)
 	$(BIN)/python benchmarks/run.py
+
+load: $(VENV)/installed  ## measure how time and memory grow with prompts, images, layers and processes (half an hour on one core)
+	OMP_NUM_THREADS=1 $(FAST) $(BIN)/python benchmarks/load.py
 
 comparison: $(VENV)/installed  ## measure what docs/comparison.md still lacks (some seven hours in all on two cores)
 	$(FAST) $(BIN)/python benchmarks/comparison.py

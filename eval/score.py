@@ -98,5 +98,10 @@ def bootstrap(
     back on it.
     """
     values = np.array([statistic(generator.integers(0, n, n)) for _ in range(resamples)])
-    low, high = np.percentile(values, (2.5, 97.5)) + (0.0 if centre is None else centre - values.mean())
+    return percentiles(values, 0.0 if centre is None else centre - values.mean())
+
+
+def percentiles(values: NDArray[np.float64], shift: float = 0.0) -> Interval:
+    """Return the interval of a bootstrap's resampled values, moved by ``shift``."""
+    low, high = np.percentile(values, (2.5, 97.5)) + shift
     return float(low), float(high)

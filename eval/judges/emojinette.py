@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 NAME = "emojinette"
 SIZE = 64  # pixels
+_AT_ONCE = 64  # images in memory
 OBJECTS, STYLES = emojinette.CATALOG.labels, emojinette.CATALOG.styles
 KINDS = ("object",) * len(OBJECTS) + ("style",) * len(STYLES)
 _SYNONYMS = {name: names.label for names in emojinette.CATALOG.objects for name in (names.synonym, names.unseen)}
 
 
-def classify(images: NDArray[np.uint8], network: EmojinetteClassifier, *, batch_size: int = 64) -> Judgement:
+def classify(images: NDArray[np.uint8], network: EmojinetteClassifier, *, batch_size: int = _AT_ONCE) -> Judgement:
     """Classify images, uint8 [n, 64, 64, 3].
 
     The scores are probabilities, of the objects and of the styles each. Raises ValueError for images of another type
@@ -87,7 +88,16 @@ def _load(chosen: NoSettings, cache: Path | None) -> LoadedJudge:
     weights = file_sha256(emojinette.CLASSIFIER)
 
     def judge(files: Sequence[Path]) -> Judgement:
-        return classify(np.stack([_scaled(file) for file in files]), network)
+        starts = range(0, len(files), _AT_ONCE)
+        some = (np.stack([_scaled(file) for file in files[start : start + _AT_ONCE]]) for start in starts)
+        found = [classify(images, network, batch_size=_AT_ONCE) for images in some]
+        return Judgement(
+            (*OBJECTS, *STYLES),
+            np.concatenate([one.scores for one in found]),
+            KINDS,
+            words=tuple(word for one in found for word in one.words),
+            features=np.concatenate([one.features for one in found if one.features is not None]),
+        )
 
     name = f"{NAME} (sha256 {weights[:12]})"
     held_out = read_held_out(emojinette.REFERENCE)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ANY_KIND = ""  # the kind of labels that may be objects or styles: the benchmark knows which
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are many of them
 class Detection:
     """One thing found in an image: its label and the detector's score from 0 to 1."""
 

@@ -80,7 +80,7 @@ class Curve:
             raise ValueError(f"the curve {self.title!r} needs ascending settings and as many values as settings")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are many of them
 class Pair:
     """The images of one prompt and seed by both models, and what the judges see in each.
 
