@@ -257,7 +257,7 @@ def test_a_manifest_of_other_values_is_refused(folder: Callable[..., Path]) -> N
         with pytest.raises(RequestError, match="not as 'sample' writes it"):
             read_images(folder("", settings))
     (where / MANIFEST).write_bytes(b"\xff\xfe")
-    with pytest.raises(RequestError, match="manifest.jsonl: is no text in UTF-8"):
+    with pytest.raises(RequestError, match=r"manifest\.jsonl: is no text in UTF-8"):
         read_images(where)
 
 
