@@ -27,7 +27,7 @@ from erase_concept.training.checkpoint import processes_of, read_checkpoint, sav
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
 from erase_concept.training.shards import sharded, sharding
-from erase_concept.training.shared import IN_PLACE, LossOf, shared
+from erase_concept.training.shared import DDP_SETTINGS, LossOf, shared
 
 
 class Trainable(Protocol):
@@ -226,7 +226,7 @@ def _accelerator(device: torch.device, batches: int) -> Accelerator:
         mixed_precision="no",
         # Of weights in shards no process keeps whole gradients from one batch to the next.
         gradient_accumulation_plugin=GradientAccumulationPlugin(batches, sync_each_batch=sharding() is not None),
-        kwargs_handlers=[IN_PLACE],
+        kwargs_handlers=[DDP_SETTINGS],
     )
 
 

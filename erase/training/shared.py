@@ -37,7 +37,7 @@ class LossOf(nn.Module):
 # An unused weight is found only where it is looked for, and no loss says beforehand whether it has any. Where there is
 # none torch warns, unless TORCH_CPP_LOG_LEVEL is ERROR, to which the command sets it.
 # Gradients are parts of what is exchanged, and no copies of them.
-IN_PLACE = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+DDP_SETTINGS = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def shared(accelerator: Accelerator, loss: LossOf, masked: MaskedOptimizer) -> nn.Module:

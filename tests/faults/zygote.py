@@ -22,7 +22,7 @@ import torch
 
 from erase_concept.classification import run as _unlearning  # noqa: F401 - imported before any child is forked
 from erase_concept.cli.main import main
-from erase_concept.eval import evaluate as _evaluation  # noqa: F401
+from erase_concept.eval import evaluate as _evaluation  # noqa: F401 - imported before any child is forked
 from erase_concept.eval.compare import sweep
 from erase_concept.run import erase as _erasing  # noqa: F401
 
