@@ -63,8 +63,12 @@ test-lowest: $(LOWEST)/installed  ## run the tests of loading, exporting and the
 	$(TESTS) $(LOWEST)/bin/pytest -p no:cacheprovider -p no:anyio \
 		-W ignore::DeprecationWarning:typer $(WORKERS) $(LOWEST_TESTS) --ignore tests/cli/test_demo.py
 
+$(VENV)/installed-fuzz: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[fuzz]'
+	touch $@
+
 # MINUTES and SEED may be given. What broke a reader is kept in runs/fuzz.
-fuzz: $(VENV)/installed  ## feed every reader with hostile files for five minutes
+fuzz: $(VENV)/installed-fuzz  ## feed every reader with hostile files for five minutes
 	cd tests && $(TESTS) ../$(BIN)/python -m fuzz --minutes $(or $(MINUTES),5) --seed $(or $(SEED),0) --keep ../runs/fuzz
 
 # pip-audit has an environment of its own, so that it does not audit itself. By itself it passes over a library of which

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from erase_concept.files import atomic_write
+from erase_concept.errors import RequestError
+from erase_concept.files import atomic_write, parse_json, read_lines
 from erase_concept.training.checkpoint import steps_in
 from erase_concept.training.loop import Record, TargetProgress
 
@@ -32,13 +33,28 @@ def logged(out: Path, events: Iterator[Record | TargetProgress]) -> Iterator[Rec
 def logged_losses(out: Path) -> list[float]:
     """Return the losses of the steps that an earlier process took, the first step first."""
     log = out / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+    return [_loss(log, place, line) for place, line in enumerate(_whole_lines(log), 1)]
+
+
+def _loss(log: Path, place: int, line: str) -> float:
+    try:
+        loss = parse_json(line)["loss"]
+        if isinstance(loss, float | int) and not isinstance(loss, bool):
+            return float(loss)
+    except (ValueError, TypeError, KeyError):
+        pass
+    allowed = f"is damaged: line {place} is no step's record; delete the file, and the run goes on from its checkpoint"
+    raise RequestError("log", log, allowed)
 
 
 def _keep_log(log: Path, steps: int) -> None:
     """Drop log lines of steps that will be done again."""
     if log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+        kept = _whole_lines(log)[:steps]
         with atomic_write(log) as partial:
-            partial.write_text("".join(line for line in lines if line.endswith("\n")), encoding="utf-8")
+            partial.write_text("".join(kept), encoding="utf-8")
+
+
+def _whole_lines(log: Path) -> list[str]:
+    """Return the lines of a log but for a last one that a kill cut short."""
+    return [line for line in read_lines(log) if line.endswith("\n")]

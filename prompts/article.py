@@ -74,8 +74,12 @@ def _article(name: str) -> str:
     word = re.search(r"[A-Za-z0-9][\w'-]*", plain)
     if word is None:
         return "a"
-    number = re.match(r"\d+", word[0])
-    return _inflect().a(str(_inflect().number_to_words(number[0])) if number else word[0]).split()[0]
+    number = re.match(r"0*(\d+)", word[0])
+    if number is None:
+        return _inflect().a(word[0]).split()[0]
+    # What is read first are the digits before the first comma: 11,500 begins as 11 does, and 1,150 as 1.
+    first = number[1][: len(number[1]) % 3 or 3]
+    return _inflect().a(str(_inflect().number_to_words(first))).split()[0]
 
 
 @cache

@@ -64,30 +64,35 @@ def _class(name: str, split: Split) -> int:
 
 
 def _read(file: Path, split: Split) -> Tensor:
-    """Read numbers of images; raises RequestError for the first that is no training image, or there twice."""
+    """Read numbers of images; raises RequestError for the first that is no training image of the split."""
+    found = read_rows(file)
+    total, training = len(split.images.train), set(split.train.tolist())
+    for row, place in found.items():
+        said = f"line {place} is {row}"
+        if row >= total:
+            raise _wrong(file, f"{said}; {split.images.name} has images 0 to {total - 1}")
+        if row not in training:
+            raise _wrong(file, f"{said}, which is no training image of this split")
+    return torch.tensor(list(found), dtype=torch.int64)
+
+
+def read_rows(file: Path) -> dict[int, int]:
+    """Return the numbers of images in a file, and the line of each; raises RequestError for anything else, or twice."""
     try:
         lines = read_text(file).split("\n")
     except ValueError as problem:
-        raise RequestError("forget", f"indices:{file}", f"not readable: {problem}") from None
-    total, training = len(split.images.train), set(split.train.tolist())
+        raise _wrong(file, f"not readable: {problem}") from None
     found: dict[int, int] = {}
-    for place, line in enumerate(lines, 1):
-        text = line.strip()
+    for place, text in enumerate(map(str.strip, lines), 1):
         if not text:
             continue
-        where = f"indices:{file}"
         if not re.fullmatch("[0-9]{1,18}", text):
-            raise RequestError(
-                "forget", where, f"line {place} is {text[:40]!r}; needed: a whole number from 0 on each line"
-            )
-        row = int(text)
-        if row >= total:
-            raise RequestError(
-                "forget", where, f"line {place} is {row}; {split.images.name} has images 0 to {total - 1}"
-            )
-        if row in found:
-            raise RequestError("forget", where, f"line {place} is {row}, as line {found[row]}: each image once")
-        if row not in training:
-            raise RequestError("forget", where, f"line {place} is {row}, which is no training image of this split")
-        found[row] = place
-    return torch.tensor(list(found), dtype=torch.int64)
+            raise _wrong(file, f"line {place} is {text[:40]!r}; needed: a whole number from 0 on each line")
+        if int(text) in found:
+            raise _wrong(file, f"line {place} is {int(text)}, as line {found[int(text)]}: each image once")
+        found[int(text)] = place
+    return found
+
+
+def _wrong(file: Path, found: str) -> RequestError:
+    return RequestError("forget", f"indices:{file}", found)

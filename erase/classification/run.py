@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.classification.data import SPLIT, ForgetRetainImages, Split, forget_retain, split_data
-from erase_concept.classification.forget import forget_rows
+from erase_concept.classification.forget import forget_rows, read_rows
 from erase_concept.classification.mask import given_mask, make_mask
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
@@ -76,9 +76,8 @@ class UnlearnRun(os.PathLike[str]):
 
     @property
     def forgotten(self) -> Tensor:
-        """The numbers of the forgotten images, int64 [n]."""
-        lines = (self.path / "forget.txt").read_text(encoding="utf-8").split()
-        return torch.tensor([int(line) for line in lines], dtype=torch.int64)
+        """The numbers of the forgotten images, int64 [n]; raises RequestError where their list is damaged."""
+        return torch.tensor(list(read_rows(self.path / "forget.txt")), dtype=torch.int64)
 
     def classifier(self, split: Split, module: Module | None = None) -> Classifier:
         """Return the new classifier, for its data.

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from erase_concept.errors import one_line
+from erase_concept.errors import RequestError, one_line
 from erase_concept.files import atomic_write
+from erase_concept.training.optimizer import MaskedOptimizer
 
 PREVIOUS = ".previous"  # how the name of the checkpoint before the last ends
 
@@ -56,6 +57,15 @@ def steps_in(folder: Path) -> int:
     return sum(steps_done(folder / name) for name in names if name.endswith(".safetensors"))
 
 
+def restore(optimizer: MaskedOptimizer, file: Path) -> None:
+    """Put the newest sound checkpoint back; raises RequestError where it is another training's."""
+    try:
+        optimizer.restore(read_checkpoint(file))
+    except ValueError as problem:
+        allowed = f"is the checkpoint of another training: {one_line(str(problem))}; delete it to train from the start"
+        raise RequestError("checkpoint", file, allowed) from None
+
+
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """Return the tensors of the newest sound checkpoint, and drop a damaged one, so that it is never the one before."""
     found = _newest(file)
@@ -90,9 +100,9 @@ def _checked(file: Path, size: int, changed: int) -> _Checkpoint | None:
         with safe_open(file, "pt") as stored:
             about = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        step = int(about["step"])
-        if _sha256(tensors, step) == about["sha256"]:
-            return _Checkpoint(file, step, int(about.get("processes", "1")))
+        step, processes = int(about["step"]), int(about.get("processes", "1"))
+        if step > 0 and processes > 0 and _sha256(tensors, step) == about["sha256"]:
+            return _Checkpoint(file, step, processes)
         problem = "its checksum is another one"
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         problem = one_line(str(error)) or type(error).__name__  # it may quote the file

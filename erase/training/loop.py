@@ -23,7 +23,7 @@ from erase_concept.pipelines.processes import from_main, gathered, processes
 from erase_concept.pipelines.signals import finish_first
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.checkpoint import processes_of, read_checkpoint, save_checkpoint, steps_done
+from erase_concept.training.checkpoint import processes_of, restore, save_checkpoint, steps_done
 from erase_concept.training.optimizer import MaskedOptimizer
 from erase_concept.training.rules import SGD, Adam, State
 from erase_concept.training.shards import sharded, sharding
@@ -182,12 +182,12 @@ def train(
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
     when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. A signal
     ends the training after the step, with a checkpoint. Raises RequestError when the processes cannot share a step's
-    batches evenly, or when the checkpoint was made by another number of them.
+    batches evenly, or when the checkpoint is another training's or was made by another number of processes.
     """
     count = processes().num_processes
     check_shares(settings, count)
     accelerator = _accelerator(model.device, settings.accumulation // count)
-    began, first = time.perf_counter(), from_main(lambda: _steps_behind(checkpoint, count))
+    began, first = time.perf_counter(), from_main(lambda: _steps_behind(checkpoint, count, settings.steps))
     part = model.part_of(() if mask is None else mask.shapes)
     trained = _trained(model, part, settings)
     targets: dict[tuple[int, int], Tensors] = {}
@@ -202,7 +202,7 @@ def train(
     with training, shards, _tidied(accelerator, trained), finish_first() as interrupted:
         masked = MaskedOptimizer(trained, mask, settings.rule())
         if first and checkpoint is not None:
-            masked.restore(read_checkpoint(checkpoint))
+            restore(masked, checkpoint)
         loss_of = shared(accelerator, LossOf(trained, partial(loss, model)), masked)
         steps = _Steps(accelerator, loss_of, masked, model.device, settings, generators, targets)
         for step in range(first, settings.steps):
@@ -252,12 +252,15 @@ def check_shares(settings: Training, count: int) -> None:
         raise RequestError("settings.accumulation", settings.accumulation, allowed)
 
 
-def _steps_behind(checkpoint: Path | None, count: int) -> int:
-    """Return how many steps a checkpoint has behind it; refuse one that another number of processes has made."""
+def _steps_behind(checkpoint: Path | None, count: int, total: int) -> int:
+    """Return how many of a training's steps a checkpoint has behind it; refuse that of another training."""
     steps = steps_done(checkpoint)
     if steps and checkpoint is not None and (made := processes_of(checkpoint)) != count:
         allowed = f"the training in {checkpoint} was begun with {made}, and goes on with as many"
         raise RequestError("processes", count, allowed)
+    if steps > total:
+        allowed = f"has {steps} steps behind it, and this training {total} in all; delete it to train from the start"
+        raise RequestError("checkpoint", checkpoint, allowed)
     return steps
 
 

@@ -226,7 +226,11 @@ class MaskedOptimizer:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``state`` returned, in the optimizer and in the module."""
+        """Put back what ``state`` returned, in the optimizer and in the module.
+
+        Raises ValueError for tensors of another training, before anything is changed.
+        """
+        self._check(tensors)
         self.count = int(tensors["step"])
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffers.{name}"])
@@ -235,6 +239,22 @@ class MaskedOptimizer:
             local(one.parameter).view(-1).copy_(tensors[f"weights.{key}"].view(-1)[first:last])
             for part, tensor in one.tensors().items():
                 tensor.copy_(tensors[f"{part}.{key}"][one.before : one.before + one.count])
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        """Compare names, types and shapes with those of a state: ``copy_`` would convert and broadcast in silence."""
+        fits = {"step": (torch.int64, ())} | {
+            f"buffers.{name}": (buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()
+        }
+        for key, one in self.salient.items():
+            fits[f"weights.{key}"] = one.parameter.dtype, tuple(one.parameter.shape)
+            for part, tensor in one.tensors().items():
+                whole_shape = (sum(one.counts),) if len(one.counts) > 1 else tuple(tensor.shape)
+                fits[f"{part}.{key}"] = tensor.dtype, whole_shape
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if wrong := [name for name in fits.keys() | found.keys() if fits.get(name) != found.get(name)]:
+            raise ValueError(f"{min(wrong)} is missing, or another one than this training's")
+        if int(tensors["step"]) < 1:
+            raise ValueError("step is less than 1")
 
 
 def _named(key: str, one: _Salient) -> Iterator[tuple[str, Tensor]]:

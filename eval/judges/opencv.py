@@ -40,7 +40,7 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
         raise RequestError("image", file, "is empty")
     picture_size(file, setting="image")  # refuses what is too large to be read
     try:
-        image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        image: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if _is_whole(content) else None
     except cv2.error:  # such as more pixels than OpenCV reads
         image = None
     if image is None or is_transparent(file):
@@ -49,6 +49,16 @@ def read_bgr(file: Path) -> NDArray[np.uint8]:
     if max(height, width) > LARGEST:
         raise RequestError("image", file, f"has {width} x {height} pixels; at most {LARGEST} on a side are judged")
     return image
+
+
+def _is_whole(content: bytes) -> bool:
+    """Tell of a PNG whether its parts end within the file: OpenCV makes room for whatever length a part names."""
+    place = 8  # after the signature
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return True
+    while place + 12 <= len(content) and content[place + 4 : place + 8] != b"IEND":
+        place += 12 + int.from_bytes(content[place : place + 4], "big")
+    return place + 12 <= len(content)
 
 
 def of_readable(files: Sequence[Path], judge: Callable[[Sequence[Path]], Iterable[_T]]) -> list[_T | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
 CLIP = "openai/clip-vit-large-patch14"
 _LARGEST = 16 << 20  # bytes of the file; two vectors have some 6,000
 _SCALE = 100.0  # CLIP's own temperature, by which the similarities are multiplied
-# All that a pickled NumPy array needs, under the names of NumPy 1 and 2; no more of a pickle is run.
-_NUMPY = (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-_HARMLESS = {
-    *((f"numpy.{core}.{module}", name) for core in ("core", "_core") for module, name in _NUMPY),
-    *(("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")),
-}
 
 
 @settings
@@ -80,22 +75,88 @@ def read_prompt_vectors(file: Path) -> Tensor:
 class _Numbers(pickle._Unpickler):
     """Reads a pickle of NumPy arrays, and refuses every other class or function.
 
-    It is the unpickler in Python: the one in C reserves as much memory as a few bytes of the file ask for.
+    It is the unpickler in Python: the one in C reserves as much memory as a few bytes of the file ask for. Nothing of
+    NumPy is called either: some states of a type end the process by a segmentation fault.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
+        known = _STAND_INS.get((module.replace("numpy._core", "numpy.core"), name))
+        if known is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, and code in a file is not run")
-        if name == "_reconstruct":
-            return _reconstruct
-        return super().find_class(module, name)
+        return known
+
+    def load_build(self: Any) -> None:
+        """Give a state to an array or to its type alone, and not to a function or class."""
+        if not isinstance(self.stack[-2], _Array | _Type):
+            raise pickle.UnpicklingError("it gives a state to something else than an array")
+        super().load_build()  # type: ignore[misc]
 
     def load_bytearray8(self: Any) -> None:
         """Read a bytearray: only so many bytes as there are, and not as many as it says."""
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
+
+
+class _Type:
+    """Stands in for ``numpy.dtype``: a type of numbers, such as f4, and the order of its bytes."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.name, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+    def of_numpy(self) -> np.dtype[Any]:
+        """Return NumPy's own."""
+        found = re.fullmatch("[<>=|][fiu][1248]", f"{self.order}{self.name}")
+        if found is None:
+            raise ValueError(f"{self.order}{self.name} is no type of numbers")
+        return np.dtype(found[0])
+
+
+class _Array:
+    """Stands in for ``numpy.ndarray``."""
+
+    values: NDArray[Any] | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, content = state
+        self.values = _array_of(content, kind, shape, "F" if fortran else "C")
+
+
+def _empty(*_: Any) -> _Array:
+    """Return the array that gets a state, in the place of ``numpy.core.multiarray._reconstruct``."""
+    return _Array()
+
+
+def _array_of(content: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
+    """Return an array in fp32, in the place of ``numpy.core.numeric._frombuffer``."""
+    if not isinstance(content, bytes | bytearray) or not isinstance(kind, _Type):
+        raise ValueError("it holds no array of numbers")
+    return np.frombuffer(bytes(content), kind.of_numpy()).reshape(shape, order=order).astype(np.float32)
+
+
+def _latin1(text: Any, encoding: Any) -> bytes:
+    """Return bytes that older pickles hold as a text, in the place of ``_codecs.encode``."""
+    if encoding != "latin1":
+        raise ValueError(f"it asks for the encoding {encoding}")
+    return bytes(text, "latin1")
+
+
+# All that a pickled NumPy array needs.
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _empty,
+    ("numpy.core.numeric", "_frombuffer"): _array_of,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _latin1,
+}
 
 
 def _checked(found: Any) -> Any:
@@ -105,11 +166,6 @@ def _checked(found: Any) -> Any:
     if not (listed or isinstance(found, np.ndarray) or type(found).__name__ == "Tensor"):
         raise ValueError("neither an array nor two lists of numbers")
     return found
-
-
-def _reconstruct(kind: type, shape: Any, code: Any) -> NDArray[Any]:
-    """Return the empty array that a pickled one begins as, whatever the file asks for."""
-    return np.empty((0,), np.float32)
 
 
 def _read(file: Path) -> Any:
@@ -126,7 +182,8 @@ def _read(file: Path) -> Any:
         return only
     content = file.read_bytes()
     if not content.startswith(b"PK"):
-        return _Numbers(io.BytesIO(content)).load()
+        read = _Numbers(io.BytesIO(content)).load()
+        return read.values if isinstance(read, _Array) else read
     found = unpickle(file)  # torch's own format
     if isinstance(found, Tensor):
         check_plain_tensors({"the tensor": found}, size)

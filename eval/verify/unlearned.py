@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from erase_concept.classification.forget import read_rows
 from erase_concept.classification.recipe import make_unlearn_recipe
 from erase_concept.classification.run import RUN_FILE
 from erase_concept.errors import EraseError, RequestError
@@ -20,7 +21,7 @@ from erase_concept.eval.verify.findings import Findings, VerifyRequest
 from erase_concept.eval.verify.run import check_files, check_mask, check_recipe
 from erase_concept.eval.verify.scores import differing
 from erase_concept.eval.verify.weights import Compared, compare
-from erase_concept.files import read_text, relative
+from erase_concept.files import read_json, relative
 from erase_concept.pipelines.classifiers.load import classifier_state
 from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.recipe import read_recipe
@@ -78,9 +79,9 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
 def _forgotten(file: Path, count: int) -> list[Check]:
     """Return a check that fails where a run's list of forgotten images has another number of them, or no numbers."""
     try:
-        found = len({int(line) for line in read_text(file).split()})
-    except ValueError as problem:
-        return [failed(file.name, file.name, f"is damaged: {problem}")]
+        found = len(read_rows(file))
+    except RequestError as problem:
+        return [failed(file.name, file.name, f"is damaged: {problem.allowed}")]
     return [] if found == count else [failed(file.name, file.name, f"names {found} images, not {count}")]
 
 
@@ -110,7 +111,7 @@ def _scores(run: Path, request: VerifyRequest) -> tuple[list[dict[str, Any]], li
         name = relative(file, run)
         files += [folder / one for one in ("report.json", "report.md", "report.html")]
         try:
-            stated = json.loads(file.read_text(encoding="utf-8"))
+            stated = read_json(file)
             own = {key: stated[key] for key in ("method", "forget", "images", "seed")}
             values = [{key: score[key] for key in ("metric", "value", "n", "ci95")} for score in stated["scores"]]
             again = json.loads(json.dumps(asdict(evaluate_classifier(run))))

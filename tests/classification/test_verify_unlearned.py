@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import erase_concept as ec
+from erase_concept.classification.run import UnlearnRun
 from erase_concept.errors import RequestError
 from erase_concept.eval.classification.evaluate import evaluate_classifier
 from erase_concept.eval.classification.report import write_classifier_report
@@ -91,10 +92,11 @@ def outside() -> None:
         (lambda: edit(lambda info: info["unlearned"].update(sha256="0")), "unlearn.json"),
         (lambda: Path("run/forget.txt").write_text("1\n"), "forget.txt"),
         (lambda: Path("run/forget.txt").write_bytes(b"\xff"), "forget.txt"),
+        (lambda: Path("run/report.json").write_text("[" * 100_000), "report.json"),
         (lambda: edit(lambda report: report["scores"][0].update(value=0.3), "run/report.json"), "report.json"),
         (lambda: Path("run/mask.safetensors").write_bytes(b"no mask"), "mask.safetensors"),
     ],
-    ids=["a weight outside the mask", "a hash", "the images", "no images", "a score", "the mask"],
+    ids=["a weight outside the mask", "a hash", "the images", "no images", "a deep report", "a score", "the mask"],
 )
 def test_what_was_tampered_with_is_named(tamper: Callable[[], None], file: str, folder: Path) -> None:
     tamper()
@@ -106,6 +108,8 @@ def test_a_damaged_record_is_refused_by_those_who_measure(folder: Path) -> None:
     Path("run/forget.txt").write_text("one\n")
     with pytest.raises(RequestError, match=r"forget indices:run/forget\.txt: line 1 is 'one'"):
         evaluate_classifier("run")
+    with pytest.raises(RequestError, match=r"forget indices:run/forget\.txt: line 1 is 'one'"):
+        UnlearnRun(Path("run")).forgotten.tolist()
     edit(lambda info: info.pop("seconds"))
     with pytest.raises(RequestError, match=r"unlearn\.json is damaged: seconds is missing or wrong"):
         evaluate_classifier("run")

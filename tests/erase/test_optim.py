@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -116,6 +117,29 @@ def test_goes_on_from_its_state_bit_for_bit() -> None:
         second.step()
     for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"mean.0.weight": None}, "mean.0.weight"),
+        ({"mean.other": torch.ones(2)}, "mean.other"),
+        ({"weights.0.bias": torch.ones(1)}, "weights.0.bias"),  # it would be broadcast
+        ({"weights.0.bias": torch.ones(4).double()}, "weights.0.bias"),  # it would be rounded
+        ({"step": torch.tensor(0)}, "step"),
+    ],
+)
+def test_the_state_of_another_training_is_refused_before_anything_changes(
+    changed: dict[str, torch.Tensor | None], named: str
+) -> None:
+    first, net = MaskedOptimizer(module(), None, Adam(lr=0.1)), module()
+    loss_of(net, 0).backward()
+    second = MaskedOptimizer(net, None, Adam(lr=0.1))
+    before = {name: tensor.clone() for name, tensor in second.state().items()}
+    state = {name: tensor + 1 for name, tensor in first.state().items()} | changed
+    with pytest.raises(ValueError, match=f"^{re.escape(named)} is "):
+        second.restore({name: tensor for name, tensor in state.items() if tensor is not None})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in second.state().items())
 
 
 def test_parameters_without_salient_weights_ask_for_no_gradient() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,41 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     assert read_run(tmp_path / "killed")["erased"] == read_run(tmp_path / "whole")["erased"]
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"loss": "0.5"}', '{"loss": true}', "[" * 1000, "\xff"])
+def test_a_damaged_log_is_refused_and_without_it_the_run_goes_on(
+    model: Path, square: Concept, tmp_path: Path, line: str
+) -> None:
+    often = {"steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 1}
+    run(recipe(model, square, settings=often), tmp_path / "whole")
+    for event in iter_erase(recipe(model, square, settings=often), tmp_path / "killed"):
+        if getattr(event, "step", 0) == 3:
+            break
+    log = tmp_path / "killed" / "log.jsonl"
+    log.write_bytes(f"{line}\n".encode("latin-1"))
+    with pytest.raises(RequestError, match=r"log\.jsonl: is (damaged: line 1 is no step's record|no text in UTF-8)"):
+        run(recipe(model, square, settings=often), tmp_path / "killed")
+    log.unlink()
+    run(recipe(model, square, settings=often), tmp_path / "killed")
+    assert read_run(tmp_path / "killed")["erased"] == read_run(tmp_path / "whole")["erased"]
+
+
+def test_the_checkpoint_of_another_training_is_refused(model: Path, square: Concept, tmp_path: Path) -> None:
+    often = {"steps": 4, "batch_size": 2, "lr": 1e-3, "checkpoint_every": 1}
+    for name, settings in (("adam", often), ("sgd", {**often, "optimizer": "sgd"}), ("short", {**often, "steps": 1})):
+        for event in iter_erase(recipe(model, square, settings=settings), tmp_path / name):
+            if getattr(event, "step", 0) == (1 if name == "short" else 3):
+                break
+    checkpoint = "checkpoints/last.safetensors"
+    for name, settings, said in (
+        ("sgd", {**often, "optimizer": "sgd"}, "is the checkpoint of another training: "),
+        ("short", {**often, "steps": 1}, "has 2 steps behind it, and this training 1 in all"),
+    ):
+        (tmp_path / name / "checkpoints").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "adam" / checkpoint, tmp_path / name / checkpoint)
+        with pytest.raises(RequestError, match=f"checkpoint .*: {said}.*; delete it to train from the start"):
+            run(recipe(model, square, settings=settings), tmp_path / name)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_torn_one(model: Path, square: Concept, tmp_path: Path) -> None:

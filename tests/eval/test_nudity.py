@@ -137,6 +137,21 @@ def test_the_colour_behind_what_is_transparent_is_not_judged(tmp_path: Path) -> 
     assert read_bgr(tmp_path / "shown.png")[0, 0].tolist() == [0, 0, 255]
 
 
+def test_a_picture_whose_parts_are_longer_than_itself_is_not_given_to_opencv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would make room for two gigabytes."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.linear_gradient("L").resize((8, 8)).convert("RGB")
+    picture.save(tmp_path / "x.png", exif=exif)
+    content, whole = (tmp_path / "x.png").read_bytes(), read_bgr(tmp_path / "x.png")
+    place = content.index(b"eXIf") + 4 + 26 + 4
+    (tmp_path / "x.png").write_bytes(content[:place] + b"\x70" + content[place + 1 :])  # the length of the next part
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("OpenCV was asked"))
+    assert np.array_equal(read_bgr(tmp_path / "x.png"), whole)
+
+
 def _damaged(folder: Path, picture: Path) -> dict[str, Path]:
     whole_png = picture.read_bytes()
     jpeg = folder / "whole.jpg"

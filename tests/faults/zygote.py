@@ -6,6 +6,7 @@ A line of JSON on stdin asks for a child, or lets a stopped one go on; a line on
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib
 import json
 import os
@@ -86,8 +87,6 @@ class Faults:
 def run(asked: dict[str, Any]) -> None:
     """Run a command in this child, and end it."""
     code, folder = 99, Path(asked["told"])
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(asked["folder"])
     os.environ["ERASE_CONCEPT_CACHE"] = "cache"
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -132,28 +131,46 @@ def wait(child: int, deadline: float | None) -> dict[str, Any]:
         time.sleep(0.001)
 
 
+def start(asked: dict[str, Any]) -> tuple[int, int, int]:
+    """Fork a child; return its number, and pipes of its stdout and stderr: a full disk does not cut those short."""
+    pipes = [os.pipe(), os.pipe()]
+    child = os.fork()
+    for number, (reading, writing) in enumerate(pipes, 1):
+        if not child:
+            os.dup2(writing, number)
+            os.close(reading)
+        else:
+            fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 1 << 20)  # read at the child's end alone
+        os.close(writing)
+    if not child:
+        run(asked)
+    return child, pipes[0][0], pipes[1][0]
+
+
+def said(pipe: int) -> str:
+    """Return all that an ended child wrote."""
+    with os.fdopen(pipe, errors="replace") as stream:
+        return stream.read()
+
+
 def serve() -> None:
     """Answer requests until stdin ends."""
     torch.set_num_threads(1)
     requests, answers = sys.stdin, os.fdopen(os.dup(1), "w")
-    told: dict[int, Path] = {}
+    children: dict[int, tuple[Path, int, int]] = {}
     for line in requests:
         asked = json.loads(line)
         began = time.monotonic()
         child = asked.get("go_on")
         if child is None:
-            for name in ("out", "err"):  # it may be killed before it has begun
-                (Path(asked["told"]) / name).touch()
-            child = os.fork()
-            if not child:
-                run(asked)
-            told[child] = Path(asked["told"])
+            child, *pipes = start(asked)
+            children[child] = Path(asked["told"]), *pipes
         else:
             os.kill(child, signal.SIGCONT)
         ended = wait(child, None if asked.get("after") is None else began + asked["after"])
-        folder = told[child]
         if "code" in ended:
-            ended |= {name: (folder / name).read_text(errors="replace") for name in ("out", "err")}
+            folder, out, err = children.pop(child)
+            ended |= {"out": said(out), "err": said(err)}
             if (folder / "count").is_file():
                 count = json.loads((folder / "count").read_text())
                 (folder / "count").unlink()

@@ -591,6 +591,7 @@ READERS += (
         made.packed(made.tensors_of(records.CHECKPOINT), records.with_checksum),
         records.checkpoint_seeds,
     ),
+    Reader("log", "log.jsonl", records.read_log, made.json_lines(records.RECORD), records.log_seeds),
     Reader(
         "unlearned-run",
         "unlearn.json",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,37 @@ from erase_concept.pipelines.classifiers.images import ImageData, InMemory
 from erase_concept.pipelines.image_set import MANIFEST, ImageSet, manifest_line
 from erase_concept.prompts.promptset import PromptRow
 from erase_concept.run_folder import versions
-from erase_concept.training.checkpoint import _sha256, read_checkpoint, save_checkpoint, steps_done, steps_in
+from erase_concept.run_log import checkpoint_file, logged, logged_losses
+from erase_concept.training.checkpoint import _sha256, restore, save_checkpoint, steps_done, steps_in
+from erase_concept.training.loop import Record
+from erase_concept.training.optimizer import MaskedOptimizer
+from erase_concept.training.rules import Adam
 
-# Checkpoints.
+# Checkpoints, and the log that belongs to them.
 CHECKPOINT = {
     "metadata": {"step": "3", "sha256": "0"},
-    "tensors": {"step": ["I64", [], 8], "weights.a": ["F32", [2], 8], "exp_avg.a": ["BF16", [2], 4]},
-}
+    "tensors": {
+        "step": ["I64", [], 8], "weights.weight": ["F32", [1, 2], 8], "weights.bias": ["F32", [1], 4],
+        "mean.weight": ["F32", [2], 8], "mean.bias": ["F32", [1], 4],
+        "square.weight": ["F32", [2], 8], "square.bias": ["F32", [1], 4],
+    },
+}  # fmt: skip
+
+
+def _optimizer() -> MaskedOptimizer:
+    """Return the optimizer of a training of four steps, after the first of them."""
+    module = torch.nn.Linear(2, 1)
+    optimizer = MaskedOptimizer(module, None, Adam(1e-3))
+    module(torch.ones(2)).backward()
+    optimizer.step()
+    return optimizer
 
 
 def checkpoint_seeds(folder: Path) -> list[bytes]:
     """Return a checkpoint, and lay the one of before beside it."""
     file = folder / "last.safetensors"
     for step in (2, 3):
-        save_checkpoint(file, {"step": torch.tensor(step), "weights.a": torch.ones(2)}, step)
+        save_checkpoint(file, _optimizer().state(), step)
     return [file.read_bytes()]
 
 
@@ -86,9 +104,24 @@ def read_newest(file: Path) -> object:
     logger.addHandler(handler)
     try:
         steps_in(file.parent)
-        return read_checkpoint(file) if steps_done(file) else None
+        return restore(_optimizer(), file) if steps_done(file) else None
     finally:
         logger.removeHandler(handler)
+
+
+RECORD = asdict(Record(1, 4, 0.5, {"forget": 0.25, "retain": 0.25}, 1e-5, 2.0))
+
+
+def log_seeds(folder: Path) -> list[bytes]:
+    """Return a log of three steps, and lay their checkpoint beside it."""
+    checkpoint_file(folder).parent.mkdir(exist_ok=True)
+    save_checkpoint(checkpoint_file(folder), _optimizer().state(), 3)
+    return [b"".join(json.dumps(RECORD | {"step": step}).encode() + b"\n" for step in (1, 2, 3))]
+
+
+def read_log(file: Path) -> object:
+    """Read a log as a run does that goes on, and go on by one step."""
+    return logged_losses(file.parent), list(logged(file.parent, iter([Record(**RECORD)])))
 
 
 # A classifier's run.

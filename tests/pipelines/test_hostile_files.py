@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -61,6 +62,19 @@ def test_a_small_pickle_makes_no_large_tensor(tmp_path: Path, tensor: torch.Tens
     torch.save({"a": tensor}, tmp_path / "x.ckpt")
     with pytest.raises(RequestError, match=f"{problem}|damaged or no file"):
         read_tensors(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("asked", [b"X\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f"], ids=["text", "number"])
+def test_a_few_bytes_of_an_old_pickle_ask_for_no_memory(tmp_path: Path, asked: bytes) -> None:
+    file = tmp_path / "m.ckpt"
+    file.write_bytes(b"\x80\x02" + asked + b"abc")
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="is damaged or no file of weights"):
+            read_tensors(file)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_tensors_have_no_more_bytes_than_their_file() -> None:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import inflect
 import pytest
 
 from erase_concept.prompts.article import with_article
 from erase_concept.prompts.concept import fill
+
+
+@pytest.mark.parametrize("number", ["0", "7", "8", "08", "11", "18", "80", "110", "811", "1100", "1800", "8000"])
+def test_a_number_of_any_length_has_the_article_of_its_first_word(number: str) -> None:
+    words = str(inflect.engine().number_to_words(number))
+    article = "an" if words.startswith(("eight", "eleven")) else "a"
+    for digits in (number, number + "000" * 2000):
+        assert with_article(f"{digits} ton") == f"{article} {digits} ton"
 
 
 @pytest.mark.parametrize(
