@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.masks.mask import Mask
-from erase_concept.training.rules import SGD, Adam, AdamNumbers, SGDNumbers, State
+from erase_concept.training.moments import zeros
+from erase_concept.training.rules import SGD, Adam, AdamNumbers, SGDNumbers
 from erase_concept.training.shards import Shards, joined, local, whole
 
-_BLOCK = 256  # salient weights that share a scale in the 8-bit state
 _PIECE = 1 << 20  # weights that one thread updates at a time
 _OF_WEIGHTS = 0x5BD1E995  # makes the noise that rounds weights another than the moments'
 # Gradients that wait to be updated together. torch's threads go on spinning for a moment after each of its own
@@ -75,29 +75,6 @@ class _Salient:
             else:
                 found |= {f"{name}_{part}": getattr(moment, part) for part in ("codes", "scales")}
         return found
-
-
-class _Coded:
-    """A moment in 8 bits: a code for each weight, and a scale for each block of them."""
-
-    def __init__(self, count: int, device: torch.device, *, signed: bool) -> None:
-        from bitsandbytes.functional import create_dynamic_map
-
-        self.map = create_dynamic_map(signed).to(device)
-        self.codes = torch.zeros(count, dtype=torch.uint8, device=device)
-        self.scales = torch.zeros(-(-count // _BLOCK), device=device)
-
-    def float(self) -> Tensor:
-        from bitsandbytes.functional import dequantize_blockwise
-
-        return dequantize_blockwise(self.codes, absmax=self.scales, code=self.map, blocksize=_BLOCK)
-
-    def copy_(self, value: Tensor) -> None:
-        from bitsandbytes.functional import quantize_blockwise
-
-        codes, made = quantize_blockwise(value, code=self.map, blocksize=_BLOCK)
-        self.codes.copy_(codes)
-        self.scales.copy_(made.absmax)
 
 
 class MaskedOptimizer:
@@ -280,7 +257,7 @@ def _salient(parameter: nn.Parameter, packed: np.ndarray, rule: Adam | SGD, seed
         # Whatever stands behind the last weight must be zero: the compiled update relies on it.
         packed = np.append(packed[:-1], packed[-1] & ~np.uint8(spare))
     count, device = counts[shards.rank], parameter.device
-    moments = {name: _zeros(count, rule.state, device, signed=signed) for name, signed in rule.moments.items()}
+    moments = {name: zeros(count, rule.state, device, signed=signed) for name, signed in rule.moments.items()}
     return _Salient(parameter, shards, torch.from_numpy(packed).to(device), counts, moments, _pieces(chosen), seed)
 
 
@@ -291,14 +268,6 @@ def _pieces(salient: np.ndarray) -> tuple[tuple[int, int, int], ...]:
     cuts = np.append(np.arange(0, len(salient), _PIECE), len(salient))
     before = np.cumsum([0, *np.add.reduceat(salient, cuts[:-1], dtype=np.int64)])
     return tuple(zip(cuts[:-1].tolist(), cuts[1:].tolist(), before[:-1].tolist(), strict=True))
-
-
-def _zeros(count: int, state: State, device: torch.device, *, signed: bool) -> Any:
-    if state != "8bit":
-        return torch.zeros(count, dtype=torch.float32 if state == "fp32" else torch.bfloat16, device=device)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError("settings.state", "8bit", 'needs bitsandbytes: pip install "erase-concept[8bit]"')
-    return _Coded(count, device, signed=signed)
 
 
 def _update_plainly(one: _Salient, numbers: AdamNumbers | SGDNumbers, seed: int) -> None:
