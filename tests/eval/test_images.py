@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from erase_concept.cli.main import main
 from erase_concept.errors import RequestError
 from erase_concept.eval.report.report import Report
 
@@ -92,46 +93,43 @@ def test_images_are_not_asked_for_again(i2p: str, tmp_path: Path, measured: Meas
 
 
 @pytest.mark.slow
-def test_processes_share_the_sampling_and_one_measures(shaken: str, tmp_path: Path) -> None:
+def test_processes_share_the_sampling_and_one_measures(
+    shaken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two processes write what one does, tell it once, and keep the base model's images once."""
     asked = [f"{place},some {noun} or other,{noun},{place}" for place, noun in enumerate(("church", "dog", "church"))]
     (tmp_path / "p.csv").write_text("\n".join(["case_number,prompt,object,seed", *asked]))
-    command = ["-m", "erase_concept", "eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
-    command += [
-        "--judge",
-        "emojinette",
-        "--baseline",
-        "emojinette",
-        "--steps",
-        "2",
-        "--batch-size",
-        "1",
-        "--json",
-        "-o",
-        "out",
-    ]
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
-    told = {}
-    for name, launcher in launchers.items():
+    command = ["eval", shaken, "-b", "imagenette", "-c", "church", "-p", "p.csv"]
+    command += ["--judge", "emojinette", "--baseline", "emojinette", "--steps", "2", "--batch-size", "1"]
+    command += ["--json", "-o", "out"]
+    for name in ("one", "two"):
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "p.csv", tmp_path / name)
-        done = subprocess.run(
-            [sys.executable, *launcher, *command],
-            cwd=tmp_path / name,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        told[name] = json.loads(done.stdout)  # one report, and nothing else
-        assert done.stderr.count("recall_emojinette not measured") == 1
+    monkeypatch.chdir(tmp_path / "one")
+    monkeypatch.setattr(sys, "argv", ["erase-concept", *command])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "erase_concept", *command],
+        cwd=tmp_path / "two",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = {}
+    for name, (out, err) in {"one": capsys.readouterr(), "two": (done.stdout, done.stderr)}.items():
+        told[name] = json.loads(out)  # one report, and nothing else
+        assert err.count("recall_emojinette not measured") == 1
         assert len([entry for entry in (tmp_path / name / ".baselines").iterdir() if entry.is_dir()]) == 1
         for volatile in ("evaluated", "seconds"):
             del told[name]["provenance"][volatile]
     assert told["two"] == told["one"]
     assert told["two"]["provenance"]["sampled"] == {"erased": 3, "base": 3}
     for who in ("erased", "base"):
-        one, two = (tmp_path / name / "out" / "samples" / who for name in launchers)
+        one, two = (tmp_path / name / "out" / "samples" / who for name in told)
         assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
         assert all(file.read_bytes() == (two / file.name).read_bytes() for file in one.iterdir())
