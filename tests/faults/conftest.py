@@ -219,7 +219,7 @@ def _without_times(value: Any) -> Any:
 
 
 def _digest(file: Path) -> str:
-    if file.name == ".lock" or file.suffix in _PAGES:
+    if file.suffix in _PAGES:
         return "there"
     content = file.read_bytes()
     if file.suffix == ".json":
@@ -245,7 +245,8 @@ def contents() -> Callable[[Path], dict[str, str]]:
     """Return a function that gives the hash of every file of a folder, without the times in them."""
 
     def read(folder: Path) -> dict[str, str]:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        # A lock that nobody holds is an empty file, which a kill may leave.
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
         return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
 
     return read
