@@ -25,8 +25,10 @@ def finished(stage: Any, ended: Any) -> bool:
 
 
 def tear(folder: Path, chance: random.Random) -> None:
-    """Cut the last line of some of the files short that grow by lines, as a kill in the middle of a write would."""
-    for file in sorted(folder.rglob("*.jsonl")):
+    """Cut the last line of a file that grows by lines short, where the kill could have been in the middle of it."""
+    written = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    last = max(written.values())
+    for file in sorted(file for file, when in written.items() if file.suffix == ".jsonl" and when == last):
         if file.name == "pairs.jsonl" or ("shared" in file.parts and not file.parent.name.endswith(".partial")):
             continue  # these get their names when they are whole
         lines = file.read_bytes().splitlines(keepends=True)
