@@ -29,7 +29,8 @@ def tear(folder: Path, chance: random.Random) -> None:
     written = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
     last = max(written.values())
     for file in sorted(file for file, when in written.items() if file.suffix == ".jsonl" and when == last):
-        if file.name == "pairs.jsonl" or ("shared" in file.parts and not file.parent.name.endswith(".partial")):
+        copied = {"shared", ".baselines"} & {*file.parts} and not file.parent.name.endswith(".partial")
+        if copied or file.name == "pairs.jsonl":
             continue  # these get their names when they are whole
         lines = file.read_bytes().splitlines(keepends=True)
         # A step that is in a checkpoint was in the log before.
