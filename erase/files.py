@@ -46,6 +46,7 @@ _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, whe
 _MOST_HEADER = 16 << 20  # bytes; that of SD XL has 0.4 million, and a training's notes may be some millions
 _MOST_TENSORS = 100_000  # SD XL with averaged weights has 5,000
 _MOST_SIDES = 16
+_MOST_DIGITS = 100  # of a whole number; a tokenizer without a limit says 10^30
 
 
 @contextmanager
@@ -153,9 +154,10 @@ def only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
 def mistaken_for(file: Path) -> str:
     """Say what a file is where a download brought something else: a Git LFS pointer or an HTML page; otherwise ""."""
     try:
+        regular_size(file)
         with file.open("rb") as stream:
             start = stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    except OSError:
+    except (OSError, ValueError):
         return ""
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself: 'git lfs pull' gets it"
@@ -289,6 +291,15 @@ class _UniqueKeys(_SAFE):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: Any) -> Any:
+        """Return a whole number; of a long one in base 60, such as 1:30:00, it would take the square of its length."""
+        if len(self.construct_scalar(node)) > _MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number is too long", node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_whole)
+
 
 def _check_events(text: str) -> None:
     """Raise ValueError for aliases and for too many or too deep values, before any of them is made."""
@@ -332,6 +343,8 @@ def _check_plain(value: Any, text: str) -> None:
             raise ValueError(f"has a {strange.pop().__name__} in the place of a text: put it in quotes")
         if float in kinds and not all(math.isfinite(one) for one in below if isinstance(one, float)):
             raise ValueError("has a number that is NaN or infinite")
+        if int in kinds and max(abs(one) for one in below if isinstance(one, int)) >= 10**_MOST_DIGITS:
+            raise ValueError(f"has a number of more than {_MOST_DIGITS} digits")
         level = [one for one in below if isinstance(one, dict | list)]
 
 

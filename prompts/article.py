@@ -28,6 +28,7 @@ _PARTICLES = frozenset({
     "of", "the", "and", "de", "da", "di", "del", "della", "van", "von", "der", "den", "la", "le", "el", "al", "bin",
 })
 # fmt: on
+_LONGEST = 100  # letters of a word; the library takes time by the square of them
 
 
 @cache
@@ -60,6 +61,8 @@ def _noun(words: list[str]) -> str:
 
 def _is_plural(noun: str) -> bool:
     """Return whether a noun is a plural."""
+    if len(noun) > _LONGEST:
+        return False
     singular = _inflect().singular_noun(noun)
     if not singular or not noun.endswith("s"):
         return bool(singular) and singular != noun
@@ -76,7 +79,7 @@ def _article(name: str) -> str:
         return "a"
     number = re.match(r"0*(\d+)", word[0])
     if number is None:
-        return _inflect().a(word[0]).split()[0]
+        return _inflect().a(word[0][:_LONGEST]).split()[0]
     # What is read first are the digits before the first comma: 11,500 begins as 11 does, and 1,150 as 1.
     first = number[1][: len(number[1]) % 3 or 3]
     return _inflect().a(str(_inflect().number_to_words(first))).split()[0]

@@ -22,6 +22,7 @@ from erase_concept.prompts.article import with_article
 
 Kind = Literal["object", "style", "person", "character", "brand", "nudity", "unsafe", "custom", "several"]
 _PLACES = re.compile(r"\{[oO]\}")
+_MOST_PROMPTS, _MOST_CHARACTERS = 100_000, 1 << 26  # of a concept
 
 
 def fill(template: str, name: str) -> str:
@@ -88,11 +89,24 @@ class Concept:
             raise ValueError("a concept with prompts has no anchor, templates, synonyms or retain")
         if not self.templates and not self.prompts:
             raise ValueError("a concept needs at least one template")
+        self._check_size()
         if not self.retain and not self.others:
             raise ValueError("a concept needs something to retain: names in retain, or prompts in others")
         for name in (self.name, *self.synonyms):
             if name == self.anchor or name in self.retain:
                 raise ValueError(f"{name!r} cannot be its own anchor or be retained")
+
+    def _check_size(self) -> None:
+        """Raise ValueError for too many or too long prompts: names and templates multiply."""
+        names = (self.name, *self.synonyms, *self.retain)
+        count = len(names) * len(self.templates) + len(self.prompts) + len(self.others)
+        if count > _MOST_PROMPTS:
+            raise ValueError(f"a concept has at most {_MOST_PROMPTS:,} prompts, and its names and templates make {count:,}")
+        longest = max(map(len, (*names, self.anchor)))
+        templates = (*self.templates, *self.anchor_templates)
+        size = len(names) * sum(len(text) + len(_PLACES.findall(text)) * longest for text in templates)
+        if size > _MOST_CHARACTERS:
+            raise ValueError(f"a concept's prompts have at most {_MOST_CHARACTERS:,} characters together, not {size:,}")
 
     @property
     def parts(self) -> tuple[Concept, ...]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write, mistaken_for
+from erase_concept.files import atomic_write, mistaken_for, regular_size
 from erase_concept.prompts.minors import DROPPED, sexual_with_minors
 
 # Accepted names of each column. I2P's file begins them with "sd_"; research repositories begin seed and guidance scale
@@ -62,6 +62,7 @@ class PromptRow:
 
 _ROW = TypeAdapter(PromptRow)
 _MOST_ROWS, _LARGEST = 1_000_000, 16_384  # prompts of a file, and pixels of a side
+_LONGEST = 1 << 22  # characters of a CSV record, which may go over several lines
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,17 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
     """
     line = 1
     try:
+        regular_size(file)
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+            lines = _Lines(stream)
+            reader = csv.reader(lines, strict=True)
             if what := mistaken_for(file):
                 raise RequestError(setting, file, what)
             header = next(reader, [])
             columns = column_positions(header, file, setting)
-            index, line = 0, reader.line_num + 1
+            index, line, lines.left = 0, reader.line_num + 1, _LONGEST
             for record in reader:
+                lines.left = _LONGEST
                 row_line, line = line, reader.line_num + 1
                 if not any(value.strip() for value in record):
                     continue
@@ -196,6 +200,25 @@ def read_rows(file: Path, *, setting: str = "prompts") -> Iterator[PromptRow]:
         raise
     except (OSError, ValueError) as problem:  # a path may hold what no path can
         raise RequestError(setting, file, getattr(problem, "strerror", None) or str(problem)) from None
+
+
+class _Lines:
+    """The lines of a CSV file. ``left`` is how many characters the present record may still have."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.left = stream, _LONGEST
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(self.left + 1)
+        self.left -= len(line)
+        if self.left < 0:
+            raise ValueError(f"a row has more than {_LONGEST:,} characters")
+        if not line:
+            raise StopIteration
+        return line
 
 
 def read_prompts(file: Path, *, setting: str = "prompts", limit: int | None = None) -> PromptSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from erase_concept.errors import EraseError, RequestError, one_line
+from erase_concept.files import parse_json, parse_yaml
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.architectures import build
 from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
@@ -30,6 +32,8 @@ from erase_concept.pipelines.formats.weights import read_tensors
 from erase_concept.pipelines.image_set import MANIFEST, SETTINGS, manifest_line, read_images
 from erase_concept.pipelines.load import configs, load
 from erase_concept.pipelines.pictures import MOST_PIXELS, picture_size, read_picture
+from erase_concept.prompts.concept import parse
+from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptRow, read_prompts, row_of
 
 
@@ -291,3 +295,39 @@ def test_a_classifier_names_no_program_of_its_own_and_no_larger_network(tmp_path
         _edit(tmp_path / "classifier.json", architecture=architecture)
         with pytest.raises((RequestError, EraseError), match=problem):
             load_classifier(str(tmp_path), data)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names")
+@pytest.mark.parametrize("name", ["c.yaml", "c.txt", "c.csv"])
+def test_a_pipe_in_the_place_of_a_concept_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(RequestError, match="is no regular file"):
+        find_concept(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("number", ["1" + ":1" * 200_000, "0x" + "f" * 5000, "9" * 101, "!!int '1" + ":1" * 200 + "'"])
+def test_no_number_takes_long_or_has_no_digits(number: str) -> None:
+    with pytest.raises(ValueError, match="too long|more than 100 digits"):
+        parse_yaml(f"seed: {number}")
+    assert parse_yaml("seed: 1:30") == {"seed": 90}
+    assert parse_json("9" * 100) == int("9" * 100)
+
+
+def test_a_csv_file_of_one_line_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "p.csv").open("wb") as stream:
+        stream.truncate(10 << 30)  # it has no blocks
+    with pytest.raises(RequestError, match="a row has more than 4,194,304 characters"):
+        read_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("prompt\n" + '"a\n' + "b\n" * 3_000_000)  # a quote that is never closed
+    with pytest.raises(RequestError, match=r"line 2: a value of more than 131,072 characters"):
+        read_prompts(tmp_path / "p.csv")
+
+
+def test_names_and_templates_do_not_multiply_without_end() -> None:
+    described = {"name": "a", "kind": "object", "anchor": "b", "retain": ["c"], "templates": ["{O}"]}
+    many = [f"{{O}} {number}" for number in range(1000)]
+    assert len(parse({**described, "templates": many, "synonyms": many[:97]}).forget_prompts) == 98_000
+    with pytest.raises(ValueError, match=r"names and templates make 101,000"):
+        parse({**described, "templates": many, "synonyms": many[:99]})
+    with pytest.raises(ValueError, match="at most 67,108,864 characters together"):
+        parse({**described, "name": "a" * 10_000, "templates": ["{o}" * 4000]})
