@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from erase_concept.errors import RequestError
+from erase_concept.files import file_sha256
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.pictures import SUFFIXES, pictures_in
 from erase_concept.prompts.catalog import folder_names
@@ -25,7 +26,7 @@ def hashes_of_images(recipe: Recipe) -> dict[str, str]:
     for folder in image_folders(recipe):
         digest = hashlib.sha256()
         for file in pictures_in(folder, deep=True):
-            digest.update(f"{file.relative_to(folder)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {file_sha256(file)}\n".encode())
         found[str(folder)] = digest.hexdigest()
     return found
 

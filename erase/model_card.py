@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from erase_concept.errors import one_line
 from erase_concept.exports import public_recipe
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.delta import Delta
@@ -162,7 +164,7 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
         low, high = score["ci95"]
         value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
         what = f"{score['metric']}, {_plain(score['target'])}" if score["metric"] == "ua" else score["metric"]
-        lines.append(f"| {what} | {base} | {value} | {score['protocol'].replace('|', '/')} |")
+        lines.append(f"| {what} | {base} | {value} | {_plain(score['protocol'])} |")
     return "\n".join(lines)
 
 
@@ -175,4 +177,5 @@ def _loaded(base: dict[str, str]) -> str:
 
 def _plain(text: str) -> str:
     """Keep names from outside from being read as Markdown or HTML."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c in "\r\n" else c for c in text)
+    escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#~&" else c for c in one_line(text))
+    return re.sub(r"://|www\.|@", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", escaped, flags=re.IGNORECASE)

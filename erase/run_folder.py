@@ -128,7 +128,7 @@ def write_json(file: Path, value: Any) -> None:
 
 def weights_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a pipeline's files of weights, by their names in its folder."""
-    files = sorted(folder.rglob("*.safetensors"))
+    files = sorted(file for file in folder.rglob("*.safetensors") if file.is_file())
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 

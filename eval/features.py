@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write
+from erase_concept.files import atomic_write, file_sha256
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def image_features(
     if not files:
         raise RequestError("images", "(empty)", "no images")
     try:
-        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        hashes = [file_sha256(file) for file in files]
     except OSError as problem:
         raise RequestError("images", problem.filename, str(problem.strerror)) from None
     unique, first, places = np.unique(hashes, return_index=True, return_inverse=True)

@@ -42,7 +42,10 @@ def processes() -> PartialState:
 
 def process_count() -> int:
     """Return how many processes were started together, without loading torch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise RequestError("WORLD_SIZE", count, "must be a whole number")
+    return int(count)
 
 
 def lost_process(problem: BaseException) -> bool:

@@ -101,12 +101,12 @@ class Concept:
         names = (self.name, *self.synonyms, *self.retain)
         count = len(names) * len(self.templates) + len(self.prompts) + len(self.others)
         if count > _MOST_PROMPTS:
-            raise ValueError(f"a concept has at most {_MOST_PROMPTS:,} prompts, and its names and templates make {count:,}")
+            raise ValueError(f"has at most {_MOST_PROMPTS:,} prompts, but its names and templates make {count:,}")
         longest = max(map(len, (*names, self.anchor)))
         templates = (*self.templates, *self.anchor_templates)
         size = len(names) * sum(len(text) + len(_PLACES.findall(text)) * longest for text in templates)
         if size > _MOST_CHARACTERS:
-            raise ValueError(f"a concept's prompts have at most {_MOST_CHARACTERS:,} characters together, not {size:,}")
+            raise ValueError(f"its prompts have at most {_MOST_CHARACTERS:,} characters together, not {size:,}")
 
     @property
     def parts(self) -> tuple[Concept, ...]:

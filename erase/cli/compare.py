@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from erase_concept.cli.options import EmaOption, JsonOption, OutOption, examples
+from erase_concept.cli.terminal import print_text
 from erase_concept.errors import RequestError
 
 _TUNING = "Tuned setting of the methods"
@@ -79,7 +80,7 @@ def compare(
             ema=ema,
         )
     )
-    typer.echo((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"), nl=False)
+    print_text((out / ("comparison.json" if json_ else "comparison.md")).read_text(encoding="utf-8"))
 
 
 def _every_method() -> tuple[str, ...]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-import yaml
 
 from erase_concept.cli.options import JsonOption, examples
-from erase_concept.cli.terminal import print_json
+from erase_concept.cli.terminal import print_json, print_text, print_yaml
 
 EXAMPLES = examples(
     "erase-concept concept 'style:Vincent van Gogh'",
@@ -54,5 +53,5 @@ def concept(
     lines.append(f"Prompts that are retained: {len(found.retain_prompts)}")
     if asked := evaluation_prompts(found):
         lines += ["To evaluate with, in other words:", *(f"  {prompt}" for prompt in asked[:_PAIRS])]
-    typer.echo("".join(f"# {line}\n" for line in lines), nl=False)
-    typer.echo(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=10_000), nl=False)
+    print_text("".join(f"# {line}\n" for text in lines for line in text.splitlines()))
+    print_yaml(told, width=10_000)

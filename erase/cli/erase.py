@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from erase_concept.cli.options import (
     JsonOption,
     OutOption,
@@ -12,7 +10,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_json, print_plan
+from erase_concept.cli.terminal import print_json, print_plan, print_text
 
 EXAMPLES = examples(
     "erase-concept erase model.safetensors -c church -o runs/church",
@@ -45,7 +43,7 @@ def erase(
         return
     checks, mask = run_info["checks"], run_info["mask"]
     density = "" if mask is None else f" The mask holds {mask['density']:.1%} of the weights."
-    typer.echo(
+    print_text(
         f"{recipe.concept.name} erased: {checks['changed']:,} of {checks['weights']:,} weights changed, "
-        f"{checks['changed_outside_mask']} outside the mask.{density}\nPipeline: {out / 'pipeline'}"
+        f"{checks['changed_outside_mask']} outside the mask.{density}\nPipeline: {out / 'pipeline'}\n"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_dropped, print_report
+from erase_concept.cli.terminal import print_dropped, print_note, print_report
 
 if TYPE_CHECKING:
     from erase_concept.eval.request import EvalRequest
@@ -192,13 +191,13 @@ def evaluate(
     print_dropped(report.provenance["prompts"].get(DROPPED, 0))
     for who, notes in report.provenance.get("notes", {}).items():
         for note in notes:
-            print(f"erase-concept: {who}: {note}", file=sys.stderr)
+            print_note(f"{who}: {note}")
     missing = report.provenance.get("not measured", {})
     for reason in dict.fromkeys(missing.values()):  # a judge that is not there is said once, with all that needs it
         metrics = ", ".join(metric for metric, why in missing.items() if why == reason)
-        print(f"erase-concept: {metrics} not measured: {reason}", file=sys.stderr)
+        print_note(f"{metrics} not measured: {reason}")
     failed = [line for line in report.provenance.get("thresholds", {}).values() if line != "passed"]
     for line in failed:
-        print(f"erase-concept: --fail-if {line}", file=sys.stderr)
+        print_note(f"--fail-if {line}")
     if failed:
         raise typer.Exit(1)

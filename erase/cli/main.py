@@ -87,9 +87,9 @@ def main() -> None:
 
     A file that cannot be read or written is the request's. Ctrl-C ends with 130, SIGTERM with 143.
     """
-    if process_count() > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; see training/shared.py
     try:
+        if process_count() > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; see training/shared.py
         with terminable(), nullcontext() if main_process() else redirect_stdout(io.StringIO()):
             code = app(prog_name="erase-concept", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from erase_concept.cli.options import JsonOption, OutOption, examples
-from erase_concept.cli.terminal import print_report
+from erase_concept.cli.terminal import print_report, print_text
 
 EXAMPLES = examples(
     "erase-concept report runs/church -o again", "erase-concept report runs/church runs/dog -o side-by-side"
@@ -31,6 +31,6 @@ def report(
         return
     write_side_by_side({str(folder): r for folder, r in zip(folders, reports, strict=True)}, out)
     if json_:
-        typer.echo((out / "report.json").read_text(encoding="utf-8"))
+        print_text((out / "report.json").read_text(encoding="utf-8"))
         return
     typer.echo(f"{len(reports)} reports side by side: {out / 'report.html'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,8 @@ def print_plan(
     if json_:
         print_json(plan | {"expected": expected.to_dict()})
         return
-    typer.echo(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True))
+    print_yaml(plan)
+    typer.echo()
     rows = [
         [
             stage.name,
@@ -83,7 +85,7 @@ def print_report(report: Report, out: Path, json_: bool) -> None:
         for score in report.scores
     ]
     print_table("scores", ["metric", "base", "erased", "95 % interval", "n"], rows)
-    typer.echo(f"Report: {out / 'report.html'}")
+    print_text(f"Report: {out / 'report.html'}\n")
 
 
 def print_dropped(count: int) -> None:
@@ -97,12 +99,12 @@ def print_dropped(count: int) -> None:
 def print_note(note: str) -> None:
     """Say something on standard error, unless it is empty."""
     if note:
-        print(f"erase-concept: {note}", file=sys.stderr)
+        print(f"erase-concept: {one_line(note)}", file=sys.stderr)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a table; what is in its cells is text, never markup."""
-    table = Table(title=Text(title), title_justify="left", show_header=any(header))
+    table = Table(title=Text(one_line(title)), title_justify="left", show_header=any(header))
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -148,4 +150,23 @@ def print_fields(title: str, fields: dict[str, str]) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, and what JSON does not know as text."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    print_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def print_yaml(value: Any, **options: Any) -> None:
+    """Print a value as YAML."""
+    told = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    if _obeyed(told):
+        told = yaml.safe_dump(value, sort_keys=False, **options)
+    typer.echo(told, nl=False)
+
+
+def print_text(text: str) -> None:
+    """Print a text with its lines; of what a terminal would obey, it has JSON's escapes, so JSON stays the same."""
+    escapes = {ord(character): json.dumps(character)[1:-1] for character in _obeyed(text)}
+    typer.echo(text.translate(escapes), nl=False)
+
+
+def _obeyed(text: str) -> set[str]:
+    """Return the characters of a text that move the cursor, colour or turn what follows, but for its lines' ends."""
+    return {one for one in set(text) if unicodedata.category(one) in ("Cc", "Cf", "Cs") and one not in "\n\t"}

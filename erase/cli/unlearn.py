@@ -20,7 +20,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_json, print_plan, print_table
+from erase_concept.cli.terminal import print_json, print_plan, print_table, print_text
 from erase_concept.errors import RequestError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def eval_classifier(
     report = evaluate_classifier(run, retrain=retrain, shadow_models=shadow_models)
     write_classifier_report(report, out)
     if json_:
-        typer.echo((out / "report.json").read_text(encoding="utf-8"))
+        print_text((out / "report.json").read_text(encoding="utf-8"))
         return
     rows = [
         [

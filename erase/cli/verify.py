@@ -9,7 +9,7 @@ import typer
 
 from erase_concept.cli.options import EmaOption, JsonOption, examples
 from erase_concept.cli.terminal import print_json, print_table
-from erase_concept.errors import RequestError
+from erase_concept.errors import RequestError, one_line
 
 _SIGNING = "Signing"
 EXAMPLES = examples(
@@ -71,7 +71,7 @@ def verify(
         print_table("verified", ["what", "holds", "found"], rows)
         for one in done.checks:
             if one.holds is False:
-                typer.echo(f"Does not hold: {one.file}: {one.found}")
+                typer.echo(one_line(f"Does not hold: {one.file}: {one.found}"))
         if done.certificate is not None:
             typer.echo(f"Certificate: {done.certificate}")
     if not done.holds:

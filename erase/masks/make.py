@@ -19,6 +19,7 @@ from torch import Tensor
 from erase_concept import masks
 from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
+from erase_concept.files import file_sha256
 from erase_concept.image_folders import hashes_of_images
 from erase_concept.make_data import check_data, make_data_for
 from erase_concept.masks.choose import MASK_KINDS, choose
@@ -135,7 +136,7 @@ def mask_key(recipe: Recipe, base_hash: str) -> str:
     kind, data = recipe.mask.kind, asdict(recipe.data)
     rows = {name: data[name] for name in data if name not in ("anchor", "retain", "retain_images")}
     rows |= hashes_of_images(recipe)
-    file = "" if kind in MASK_KINDS else hashlib.sha256(Path(kind).read_bytes()).hexdigest()
+    file = "" if kind in MASK_KINDS else file_sha256(Path(kind))
     parts = [base_hash, recipe.concept.to_dict(), asdict(recipe.mask), file, rows, recipe.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

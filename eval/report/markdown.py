@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from erase_concept.errors import one_line
 from erase_concept.eval.report.plots import Front
 from erase_concept.eval.report.report import Bar, Curve, Pair, Report
 from erase_concept.eval.report.text import NOTHING, interval_text, percent, retention_text, short, title, value_text
@@ -137,8 +138,8 @@ def _became(report: Report) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot break out of a Markdown table, link or load anything, or smuggle HTML in."""
-    joined = " ".join(text.translate(_MARKDOWN).split())
-    return re.sub(r"://|www\.", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", joined, flags=re.IGNORECASE)
+    joined = one_line(text).translate(_MARKDOWN)
+    return re.sub(r"://|www\.|@", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", joined, flags=re.IGNORECASE)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.weights import Weights, first_difference
-from erase_concept.files import file_sha256
+from erase_concept.files import file_sha256, open_tensors
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.delta import FORMAT, moved_weights, open_delta
 from erase_concept.pipelines.formats.folder import INDEX, load_folder
@@ -61,9 +61,9 @@ def export_format(path: Path) -> str:
     if (path / INDEX).is_file():
         return "diffusers"
     try:
-        with safe_open(path, "pt") as stored:
+        with open_tensors(path) as stored:
             keys, metadata = list(stored.keys()), stored.metadata() or {}
-    except (OSError, SafetensorError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         raise RequestError("model", path, f"is no run, and no export that can be read: {problem}") from None
     if metadata.get("format") == FORMAT:
         return "delta"
@@ -97,7 +97,7 @@ def check_export(
 
 def _check_metadata(file: Path, info: Mapping[str, Any] | None) -> str:
     """Say what of a file's metadata is not true; "" where all is."""
-    with safe_open(file, "pt") as stored:
+    with open_tensors(file) as stored:
         metadata = stored.metadata() or {}
     own = {
         key: metadata[key].removeprefix("0x") for key in ("modelspec.hash_sha256", "sshs_model_hash") if key in metadata

@@ -236,7 +236,7 @@ def _exports(
         named[known[0]] = path
     for name, entry in entries.items():
         places = [named[name]] if name in named else [run / name, run.parent / name, Path(name)]
-        yield entry, next((place for place in places if place.exists()), None)
+        yield entry, next((place for place in places if place.is_file() or place.is_dir()), None)
 
 
 def _there(exported: Sequence[tuple[Mapping[str, Any], Path | None]]) -> list[Path]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from erase_concept.errors import RequestError, first_line
-from erase_concept.files import read_json
+from erase_concept.files import read_json, regular_size
 
 _MOST_SIGNATURES = 100  # each is tried
+_MOST_BYTES = 1 << 16  # of a key's file
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
@@ -22,7 +23,7 @@ def read_private_key(file: Path) -> Any:
     """Read an Ed25519 private key in PEM, without a password; raises RequestError for anything else."""
     serialization, _, private = _cryptography()
     try:
-        key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+        key = serialization.load_pem_private_key(_pem(file), password=None)
     except (OSError, ValueError, TypeError) as problem:
         raise RequestError(
             "sign", file, f"is no private key in PEM without a password: {first_line(problem)}"
@@ -36,12 +37,19 @@ def read_public_key(file: Path) -> Any:
     """Read an Ed25519 public key in PEM; raises RequestError for anything else."""
     serialization, public, _ = _cryptography()
     try:
-        key = serialization.load_pem_public_key(file.read_bytes())
+        key = serialization.load_pem_public_key(_pem(file))
     except (OSError, ValueError, TypeError) as problem:
         raise RequestError("public_key", file, f"is no public key in PEM: {first_line(problem)}") from None
     if not isinstance(key, public):
         raise RequestError("public_key", file, "is a key of another kind; allowed: Ed25519")
     return key
+
+
+def _pem(file: Path) -> bytes:
+    """Return the bytes of a key's file; raises ValueError for one that is too large, or no regular file."""
+    if regular_size(file) > _MOST_BYTES:
+        raise ValueError(f"is larger than {_MOST_BYTES:,} bytes")
+    return file.read_bytes()
 
 
 def key_id(public: Any) -> str:

@@ -21,7 +21,7 @@ from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, fin
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
 from erase_concept.pipelines.formats.scheduler import with_zero_snr, write_stated
-from erase_concept.pipelines.formats.tokenizer import limit_tokenizers, write_vocabulary
+from erase_concept.pipelines.formats.tokenizer import check_tokenizer, limit_tokenizers, write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
     check_same,
@@ -147,12 +147,17 @@ def load_folder(folder: Path, name: str) -> Diffusion:
         part: _load_component(folder / part, family, name) for part, one in family.components.items() if one.make
     }
     stored = dtype_names(modules["unet"].state_dict().values())
+    tokenizers = [part for part in family.components if part.startswith("tokenizer")]
+    for part in tokenizers:
+        check_tokenizer(folder / part)
     # What the index names beside the family's components, such as a safety checker, is not used: it may be gone.
     unused = {part: None for part, line in read_json(folder / INDEX).items() if isinstance(line, list)}
     unused = {part: None for part in unused if part not in family.components}
     given = {**unused, **modules, **family.pipeline_options}
     pipeline = family.pipeline.from_pretrained(folder, local_files_only=True, **given)
     components = limit_tokenizers({part: getattr(pipeline, part) for part in family.components})
+    for part in tokenizers:
+        components[part]("a photo of 1")  # one that can read no text is refused here, and not in the middle of a run
     family.check_fit(components)
     components["scheduler"] = with_zero_snr(components["scheduler"])
     settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}

@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTokenizer
 
 from erase_concept.errors import RequestError
+from erase_concept.files import read_json
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")  # one of them makes a tokenizer
@@ -90,6 +91,25 @@ def label_tokenizer(labels: Sequence[str], folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError for a tokenizer.json that is no byte-pair encoding, or has a compiled table of characters.
+
+    CLIP's is one and has none. The library's reader of such a table panics, which no caller can turn into an error.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return
+    content = read_json(folder / "tokenizer.json")
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("tokenizer.json is no byte-pair encoding, as CLIP's is")
+    level: list[Any] = [value for key, value in content.items() if key != "model"]
+    while level:
+        if any("precompiled_charsmap" in one for one in level if isinstance(one, dict)):
+            raise ValueError("tokenizer.json has a precompiled_charsmap, which CLIP's has not")
+        inner = [one for one in level if isinstance(one, dict | list)]
+        level = [one for each in inner for one in (each.values() if isinstance(each, dict) else each)]
+
+
 def limit_tokenizers(components: Mapping[str, Any]) -> dict[str, Any]:
     """Return the components, with tokenizers that give no more tokens than their text encoders have positions.
 
@@ -117,6 +137,7 @@ def write_vocabulary(tokenizer: Any, folder: Path) -> None:
 
 def _read(folder: Path, **options: Any) -> CLIPTokenizer:
     # As an argument: a padding token that is set later is a word among others until the tokenizer is saved and loaded.
+    check_tokenizer(folder)
     defaults = {} if (folder / "tokenizer_config.json").is_file() else _CLIP
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **{**defaults, **options})
 

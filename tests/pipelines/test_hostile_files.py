@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -20,8 +21,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from erase_concept.cli.terminal import print_json, print_text, print_yaml
 from erase_concept.errors import EraseError, RequestError, one_line
+from erase_concept.eval.report.markdown import _cell
+from erase_concept.eval.verify.exports import export_format
+from erase_concept.eval.verify.findings import VerifyRequest
+from erase_concept.eval.verify.run import _exports
+from erase_concept.eval.verify.signature import read_private_key, read_public_key
 from erase_concept.files import parse_json, parse_yaml
+from erase_concept.model_card import _plain
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.architectures import build
 from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
@@ -35,6 +43,7 @@ from erase_concept.pipelines.pictures import MOST_PIXELS, picture_size, read_pic
 from erase_concept.prompts.concept import parse
 from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptRow, read_prompts, row_of
+from erase_concept.run_folder import weights_files
 
 
 def test_a_message_is_one_line_that_no_terminal_obeys() -> None:
@@ -307,7 +316,7 @@ def test_a_pipe_in_the_place_of_a_concept_is_not_waited_for(tmp_path: Path, name
 
 @pytest.mark.parametrize("number", ["1" + ":1" * 200_000, "0x" + "f" * 5000, "9" * 101, "!!int '1" + ":1" * 200 + "'"])
 def test_no_number_takes_long_or_has_no_digits(number: str) -> None:
-    with pytest.raises(ValueError, match="too long|more than 100 digits"):
+    with pytest.raises(ValueError, match=r"too long|more than 100 digits"):
         parse_yaml(f"seed: {number}")
     assert parse_yaml("seed: 1:30") == {"seed": 90}
     assert parse_json("9" * 100) == int("9" * 100)
@@ -331,3 +340,59 @@ def test_names_and_templates_do_not_multiply_without_end() -> None:
         parse({**described, "templates": many, "synonyms": many[:99]})
     with pytest.raises(ValueError, match="at most 67,108,864 characters together"):
         parse({**described, "name": "a" * 10_000, "templates": ["{o}" * 4000]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "precompiled_charsmap"),
+        ("decoder", {"type": "Sequence", "decoders": [{"precompiled_charsmap": ""}]}, "precompiled_charsmap"),
+        ("model", {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "b"}, "no byte-pair encoding"),
+        ("model", [], "no byte-pair encoding"),
+    ],
+)
+def test_a_tokenizer_that_would_panic_is_refused(model: Path, key: str, value: Any, problem: str) -> None:
+    file = model / "tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(RequestError, match=problem):
+        load(model)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names")
+def test_a_pipe_in_the_place_of_an_export_or_a_key_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(RequestError, match="no export that can be read: is no regular file"):
+        export_format(tmp_path / "x.safetensors")
+    assert weights_files(tmp_path) == {}
+    pytest.importorskip("cryptography")
+    for read in (read_private_key, read_public_key):
+        with pytest.raises(RequestError, match="is no regular file"):
+            read(tmp_path / "x.safetensors")
+
+
+def test_a_run_names_no_device_as_its_export(tmp_path: Path) -> None:
+    (tmp_path / "a.delta").touch()
+    exports = [{"file": name, "sha256": "0"} for name in ("/dev/zero", "a.delta")]
+    found = _exports(VerifyRequest(tmp_path), tmp_path, {"exports": exports})
+    assert [path for _, path in found] == [None, tmp_path / "a.delta"]
+
+
+def test_no_name_is_a_link_in_a_card_or_report() -> None:
+    hostile = "https://a.example www.b.example me@c.example <i>\x1b[2J\u202e ~~x~~ [y](z)"
+    for told in (_plain(hostile), _cell(hostile)):
+        assert not re.search(r"://|www\.|(?<!\\)[\[\]~]|[a-z]@|\x1b|\u202e", told)
+        assert "<i>" not in told
+    assert _plain("café, 50 % off") == _cell("café, 50 % off") == "café, 50 % off"
+
+
+def test_what_is_printed_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = {"a": "\x1b[2J\x9b2J\u202e\U000e0001 é 🪦"}
+    print_json(hostile)
+    told = capsys.readouterr().out
+    assert json.loads(told) == hostile
+    print_yaml(hostile)
+    assert parse_yaml(capsys.readouterr().out) == hostile
+    print_text("x\x9by\nz\u202e")
+    assert capsys.readouterr().out == "x\\u009by\nz\\u202e"
+    assert not {"\x1b", "\x9b", "\u202e"} & set(told)
+    assert "é 🪦" in told
