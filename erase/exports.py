@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import file_sha256, only_process, parse_yaml
+from erase_concept.files import file_sha256, only_process, parse_yaml, to_disk
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora
@@ -110,6 +110,7 @@ def _named_last(out: Path, *sources: Path) -> Iterator[Path]:
     try:
         yield path
         path.replace(out)
+        to_disk(out.parent)
     finally:
         if path.is_dir():
             shutil.rmtree(path)

@@ -3,16 +3,15 @@
 A file may come from a stranger. What reads one raises ValueError, in one line, for what it refuses; whoever calls it
 knows the setting that named the file. Plain data are mappings with texts as keys, lists, texts, finite numbers, true,
 false and null. The limits keep a file from taking a gigabyte of memory or seconds of time.
-
-Of safetensors files the library itself refuses offsets that overlap, leave gaps or lie outside the file, and sizes that
-do not fit them. It takes the last of two tensors of one name, and as many names as the header holds.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -20,17 +19,18 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from erase_concept.errors import EraseError, RequestError
 
-if sys.platform != "win32":  # where a file that another process has open cannot be replaced anyway
+if sys.platform == "win32":
+    from filelock import FileLock
+else:
     import fcntl
 
 LOCK = ".lock"  # held by the process that works in a folder
@@ -43,19 +43,21 @@ _TEXT = frozenset((str,))
 _PLAIN = frozenset((dict, list, str, int, float, bool, type(None)))
 _SURROGATE = re.compile(r"\\[uU](?:0000)?[dD][89a-fA-F]")
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML has it
-_MOST_HEADER = 16 << 20  # bytes; that of SD XL has 0.4 million, and a training's notes may be some millions
-_MOST_TENSORS = 100_000  # SD XL with averaged weights has 5,000
-_MOST_SIDES = 16
 _MOST_DIGITS = 100  # of a whole number; a tokenizer without a limit says 10^30
+_NO_LOCKS = "erase-concept: %s lies on a file system without locks: start no other command in it"
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system that has no such thing
 
 
 @contextmanager
-def atomic_write(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path, *, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``file``, which becomes ``file`` if all goes well and is removed if it does not.
 
     Makes the parent folder. The file may be read by whom the user's umask says, which safetensors would not ask. What a
     killed process left is written over; where another process is writing the same file, its end is waited for. A link
     of either name is replaced and not followed.
+
+    The file is on the disk before it gets its name, so that it outlives a power cut. That takes some milliseconds;
+    without ``sync`` it may be lost or damaged then, which is for files that are temporary, or read with a checksum.
 
     Raises OSError with the file's name when it cannot be written (a full disk, say).
     """
@@ -69,7 +71,11 @@ def atomic_write(file: Path) -> Iterator[Path]:
                 yield partial
                 os.umask(umask := os.umask(0o077))  # it can be read only by setting it
                 partial.chmod(0o666 & ~umask)
+                if sync:
+                    to_disk(partial)
                 partial.replace(file)
+                if sync:
+                    to_disk(file.parent)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
@@ -79,6 +85,26 @@ def atomic_write(file: Path) -> Iterator[Path]:
         if problem.filename in (None, os.fspath(partial)):
             problem.filename = os.fspath(file)
         raise
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk. Windows is not asked for this.
+
+    Raises OSError when it cannot be written: a network folder may say only now that it is full.
+    """
+    if sys.platform == "win32":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder in which one may write and not read
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as problem:
+        if problem.errno not in _CANNOT:
+            raise OSError(problem.errno, problem.strerror, os.fspath(path)) from None
+    finally:
+        os.close(descriptor)
 
 
 def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
@@ -93,7 +119,8 @@ def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
 @contextmanager
 def _only_writer(partial: Path) -> Iterator[None]:
     """Hold a file that is not whole yet; it is made where there is none."""
-    descriptor = None if sys.platform == "win32" else _held(partial)
+    # On Windows a file that another process has open cannot be replaced anyway.
+    descriptor = None if sys.platform == "win32" else _held(partial)[0]
     try:
         yield
     finally:
@@ -101,15 +128,19 @@ def _only_writer(partial: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _held(partial: Path) -> int:
-    """Open a file and hold it, when no other process holds it any more; return its descriptor."""
+def _held(file: Path, *, wait: bool = True) -> tuple[int, bool]:
+    """Open a file and hold it, when no other process holds it any more.
+
+    Returns its descriptor, and whether the file system has locks. Raises BlockingIOError where another process holds
+    the file and its end is not waited for.
+    """
     while True:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _wait_for(descriptor)
-            if os.path.samestat(os.fstat(descriptor), partial.stat()):
-                return descriptor
-        except FileNotFoundError:  # the other process has given it its name
+            has_locks = _hold(descriptor, wait=wait)
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor, has_locks
+        except FileNotFoundError:  # the other process has removed it, or given it another name
             pass
         except BaseException:
             os.close(descriptor)
@@ -117,18 +148,29 @@ def _held(partial: Path) -> int:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int) -> None:
-    """Hold an open file until it is closed, when no other process holds it; some network folders have no such locks."""
-    if sys.platform != "win32":
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _hold(descriptor: int, *, wait: bool = True) -> bool:
+    """Hold an open file until it is closed, when no other process holds it; False where there are no such locks.
+
+    Some network folders have none. Raises BlockingIOError as ``_held`` does.
+    """
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as problem:
+        if problem.errno == errno.EACCES:  # as some file systems say it
+            raise BlockingIOError(*problem.args) from None
+        return False
+    return True
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:
     """Add lines to a file, and end a last line before that a kill cut short. Makes the parent folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as stream:
-        _wait_for(stream.fileno())
+        _hold(stream.fileno())
         cut = False
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
@@ -138,17 +180,26 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
 
 @contextmanager
 def only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder; where another process on this machine holds it, wait for its end or raise RequestError."""
-    lock = FileLock(folder / LOCK, timeout=-1 if wait else 0)
-    try:
-        with lock:
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # Windows removes no file that is open
-                    (folder / LOCK).unlink()
-    except Timeout:
-        raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
+    """Hold a folder; where another process holds it, wait for its end or raise RequestError.
+
+    Where the file system has no locks, as that of some network folders, a warning says so.
+    """
+    with ExitStack() as until_the_end:
+        try:
+            if sys.platform == "win32":
+                until_the_end.enter_context(FileLock(folder / LOCK, timeout=-1 if wait else 0))
+            else:
+                descriptor, has_locks = _held(folder / LOCK, wait=wait)
+                until_the_end.callback(os.close, descriptor)
+                if not has_locks:
+                    logging.getLogger("erase_concept").warning(_NO_LOCKS, folder)
+        except (BlockingIOError, TimeoutError):  # the second is filelock's
+            raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no file that is open
+                (folder / LOCK).unlink()
 
 
 def mistaken_for(file: Path) -> str:
@@ -346,44 +397,3 @@ def _check_plain(value: Any, text: str) -> None:
         if int in kinds and max(abs(one) for one in below if isinstance(one, int)) >= 10**_MOST_DIGITS:
             raise ValueError(f"has a number of more than {_MOST_DIGITS} digits")
         level = [one for one in below if isinstance(one, dict | list)]
-
-
-@contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file for PyTorch on the CPU, without reading its tensors.
-
-    Raises ValueError, in one line, for a file that is missing, damaged, or has a name twice or too many of them.
-    """
-    if regular_size(file) < 8:
-        raise ValueError("is too short for a safetensors file")
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > _MOST_HEADER:
-            raise ValueError(f"its header is too large: {size:,} bytes, and at most {_MOST_HEADER:,} are read")
-        header = stream.read(size)
-    if (count := header.count(b'"data_offsets"')) > _MOST_TENSORS:
-        raise ValueError(f"its header names {count:,} tensors, and at most {_MOST_TENSORS:,} are read")
-    try:
-        parse_json(header.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("its header is no text in UTF-8") from None
-    except ValueError as problem:
-        raise ValueError(f"its header {problem}") from None
-    try:
-        opened = safe_open(file, "pt")
-    except (OSError, SafetensorError) as problem:
-        raise ValueError(str(problem)) from None
-    with opened as stored:
-        yield stored
-
-
-def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parameters by name, as a file's metadata hold them in JSON; raises ValueError for others."""
-    found = parse_json(text)
-    if not isinstance(found, dict):
-        raise ValueError("its shapes are no mapping")
-    for name, shape in found.items():
-        sides = shape if isinstance(shape, list) and len(shape) <= _MOST_SIDES else [None]
-        if not all(type(side) is int and side >= 0 for side in sides) or math.prod(sides) >= 1 << 48:
-            raise ValueError(f"{name} has no shape")
-    return {name: tuple(shape) for name, shape in found.items()}

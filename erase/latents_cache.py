@@ -52,7 +52,7 @@ class LatentsCache:
             return found
         made = make()
         try:
-            with atomic_write(file) as partial:
+            with atomic_write(file, sync=False) as partial:
                 save_file({"latents": made.contiguous()}, partial, {"sha256": _sha256(made)})
         except (OSError, EraseError) as problem:
             warnings.warn(f"sampled latents could not be kept in {self.folder}: {problem}", stacklevel=2)

@@ -20,7 +20,8 @@ from typing_extensions import TypedDict
 from erase_concept.errors import RequestError
 from erase_concept.eval.judges.judge import Detection, Judgement
 from erase_concept.eval.metrics.metric import JudgedImages
-from erase_concept.files import atomic_write, file_sha256, open_tensors, parse_json
+from erase_concept.files import atomic_write, file_sha256, parse_json
+from erase_concept.pipelines.formats.tensors import open_tensors
 
 if TYPE_CHECKING:
     from erase_concept.pipelines.image_set import ImageSet

@@ -39,7 +39,7 @@ from erase_concept.pipelines.image_set import (
 )
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
-from erase_concept.pipelines.processes import held, processes
+from erase_concept.pipelines.processes import held, processes, same_for_all
 from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.signals import finish_first
 from erase_concept.prompts.find_prompts import find_prompts
@@ -324,7 +324,7 @@ def _sample_missing(model: Diffusion, prompts: PromptSet, out: Path, sampling: S
     with (out / manifest_name(*share)).open("a", encoding="utf-8") as stream:
         for place, image in sample_images(model, prompts.rows, sampling, places=missing, share=share):
             file = out / image_name(place)
-            with atomic_write(file) as partial:
+            with atomic_write(file, sync=False) as partial:  # the manifest has its checksum
                 Image.fromarray(image).save(partial, format="PNG")
             stream.write(manifest_line(file, prompts.rows[place]))
             stream.flush()
@@ -339,6 +339,7 @@ def _sample_missing(model: Diffusion, prompts: PromptSet, out: Path, sampling: S
 def _start(model: Diffusion, prompts: PromptSet, out: Path, sampling: Sampling) -> None:
     """Write the settings into the folder, or check that they are the same; merge what killed processes left."""
     told = made_from(model, prompts, sampling)
+    same_for_all("model", model.source, told)
     about = out / SETTINGS
     if about.exists() and _known(about) != told:
         raise RequestError("out", out, "holds images of another model, prompt set or setting; choose another folder")

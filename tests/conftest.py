@@ -22,6 +22,8 @@ from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.prompts.concept import Concept
 
+os.fsync = lambda _: None  # no test loses its power, and to wait for the disk takes 10 ms for each file
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
-from erase_concept.files import atomic_write, open_tensors, read_shapes
+from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
+from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
 
 _COUNTED = 1 << 24  # bytes whose bits are counted at a time
 

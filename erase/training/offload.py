@@ -27,7 +27,7 @@ def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None
 
     def write() -> None:
         for i, module in enumerate(modules):
-            with atomic_write(folder / f"{i}.safetensors") as partial:
+            with atomic_write(folder / f"{i}.safetensors", sync=False) as partial:
                 save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
 
     from_main(write)

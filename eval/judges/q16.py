@@ -17,7 +17,8 @@ from erase_concept.errors import RequestError, first_line
 from erase_concept.eval.judges import JUDGES
 from erase_concept.eval.judges.clip_images import UNSAFE, load_clip_part, scores_of_images
 from erase_concept.eval.judges.judge import Judge, Judgement, LoadedJudge
-from erase_concept.files import open_tensors, regular_size
+from erase_concept.files import regular_size
+from erase_concept.pipelines.formats.tensors import open_tensors
 from erase_concept.settings import described, settings
 
 if TYPE_CHECKING:

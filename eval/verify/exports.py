@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.weights import Weights, first_difference
-from erase_concept.files import file_sha256, open_tensors
+from erase_concept.files import file_sha256
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.delta import FORMAT, moved_weights, open_delta
 from erase_concept.pipelines.formats.folder import INDEX, load_folder
 from erase_concept.pipelines.formats.lora import Style, lora_layers, lora_names
 from erase_concept.pipelines.formats.modelspec import content_hash
 from erase_concept.pipelines.formats.single_file import original_weights
+from erase_concept.pipelines.formats.tensors import open_tensors
 from erase_concept.pipelines.formats.weights import each_tensor
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write, open_tensors, read_shapes
+from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
 from erase_concept.pipelines.model import weights_hash
 
 FORMAT = "erase-concept delta 1"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import atomic_write, write_error
+from erase_concept.files import atomic_write, to_disk, write_error
 from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, find_family
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
@@ -258,8 +258,11 @@ def save_pipeline(model: Diffusion, folder: str | Path, card: str = "") -> None:
             if read_weights(partial / name).keys() != {published_name(module, key) for key in found}:
                 raise EraseError(f"{folder / name}: its weights were written under other names than published models'")
             del found  # where files in use cannot be renamed, a component that is read from its file would hold it
+        for path in (*partial.rglob("*"), partial):  # so that they outlive a power cut
+            to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
+        to_disk(folder.parent)
     except SafetensorError as problem:
         raise write_error(problem, folder) from None
     finally:

@@ -15,9 +15,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from erase_concept import files
 from erase_concept.errors import EraseError, RequestError, first_line, out_of_memory
-from erase_concept.files import mistaken_for, open_tensors, regular_size
+from erase_concept.files import mistaken_for, regular_size
 from erase_concept.pipelines.formats.pickles import check_plain_tensors, unpickle
 from erase_concept.pipelines.formats.quantized import METADATA, dequantized
+from erase_concept.pipelines.formats.tensors import open_tensors
 
 _ALIGNMENT = 64  # bytes; PyTorch's own on CPUs
 _DEEPEST = 16  # mappings around the weights

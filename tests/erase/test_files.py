@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -18,12 +20,13 @@ from erase_concept.files import (
     append_lines,
     atomic_write,
     only_process,
-    open_tensors,
     parse_json,
     parse_yaml,
-    read_shapes,
     read_text,
 )
+from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
+from erase_concept.pipelines.model import Diffusion
 
 
 def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path) -> None:
@@ -62,6 +65,111 @@ def test_an_error_names_the_file_and_not_the_partial_one(tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "a"):
         (tmp_path / "other").read_bytes()
     assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked of the disk, in order: which file or folder is written out, and which gets a name."""
+    found: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def written(descriptor: int) -> None:
+        found.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        sync(descriptor)
+
+    def named(self: Path, target: Path) -> Path:
+        found.append(("name", target.name))
+        replace(self, target)
+        return target
+
+    monkeypatch.setattr(os, "fsync", written)
+    monkeypatch.setattr(Path, "replace", named)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the names of open files")
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, operations: list[tuple[str, str]]) -> None:
+    """Else a machine that loses its power could leave a name without a content, and the name says that all is done."""
+    with atomic_write(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert operations == [("sync", "a.partial"), ("name", "a"), ("sync", tmp_path.name)]
+    operations.clear()
+    with atomic_write(tmp_path / "b", sync=False) as partial:
+        partial.write_text("whole")
+    assert operations == [("name", "b")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the names of open files")
+def test_a_pipeline_is_on_the_disk_before_it_gets_its_name(
+    tiny: Diffusion, tmp_path: Path, operations: list[tuple[str, str]]
+) -> None:
+    save_pipeline(tiny, tmp_path / "model")
+    named = operations.index(("name", "model"))
+    before = {name for what, name in operations[:named] if what == "sync"}
+    files = {file.name for file in (tmp_path / "model").rglob("*")}
+    assert {"diffusion_pytorch_model.safetensors", "model_index.json", "unet"} <= files <= before
+    assert ("sync", tmp_path.name) in operations[named:]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows is not asked")
+def test_a_disk_that_is_found_full_late_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network folders say so when the content goes to the server."""
+    file = tmp_path / "a"
+    file.write_text("before")
+
+    def failing(number: int) -> None:
+        def sync(_: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", sync)
+        with atomic_write(file) as partial:
+            partial.write_text("after")
+
+    with pytest.raises(OSError, match=r"No space left") as problem:
+        failing(errno.ENOSPC)
+    assert problem.value.filename == str(file)
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"a": "before"}
+    failing(errno.EINVAL)  # some file systems have no such thing
+    assert file.read_text() == "after"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other locks")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_folder_without_locks_is_worked_in_with_a_warning(
+    number: int, wait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with only_process(tmp_path, wait=wait), atomic_write(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    said = f"erase-concept: {tmp_path} lies on a file system without locks: start no other command in it"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other locks")
+def test_a_lock_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who had it removes it at the end, while another one has opened it and does not hold it yet."""
+    import fcntl
+
+    lock, real, removed = tmp_path / ".lock", fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(lock.unlink())
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with only_process(tmp_path):
+        assert removed
+        with pytest.raises(RequestError, match="another process is at work"), only_process(tmp_path):
+            pass
+    assert not lock.exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not replace files that are open")

@@ -1,0 +1,62 @@
+"""Safetensors files of strangers, opened within limits.
+
+The library itself refuses offsets that overlap, leave gaps or lie outside the file, and sizes that do not fit them. It
+takes the last of two tensors of one name, and as many names as the header holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from erase_concept.files import parse_json, regular_size
+
+_MOST_HEADER = 16 << 20  # bytes; that of SD XL has 0.4 million, and a training's notes may be some millions
+_MOST_TENSORS = 100_000  # SD XL with averaged weights has 5,000
+_MOST_SIDES = 16
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file for PyTorch on the CPU, without reading its tensors.
+
+    Raises ValueError, in one line, for a file that is missing, damaged, or has a name twice or too many of them.
+    """
+    if regular_size(file) < 8:
+        raise ValueError("is too short for a safetensors file")
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > _MOST_HEADER:
+            raise ValueError(f"its header is too large: {size:,} bytes, and at most {_MOST_HEADER:,} are read")
+        header = stream.read(size)
+    if (count := header.count(b'"data_offsets"')) > _MOST_TENSORS:
+        raise ValueError(f"its header names {count:,} tensors, and at most {_MOST_TENSORS:,} are read")
+    try:
+        parse_json(header.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("its header is no text in UTF-8") from None
+    except ValueError as problem:
+        raise ValueError(f"its header {problem}") from None
+    try:
+        opened = safe_open(file, "pt")
+    except (OSError, SafetensorError) as problem:
+        raise ValueError(str(problem)) from None
+    with opened as stored:
+        yield stored
+
+
+def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters by name, as a file's metadata hold them in JSON; raises ValueError for others."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("its shapes are no mapping")
+    for name, shape in found.items():
+        sides = shape if isinstance(shape, list) and len(shape) <= _MOST_SIDES else [None]
+        if not all(type(side) is int and side >= 0 for side in sides) or math.prod(sides) >= 1 << 48:
+            raise ValueError(f"{name} has no shape")
+    return {name: tuple(shape) for name, shape in found.items()}
