@@ -1,4 +1,4 @@
-"""Let a step end before Ctrl-C or SIGTERM stops the work."""
+"""Let a step end before Ctrl-C, SIGTERM or the end of the terminal (SIGHUP) stops the work."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 from erase_concept.pipelines.processes import main_process
 
-HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+# What ends the program with cleaning up, beside Ctrl-C. Windows has no SIGHUP.
+ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+HELD_BACK = (signal.SIGINT, *ENDS)
 
 
 @dataclass
@@ -30,7 +32,7 @@ _state = _State()
 
 @contextmanager
 def finish_first() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C and SIGTERM back until the context ends; a second one acts at once.
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until the context ends; a second one acts at once.
 
     Yields a function that tells whether one waits, for loops that leave early then. Only the main thread gets signals:
     in another one this does nothing.
@@ -73,7 +75,7 @@ def _received(number: int, _: FrameType | None) -> None:
         return
     _state.waiting = number
     if main_process():
-        print("erase-concept: the step is finished first; once more stops at once", file=sys.stderr)
+        say("the step is finished first; once more stops at once")
 
 
 def _restore() -> None:
@@ -82,17 +84,30 @@ def _restore() -> None:
     _state.handlers.clear()
 
 
+def say(line: str) -> None:
+    """Print a line on stderr, if anybody is there to read it: the terminal or the other end of a pipe may be gone."""
+    with suppress(OSError, ValueError):
+        print(f"erase-concept: {line}", file=sys.stderr)
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, cleaning up, with SystemExit and the exit code 143."""
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, cleaning up, with SystemExit and the exit code 143 or 129.
+
+    What is ignored, as SIGHUP is with nohup, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in ENDS}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, _terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

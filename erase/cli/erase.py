@@ -10,7 +10,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_json, print_plan, print_text
+from erase_concept.cli.terminal import print_json, print_note, print_plan, print_text
 
 EXAMPLES = examples(
     "erase-concept erase model.safetensors -c church -o runs/church",
@@ -30,6 +30,7 @@ def erase(
     """Erase concepts from a model. The run folder holds the erased pipeline; the same command resumes a killed run."""
     from erase_concept.dry_run import expect
     from erase_concept.run import check, run_recipe
+    from erase_concept.run_folder import complete
 
     planned = plan.asked()
     recipe = options.read()
@@ -37,7 +38,9 @@ def erase(
         check(recipe)
         print_plan(recipe, out, expect(recipe, plan.card), json_)
         return
+    before = complete(out)
     run_info = run_recipe(recipe, out).run_info
+    print_note(f"{out} was complete already: nothing was done" * before)
     if json_:
         print_json(run_info)
         return

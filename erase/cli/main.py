@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -28,8 +29,8 @@ from erase_concept.cli import (
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError, one_line
-from erase_concept.pipelines.processes import lost_process, main_process, process_count
-from erase_concept.pipelines.signals import terminable
+from erase_concept.pipelines.processes import first_of_machine, lost_process, main_process, process_count
+from erase_concept.pipelines.signals import say, terminable
 
 app = typer.Typer(
     name="erase-concept",
@@ -65,6 +66,8 @@ for _name, _command, _epilog, _panel in (
 
 SHARED = ("erase", "eval", "mask", "sample", "train", "unlearn")  # the commands whose work several processes share
 
+ENDED = {130: "interrupted", 143: "terminated", 129: "the terminal is gone"}  # by exit codes
+
 
 @app.callback(invoke_without_command=True)
 def _options(
@@ -85,11 +88,13 @@ def _options(
 def main() -> None:
     """Run the command; a wrong request ends with 2, failed work with 1, each with one line on stderr.
 
-    A file that cannot be read or written is the request's. Ctrl-C ends with 130, SIGTERM with 143.
+    A file that cannot be read or written is the request's. Ctrl-C ends with 130, SIGTERM with 143, SIGHUP with 129.
     """
     try:
         if process_count() > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; see training/shared.py
+        if not main_process():
+            logging.getLogger("erase_concept").setLevel(logging.ERROR)  # the main process gives the same warnings
         with terminable(), nullcontext() if main_process() else redirect_stdout(io.StringIO()):
             code = app(prog_name="erase-concept", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -111,25 +116,24 @@ def main() -> None:
             _fail(problem, now, 2)
         from erase_concept.errors import out_of_memory
 
-        if process_count() > 1 and lost_process(problem):
-            _fail(problem, "another process of this run has ended; the same command goes on from here", 1)
+        if process_count() > 1 and (lost := lost_process(problem)):
+            _fail(problem, lost, 1)
         if not out_of_memory(problem):
             raise
         advice = "a lower --memory or smaller batches may help, and 'erase --dry-run' tells what to expect"
         _fail(problem, f"there is too little memory: {advice}", 1)
-    if code in (130, 143) and main_process():
-        what = "interrupted" if code == 130 else "terminated"
-        print(f"erase-concept: {what}; the same command goes on from here", file=sys.stderr)
+    if code in ENDED and main_process():
+        say(f"{ENDED[code]}; the same command goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(problem: BaseException, line: str, code: int) -> Any:
     if "--debug" in sys.argv:
         raise problem
-    # Called without arguments, the parser has shown its help and has nothing to add; a wrong request is wrong in every
-    # process, and the first one says so.
-    if line and (code != 2 or main_process()):
-        print(f"erase-concept: {one_line(line)}", file=sys.stderr)
+    # Called without arguments, the parser has shown its help and has nothing to add. A wrong request is wrong in every
+    # process of a machine, and the first of them says so; another machine may have other files.
+    if line and (code != 2 or first_of_machine()):
+        say(one_line(line))
     sys.exit(code)
 
 

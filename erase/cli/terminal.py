@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from erase_concept.errors import one_line
+from erase_concept.pipelines.processes import main_process
+from erase_concept.pipelines.signals import say
 
 if TYPE_CHECKING:
     from erase_concept.classification.recipe import UnlearnRecipe
@@ -93,13 +94,13 @@ def print_dropped(count: int) -> None:
     if count:
         from erase_concept.prompts.minors import DROPPED
 
-        print(f"erase-concept: dropped {count:,} of the prompts: {DROPPED}", file=sys.stderr)
+        print_note(f"dropped {count:,} of the prompts: {DROPPED}")
 
 
 def print_note(note: str) -> None:
-    """Say something on standard error, unless it is empty."""
-    if note:
-        print(f"erase-concept: {one_line(note)}", file=sys.stderr)
+    """Say something on standard error, unless it is empty; of several processes the main one says it."""
+    if note and main_process():
+        say(one_line(note))
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

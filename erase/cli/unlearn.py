@@ -20,7 +20,7 @@ from erase_concept.cli.options import (
     examples,
     grouped,
 )
-from erase_concept.cli.terminal import print_json, print_plan, print_table, print_text
+from erase_concept.cli.terminal import print_json, print_note, print_plan, print_table, print_text
 from erase_concept.errors import RequestError
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ def unlearn(
         found = plan_unlearn(recipe, plan.card)
         print_plan(recipe, out, found.expected, json_, found.counts())
         return
-    from erase_concept.classification.run import run_unlearn
-
-    run = run_unlearn(recipe, out)
+    run = _run(recipe, out)
     if json_:
         print_json(run.run_info)
         return
@@ -163,11 +161,10 @@ def train(
 ) -> None:
     """Train a classifier on a data set's training images. The same command resumes a killed run."""
     from erase_concept.classification.recipe import NOTHING, unlearn_recipe
-    from erase_concept.classification.run import run_unlearn
 
     values = _values(data, set, seed)
     recipe = unlearn_recipe(architecture, values.pop("data"), NOTHING, method="retrain", preset=preset, **values)
-    run = run_unlearn(recipe, out)
+    run = _run(recipe, out)
     if json_:
         print_json(run.run_info)
         return
@@ -214,6 +211,17 @@ def eval_classifier(
     if report.gap is not None:
         typer.echo(f"Average gap to Retrain: {report.gap:.2%}")
     typer.echo(f"Report: {out / 'report.html'}")
+
+
+def _run(recipe: UnlearnRecipe, out: Path) -> UnlearnRun:
+    """Follow a recipe, and say where there was nothing left to do."""
+    from erase_concept.classification.run import RUN_FILE, run_unlearn
+    from erase_concept.run_folder import complete
+
+    before = complete(out, RUN_FILE)
+    run = run_unlearn(recipe, out)
+    print_note(f"{out} was complete already: nothing was done" * before)
+    return run
 
 
 def _print(run: UnlearnRun, what: str) -> None:

@@ -27,9 +27,11 @@ def test_installed_command_answers() -> None:
 
 
 def test_one_of_several_processes_refuses_what_is_for_one_alone() -> None:
-    for rank, line in (("0", "processes 2: report works in one process; several share erase, eval, mask, "), ("1", "")):
+    """The first process of each machine says so: another machine may have another request, or other files."""
+    refused = "processes 2: report works in one process; several share erase, eval, mask, "
+    for rank, local, line in (("0", "0", refused), ("1", "1", ""), ("1", "0", refused)):
         command = [sys.executable, "-m", "erase_concept", "report", "run"]
-        env = {**os.environ, "WORLD_SIZE": "2", "RANK": rank}
+        env = {**os.environ, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": local}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 2
         assert done.stdout == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
 from collections.abc import Iterator
@@ -50,6 +51,54 @@ def test_a_second_one_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         step()
     assert not done
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_the_end_of_the_terminal_waits_for_the_end_of_the_step() -> None:
+    done = []
+
+    def step() -> None:
+        with terminable(), finish_first() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupted()
+            done.append("step")
+
+    with pytest.raises(SystemExit) as end:
+        step()
+    assert end.value.code == 129
+    assert done == ["step"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_with_nohup_the_end_of_the_terminal_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminable(), finish_first() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupted()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("problem", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_the_step_ends_though_nobody_reads_what_is_said(problem: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``erase ... 2>&1 | tee log`` Ctrl-C ends tee too, and a terminal may be gone."""
+    done = []
+
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise problem
+
+    def step() -> None:
+        with finish_first():
+            signal.raise_signal(signal.SIGINT)
+            done.append("step")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert done == ["step"]
 
 
 def test_the_outermost_end_counts() -> None:
