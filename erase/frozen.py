@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
@@ -17,11 +21,29 @@ from erase_concept.pipelines.formats.weights import each_tensor
 ROUNDED_TO = ("float16", "bfloat16", "float8_e4m3fn")  # in which models are shared
 
 
-def save_base(trained: nn.Module, file: Path) -> Path:
-    """Keep the base model's weights until the end, for the comparison; return the file."""
+def keep_base(trained: nn.Module, file: Path, data: str = "") -> bool:
+    """Keep the base model's weights until the end, for the comparison, and a hash of the data that a run begins with.
+
+    A run that goes on finds both there: returns False, and leaves the file, when it began with others.
+    """
+    state = trained.state_dict()
+    if file.exists():
+        with suppress(SafetensorError), safe_open(file, "pt") as stored:  # a damaged file is written anew
+            same_data = (stored.metadata() or {}).get("data", data) == data  # earlier versions did not say it
+            return same_data and {*stored.keys()} == {*state} and all(map(_same_bits, each_tensor(file), repeat(state)))
     with atomic_write(file) as partial:
-        save_file(trained.state_dict(), partial)
-    return file
+        save_file({name: value.contiguous() for name, value in state.items()}, partial, {"data": data})
+    return True
+
+
+def _same_bits(stored: tuple[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    name, before = stored
+    now = state[name].detach().cpu()
+    return (before.dtype, before.shape) == (now.dtype, now.shape) and torch.equal(_bits(before), _bits(now))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def check_frozen(base: Path, erased: nn.Module, mask: Mask | None) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from torch import nn
 
 from erase_concept import masks
 from erase_concept.data import ForgetRetain
+from erase_concept.errors import RequestError
 from erase_concept.exports import Exported, export
-from erase_concept.frozen import check_frozen, save_base
+from erase_concept.frozen import check_frozen, keep_base
 from erase_concept.image_folders import image_folders
 from erase_concept.make_data import cached_data, check_data
 from erase_concept.masks.make import cached_mask, check_mask, needs_mask, source_and_model
@@ -34,7 +35,7 @@ from erase_concept.pipelines.image_set import shortened
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
 from erase_concept.pipelines.pictures import hidden_pictures
-from erase_concept.pipelines.processes import from_main, held, processes
+from erase_concept.pipelines.processes import from_main, held, processes, same_for_all
 from erase_concept.pipelines.progress import bar
 from erase_concept.pipelines.sample import cut_note
 from erase_concept.prompts.find import ConceptSource
@@ -169,13 +170,15 @@ def _stages(
     state = processes()
     if from_main(lambda: _claimed(recipe, out) and complete(out)):  # another process has done it since
         return
-    from_main(lambda: recipe.save(out / "recipe.yaml"))
     times = [time.perf_counter()]
     about, notes = model.describe(), _notes(recipe, model)
+    same_for_all("model", recipe.model, about)
+    from_main(lambda: recipe.save(out / "recipe.yaml"))
     for note in notes:
         logging.getLogger("erase_concept").warning("erase-concept: %s", note)
     base = out / f"base-{part.replace('_', '-')}.safetensors"
-    from_main(lambda: save_base(trained, base))
+    if not from_main(lambda: keep_base(trained, base)):
+        raise RequestError("model", recipe.model, f"has changed since the run in {out} began; choose another folder")
     device = next(model.vae.parameters()).device  # a UNet that becomes bf16 is not there yet
     with in_bf16(trained, base, device) if in_low_precision(recipe) else nullcontext():
         yield "data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -115,6 +116,13 @@ class ForgetRetainImages:
         marks = torch.zeros(len(self.images), dtype=torch.bool)
         marks[self.forget] = True
         return marks
+
+    def sha256(self) -> str:
+        """Return the SHA-256 over the images, their classes, and which are forgotten; see ``Images.sha256``."""
+        digest = hashlib.sha256(self.images.sha256().encode())
+        for tensor in (self.labels, self.forget, self.retain):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return images float32 [n, c, h, w] in [0, 1] and their classes int64 [n]; cropped and mirrored at random.

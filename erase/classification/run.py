@@ -26,7 +26,7 @@ from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
-from erase_concept.frozen import check_frozen, save_base
+from erase_concept.frozen import check_frozen, keep_base
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import Classifier, head_of
 from erase_concept.pipelines.classifiers.load import (
@@ -38,7 +38,7 @@ from erase_concept.pipelines.classifiers.load import (
     source_of,
     take_classifier,
 )
-from erase_concept.pipelines.processes import from_main, held, processes
+from erase_concept.pipelines.processes import from_main, held, processes, same_for_all
 from erase_concept.pipelines.progress import bar
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import claimed, complete, read_run, versions, weights_files, write_json
@@ -219,12 +219,17 @@ def _stages(
     if from_main(lambda: _claimed(recipe, out) and complete(out, RUN_FILE)):  # another process has done it since
         return
     base, before, state = out / "base-network.safetensors", model.sha256(), processes()
+    images = data.sha256()
+    same_for_all("classifier", recipe.classifier, before)
+    same_for_all("data.source", recipe.data.source, images)
 
     def begin() -> None:
         recipe.save(out / "recipe.yaml")
+        if not keep_base(model.network, base, images):
+            what = f"it, or the images of {recipe.data.source}, have changed since the run in {out} began"
+            raise RequestError("classifier", recipe.classifier, f"{what}; choose another folder")
         with atomic_write(out / "forget.txt") as partial:
             partial.write_text("".join(f"{row}\n" for row in data.forget.tolist()), encoding="utf-8")
-        save_base(model.network, base)
 
     from_main(begin)
     checkpoint = checkpoint_file(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,12 @@ class Renderings:
                 scaled = scaled.resize((self.size, self.size), Image.Resampling.LANCZOS)
             self.drawn[row] = torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
         return torch.stack([self.drawn[row] for row in rows.tolist()])
+
+    def sha256(self) -> str:
+        """Return the SHA-256 over what is drawn, and the names and sizes of the artwork's files."""
+        files = sorted(file for one in artwork.PACKAGES for file in (self.folder / one).rglob("*") if file.is_file())
+        told = [f"{file.relative_to(self.folder).as_posix()} {file.stat().st_size}" for file in files]
+        return hashlib.sha256("\n".join([f"{self.seed} {self.count} {self.size}", *told]).encode()).hexdigest()
 
 
 def read(source: str, folder: Path, size: int) -> ImageData:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +86,35 @@ def test_a_killed_run_goes_on_to_the_same_bits(unlearned: UnlearnRun, tmp_path: 
     assert again["resumed_at_step"] == 1
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, records[-1].steps + 1)]
+
+
+@pytest.mark.parametrize("what", ["classifier", "an image", "labels"])
+def test_a_classifier_or_images_that_changed_meanwhile_are_noticed(
+    what: str, original: UnlearnRun, fashion: str, tmp_path: Path
+) -> None:
+    shutil.copytree(original.path, tmp_path / "original")
+    shutil.copytree(fashion.partition(":")[2], tmp_path / "images")
+    data = {"source": f"fashion-mnist:{tmp_path / 'images'}"}
+    recipe = unlearn_recipe(str(tmp_path / "original"), data, "random:10%", settings=SHORT, seed=4)
+    for event in iter_unlearn(recipe, tmp_path / "run"):
+        if event == "unlearn":
+            break
+    if what == "classifier":
+        file = tmp_path / "original" / "classifier" / "weights.safetensors"
+        weights = load_file(file)
+        next(value for value in weights.values() if value.is_floating_point()).view(-1)[0] += 1
+        save_file(weights, file)
+    else:
+        name = "images-idx3" if what == "an image" else "labels-idx1"
+        file = tmp_path / "images" / f"train-{name}-ubyte.gz"
+        content = bytearray(gzip.decompress(file.read_bytes()))
+        if what == "labels":
+            content[8:] = content[8:][::-1]
+        else:
+            content[-1] ^= 1
+        file.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(RequestError, match=r"have changed since the run in .* began"):
+        list(iter_unlearn(recipe, tmp_path / "run"))
 
 
 def test_retrain_is_paired_with_the_original(original: UnlearnRun, fashion: str, tmp_path: Path) -> None:

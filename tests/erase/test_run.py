@@ -248,6 +248,10 @@ def test_a_base_model_that_changed_meanwhile_is_noticed(
     save_pipeline(tiny, model)
     with pytest.raises(RequestError, match="has changed since"):
         run(recipe(model, square), tmp_path / "run")
+    # Without what was made from it, its mask and its checkpoint would still be another model's.
+    (tmp_path / "run" / "data.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"has changed since the run in .* began"):
+        run(recipe(model, square), tmp_path / "run")
 
 
 @pytest.mark.parametrize("what", ["scheduler", "vae", "text_encoder"])
