@@ -25,7 +25,7 @@ from erase_concept.latents_cache import LatentsCache, cache_folder
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.pictures import read_picture
-from erase_concept.pipelines.processes import from_main, gathered, processes
+from erase_concept.pipelines.processes import from_main, gathered, processes, same_for_all
 from erase_concept.pipelines.progress import progress
 from erase_concept.pipelines.sample import SCHEDULERS, Sampling, in_halves, sample_latents
 from erase_concept.pipelines.signals import finish_first
@@ -50,6 +50,7 @@ def cached_data(recipe: Recipe, model: Diffusion, base_hash: str, file: Path) ->
     concept = recipe.concept
     besides = model.besides_unet((*concept.forget_prompts, *concept.anchor_prompts, *concept.retain_prompts))
     key = data_key(recipe, base_hash, besides)
+    same_for_all("model", recipe.model, key)
 
     def read() -> ForgetRetain | None:
         found = ForgetRetain.load(file, key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -18,11 +19,18 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 _T = TypeVar("_T")
+_OF_ALL = ("torch", "diffusers", "transformers", "erase-concept")  # what all processes need the same version of
 
 
 def main_process() -> bool:
     """Tell whether this is the only process or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def first_of_machine() -> bool:
+    """Tell whether this is the only process, or the first of its machine."""
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    return os.environ.get("WORLD_SIZE", "1") == "1" or first == "0"
 
 
 def processes() -> PartialState:
@@ -48,13 +56,20 @@ def process_count() -> int:
     return int(count)
 
 
-def lost_process(problem: BaseException) -> bool:
-    """Tell whether an error says that another process cannot be reached any more."""
+def lost_process(problem: BaseException) -> str:
+    """Say why another process cannot be reached, in one line, where an error says that; "" for any other error."""
     from torch.distributed import DistError
 
     text = str(problem).lower()
     said = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "gloo")
-    return isinstance(problem, DistError) or (isinstance(problem, RuntimeError) and any(one in text for one in said))
+    if not isinstance(problem, DistError) and not (isinstance(problem, RuntimeError) and any(s in text for s in said)):
+        return ""
+    host, port = (os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+    if "eaddrinuse" in text or "address already in use" in text:
+        return f"port {port} is in use: choose another one with the launcher's --main_process_port or --master-port"
+    if "trying to connect" in text:
+        return f"the first process cannot be reached at {host}, port {port}: was it started, and may it be reached?"
+    return "another process of this run has ended; the same command goes on from here"
 
 
 def total(count: int) -> int:
@@ -92,11 +107,34 @@ def from_main(work: Callable[[], _T]) -> _T:
     return cast(_T, result)
 
 
+def same_for_all(setting: str, value: object, found: object) -> None:
+    """Raise RequestError in all processes where one of them has found something else than the first; all call it.
+
+    ``setting`` and ``value`` name what they looked at, such as the base model: machines may have other files of a name.
+    """
+    everywhere = gathered(found)
+    others = [place for place, one in enumerate(everywhere) if one != everywhere[0]]
+    if others:
+        allowed = f"is another one for process {others[0]} than for the first: all machines must have the same files"
+        raise RequestError(setting, value, allowed)
+
+
+def _check_versions() -> None:
+    """Raise RequestError in all processes where they do not work with the same versions: their bits would differ."""
+    everywhere = gathered({name: version(name) for name in _OF_ALL})
+    for place, found in enumerate(everywhere):
+        for name, ours in everywhere[0].items():
+            if found[name] != ours:
+                allowed = f"process {place} has {name} {found[name]}, and the first has {ours}; all need the same"
+                raise RequestError("processes", len(everywhere), allowed)
+
+
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Make a folder and hold it, so that no other run works in it; of several processes, the main one holds it.
 
-    Raises RequestError in all processes where another run works in it, or where one of them does not see it.
+    Raises RequestError in all processes where another run works in it, and where one of them does not see it or has
+    other versions of the libraries.
     """
     with ExitStack() as until_the_end:
 
@@ -104,6 +142,7 @@ def held(out: Path) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             until_the_end.enter_context(only_process(out))
 
+        _check_versions()
         from_main(hold)
         if not all(gathered(out.is_dir())):
             raise RequestError("out", out, "some of the processes do not see it: machines must share its file system")

@@ -21,14 +21,14 @@ from erase_concept.data import ForgetRetain, draw
 from erase_concept.errors import RequestError
 from erase_concept.files import file_sha256
 from erase_concept.image_folders import hashes_of_images
-from erase_concept.make_data import check_data, make_data_for
+from erase_concept.make_data import check_data, data_key, make_data_for
 from erase_concept.masks.choose import MASK_KINDS, choose
 from erase_concept.masks.mask import Mask
 from erase_concept.masks.saliency import accumulate, forgetting_loss
 from erase_concept.methods import METHODS
 from erase_concept.pipelines.load import load
 from erase_concept.pipelines.model import Diffusion, weights_hash
-from erase_concept.pipelines.processes import from_main, processes
+from erase_concept.pipelines.processes import from_main, processes, same_for_all
 from erase_concept.pipelines.progress import progress
 from erase_concept.prompts.find import ConceptSource
 from erase_concept.recipe import Recipe, in_low_precision, recipe_for
@@ -104,6 +104,7 @@ def compute_mask(recipe: Recipe, model: Diffusion | None = None) -> Mask:
     if given is not None:
         given.check(model.unet)
     base_hash, device = weights_hash(model.unet, torch.float32), next(model.vae.parameters()).device
+    same_for_all("model", recipe.model, data_key(recipe, base_hash))
     with ExitStack() as held:
         if in_low_precision(recipe):  # as in the run
             base = Path(held.enter_context(TemporaryDirectory())) / "base.safetensors"

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from fsdp import refused, same_module, same_steps, under_fsdp
 
 from erase_concept.classification.recipe import NOTHING, unlearn_recipe
@@ -23,6 +24,8 @@ from erase_concept.classification.run import iter_unlearn
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.masks.make import compute_mask
 from erase_concept.methods import METHODS
+from erase_concept.pipelines import processes as together
+from erase_concept.pipelines.load import load
 from erase_concept.pipelines.processes import from_main, lost_process, processes
 from erase_concept.recipe import Recipe, make_recipe
 from erase_concept.run import iter_erase
@@ -94,6 +97,22 @@ def erased(asked: Recipe, out: Path, *, killed: int | str | None = None) -> Call
     return work
 
 
+def differing(asked: Recipe, out: Path, what: str) -> Callable[[], None]:
+    """Return work that follows a recipe, where the second rank has another base model, or another version of torch."""
+
+    def work() -> None:
+        model = load(asked.model)
+        if os.environ["RANK"] == "1":
+            if what == "model":
+                with torch.no_grad():
+                    model.unet.conv_out.bias[0] += 1
+            else:
+                together.version = lambda _: "1.0"
+        deque(iter_erase(asked, out, model=model), maxlen=0)
+
+    return work
+
+
 def masked(asked: Recipe, file: Path) -> Callable[[], None]:
     """Return work that makes a mask alone, as the command does."""
 
@@ -136,6 +155,8 @@ def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[
         yield name, spread(ranks, erased(asked, folder / name))
     yield "mask", spread(2, masked(asked, folder / "mask.safetensors"))
     yield "uneven", spread(2, erased(recipe(folder, accumulation=3), folder / "uneven"))
+    for what in ("model", "versions"):
+        yield f"other-{what}", spread(2, differing(asked, folder / f"other-{what}", what))
     yield "killed", spread(2, erased(asked, folder / "killed", killed=3))
     yield "other", spread(1, erased(asked, folder / "killed"))
     yield "stopped", spread(2, erased(asked, folder / "stopped", killed="erase"))

@@ -117,6 +117,16 @@ def test_batches_that_cannot_be_shared_are_refused(ran: tuple[Path, dict[str, An
     assert not (folder / "uneven").exists()
 
 
+def test_a_process_with_another_base_model_or_other_versions_is_told(ran: tuple[Path, dict[str, Any]]) -> None:
+    folder, ended = ran
+    assert ended["other-model"] == ended["other-versions"] == [2, 2], ended["stderr"]
+    told = f"model {folder / 'model'}: is another one for process 1 than for the first"
+    assert sum(told in line for line in ended["said"]) == 2
+    assert not any((folder / "other-model").iterdir())
+    assert sum("processes 2: process 1 has torch 1.0, and the first has" in line for line in ended["said"]) == 2
+    assert not (folder / "other-versions").exists()
+
+
 def test_what_needs_whole_weights_is_refused_in_shards(ran: tuple[Path, dict[str, Any]]) -> None:
     _, ended = ran
     assert ended["refused"] == [0, 0], ended["stderr"]
