@@ -100,14 +100,14 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except SystemExit as end:
-        code = end.code
+        code = _signalled(end) or end.code
     except RequestError as problem:
         _fail(problem, in_flags(problem), 2)
     except EraseError as problem:
         _fail(problem, str(problem), 1)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that is gone
         named = f"{problem.filename}: {problem.strerror}" if problem.filename and problem.strerror else str(problem)
-        _fail(problem, named or type(problem).__name__, 2)
+        code = _signalled(problem) or _fail(problem, named or type(problem).__name__, 2)
     except Exception as problem:
         # The command line parser's own errors, whose class depends on the version of typer.
         if hasattr(problem, "format_message"):
@@ -125,6 +125,20 @@ def main() -> None:
     if code in ENDED and main_process():
         say(f"{ENDED[code]}; the same command goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _signalled(problem: BaseException | None) -> int:
+    """Return the exit code of the signal that ended the work, if one did; 0 where none did.
+
+    What tidies up may fail after it, such as a progress bar whose terminal is gone.
+    """
+    while problem is not None:
+        if isinstance(problem, KeyboardInterrupt):
+            return 130
+        if isinstance(problem, SystemExit) and problem.code in ENDED:
+            return int(problem.code or 0)
+        problem = problem.__context__
+    return 0
 
 
 def _fail(problem: BaseException, line: str, code: int) -> Any:

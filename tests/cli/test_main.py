@@ -133,6 +133,30 @@ def test_an_interrupted_command_ends_with_130(folder: Path) -> None:
     assert (running.returncode, "the same command goes on from here" in err) == (130, True), err
 
 
+@pytest.mark.parametrize(("signalled", "code"), [(KeyboardInterrupt(), 130), (SystemExit(129), 129)])
+@pytest.mark.parametrize("after", [OSError(5, "Input/output error"), SystemExit(1)])
+def test_what_fails_after_a_signal_does_not_hide_it(
+    signalled: BaseException,
+    code: int,
+    after: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A progress bar says so when its terminal is gone, or the pipe's other end."""
+
+    def app(**_: object) -> None:
+        try:
+            raise signalled
+        finally:
+            raise after
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("asked", ["--help", "--version", "erase --help", "eval --help", "list --help"])
 def test_help_loads_no_torch(asked: str) -> None:
     script = (
