@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,6 +23,7 @@ from erase_concept.prompts.article import with_article
 Kind = Literal["object", "style", "person", "character", "brand", "nudity", "unsafe", "custom", "several"]
 _PLACES = re.compile(r"\{[oO]\}")
 _MOST_PROMPTS, _MOST_CHARACTERS = 100_000, 1 << 26  # of a concept
+_MOST_PARTS = 1000  # UCE's authors erase a thousand artists
 
 
 def fill(template: str, name: str) -> str:
@@ -174,7 +175,9 @@ class Concept:
         that is left, or by the empty prompt; an anchor template that names it, by the empty prompt. Raises ValueError
         when no template is left, or nothing to retain.
         """
-        words = whole_words([name for other in erased for name in other.names])
+        texts = (*self.templates, *self.anchor_templates, *self.retain, *self.others, self.anchor)
+        names = [name for other in erased for name in other.names]
+        words = whole_words(names_within(_PLACES.sub("", "\n".join(texts)), names))
 
         def without(texts: Sequence[str]) -> tuple[str, ...]:
             return tuple(text for text in texts if not words.search(_PLACES.sub("", text)))
@@ -220,14 +223,26 @@ def laid_over(description: Mapping[str, Any], values: Mapping[str, Any]) -> dict
     return laid
 
 
+@lru_cache(4096)
+def _folded(text: str) -> str:
+    """Return a text as patterns compare it when they ignore its case; they take a Turkish i without a dot for an i."""
+    return text.upper().casefold()
+
+
 def plain_name(name: str) -> str:
     """Return a name as it is compared: in small letters, with single spaces in the place of underscores and hyphens."""
     return " ".join(re.sub(r"[_-]", " ", name).casefold().split())
 
 
+def names_within(text: str, names: Sequence[str]) -> list[str]:
+    """Return the names that a text has in it, whole words or not: of many it has few, and only these need a pattern."""
+    folded = _folded(text)
+    return [name for name in names if _folded(name) in folded]
+
+
 def whole_words(names: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that finds any of the names as whole words, in upper or lower case."""
-    return re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names) or "(?!)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names)) or '(?!)'})(?!\w)", re.IGNORECASE)
 
 
 def combine(concepts: Sequence[Concept]) -> Concept:
@@ -238,9 +253,14 @@ def combine(concepts: Sequence[Concept]) -> Concept:
     parts = tuple(part for one in concepts for part in one.parts)
     if len(parts) == 1:
         return parts[0]
-    for first, second in combinations(parts, 2):
-        if shared := {name.casefold() for name in first.names} & {name.casefold() for name in second.names}:
-            raise RequestError("concept", second.key or second.name, f"{min(shared)!r} is named twice")
+    if len(parts) > _MOST_PARTS:
+        raise RequestError("concept", len(parts), f"at most {_MOST_PARTS:,} are erased together")
+    seen: set[str] = set()
+    for part in parts:
+        names = {name.casefold() for name in part.names}
+        if shared := names & seen:
+            raise RequestError("concept", part.key or part.name, f"{min(shared)!r} is named twice")
+        seen |= names
     name = in_words([part.name for part in parts])
     try:
         combined = tuple(part.without_conflicts([other for other in parts if other is not part]) for part in parts)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from erase_concept.prompts.article import is_proper_name
-from erase_concept.prompts.concept import Concept, fill, laid_over, whole_words
+from erase_concept.prompts.concept import Concept, fill, laid_over, names_within, whole_words
 from erase_concept.prompts.promptset import read_prompts
 
 _FOLDER = Path(__file__).parent
@@ -43,13 +43,18 @@ class KindDefaults:
         """Return ``others``, ``more``, and the prompts of the prompt set, without those that contain a name."""
         found: list[str] = [*self.others, *more]
         if self.prompt_set:
-            found += [row.prompt for row in read_prompts(_FOLDER / f"{self.prompt_set}.csv").rows]
+            found += _prompts(self.prompt_set)
         return without_names(found, names)
+
+
+@cache
+def _prompts(name: str) -> tuple[str, ...]:
+    return tuple(row.prompt for row in read_prompts(_FOLDER / f"{name}.csv").rows)
 
 
 def without_names(texts: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """Return the texts that contain none of the names as whole words."""
-    words = whole_words(names)
+    words = whole_words(names_within("\n".join(texts), names))
     return tuple(text for text in texts if not words.search(text))
 
 

@@ -35,6 +35,7 @@ from erase_concept.eval.report.report import Bar, Chart, Curve, Pair, Report, re
 from erase_concept.eval.report.write import report_json, write_report, write_side_by_side
 from erase_concept.eval.request import read_erased_run
 from erase_concept.eval.score import Score
+from erase_concept.eval.verify.signature import read_public_key
 from erase_concept.exports import public_recipe
 from erase_concept.masks.mask import Mask, all_ones, describe
 from erase_concept.model_card import card
@@ -567,7 +568,7 @@ READERS = (
     Reader("model-index", "model_index.json", _folder, made.json_of(INDEX), _model("model_index.json"), 0.01),
     *(
         Reader(
-            f"config-{part}",
+            f"config-{part}" if "config" in name else name,
             f"model/{part}/{name}",
             _folder,
             made.json_of(_config(f"{part}/{name}")),
@@ -580,6 +581,7 @@ READERS = (
             ("vae", "config.json"),
             ("scheduler", "scheduler_config.json"),
             ("tokenizer", "tokenizer_config.json"),
+            ("tokenizer", "tokenizer.json"),
         )
     ),
 )
@@ -625,6 +627,8 @@ READERS += (
         records.certificate_seeds,
         0.2,
     ),
+    Reader("export", "m.safetensors", records.read_export, made.tensors_of(LORA, DELTA, WEIGHTS), _weights_seeds),
+    Reader("public-key", "k.pem", read_public_key, made.lines_of(*records.KEY), _texts("\n".join(records.KEY) + "\n")),
     Reader("envelope", "c.dsse.json", records.read_envelope, made.json_of(records.ENVELOPE), records.envelope_seeds),
 )
 BY_NAME = {reader.name: reader for reader in READERS}

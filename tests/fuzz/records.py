@@ -37,6 +37,7 @@ from erase_concept.eval.verify.certificate import (
     check_certificate,
     write_certificate,
 )
+from erase_concept.eval.verify.exports import _check_metadata, export_format
 from erase_concept.eval.verify.signature import PAYLOAD_TYPE, check_envelope, envelope, key_id
 from erase_concept.eval.verify.verify import verify
 from erase_concept.files import file_sha256
@@ -331,6 +332,21 @@ def read_envelope(file: Path) -> object:
     """Check a signature."""
     public = _key().public_key()
     return check_envelope(file, b"{}", public), key_id(public)
+
+
+KEY = (
+    "-----BEGIN PUBLIC KEY-----",
+    "MCowBQYDK2VwAyEAO2onvM62pC1io6jQKm8Nc2UyFXcd4kOmOsBIoYtZ2ik=",
+    "-----END PUBLIC KEY-----",
+)
+
+
+def read_export(file: Path) -> object:
+    """Tell an export's format, and check what it says of itself."""
+    try:
+        return export_format(file), _check_metadata(file, None)
+    except (ValueError, SafetensorError):  # what ``verify`` says of such an export
+        raise RequestError("model", file, "does not load") from None
 
 
 with tempfile.TemporaryDirectory() as _folder:

@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -40,7 +41,7 @@ from erase_concept.pipelines.formats.weights import read_tensors
 from erase_concept.pipelines.image_set import MANIFEST, SETTINGS, manifest_line, read_images
 from erase_concept.pipelines.load import configs, load
 from erase_concept.pipelines.pictures import MOST_PIXELS, picture_size, read_picture
-from erase_concept.prompts.concept import parse
+from erase_concept.prompts.concept import combine, parse
 from erase_concept.prompts.find import find_concept
 from erase_concept.prompts.promptset import PromptRow, read_prompts, row_of
 from erase_concept.run_folder import weights_files
@@ -396,3 +397,13 @@ def test_what_is_printed_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "x\\u009by\nz\\u202e"
     assert not {"\x1b", "\x9b", "\u202e"} & set(told)
     assert "é 🪦" in told
+
+
+def test_the_time_of_many_names_does_not_multiply(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(f"{'a' * 100} {number}" for number in range(20_000)))
+    began = time.process_time()
+    assert len(find_concept(str(tmp_path / "p.txt")).names) == 20_000
+    assert len(find_concept([f"object:thing {number}" for number in range(100)]).parts) == 100
+    assert time.process_time() - began < 5
+    with pytest.raises(RequestError, match="at most 1,000 are erased together"):
+        combine([find_concept("church")] * 1001)
