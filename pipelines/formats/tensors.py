@@ -56,7 +56,8 @@ def read_shapes(text: str) -> dict[str, tuple[int, ...]]:
     if not isinstance(found, dict):
         raise ValueError("its shapes are no mapping")
     for name, shape in found.items():
-        sides = shape if isinstance(shape, list) and len(shape) <= _MOST_SIDES else [None]
-        if not all(type(side) is int and side >= 0 for side in sides) or math.prod(sides) >= 1 << 48:
+        sides: list[Any] = shape if isinstance(shape, list) and len(shape) <= _MOST_SIDES else [None]
+        whole = all(type(side) is int and side >= 0 for side in sides)
+        if not whole or math.prod(max(side, 1) for side in sides) >= 1 << 48:  # torch multiplies beside a 0, too
             raise ValueError(f"{name} has no shape")
     return {name: tuple(shape) for name, shape in found.items()}

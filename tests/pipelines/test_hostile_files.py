@@ -29,7 +29,7 @@ from erase_concept.eval.verify.exports import export_format
 from erase_concept.eval.verify.findings import VerifyRequest
 from erase_concept.eval.verify.run import _exports
 from erase_concept.eval.verify.signature import read_private_key, read_public_key
-from erase_concept.files import parse_json, parse_yaml
+from erase_concept.files import parse_json, parse_yaml, read_shapes
 from erase_concept.model_card import _plain
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.architectures import build
@@ -407,3 +407,10 @@ def test_the_time_of_many_names_does_not_multiply(tmp_path: Path) -> None:
     assert time.process_time() - began < 5
     with pytest.raises(RequestError, match="at most 1,000 are erased together"):
         combine([find_concept("church")] * 1001)
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 60, 1 << 60], [10**99, 0], [1 << 48]])
+def test_no_shape_is_larger_than_a_number_beside_a_nought(shape: list[int]) -> None:
+    with pytest.raises(ValueError, match="a has no shape"):
+        read_shapes(json.dumps({"a": shape}))
+    assert read_shapes('{"a": [0, 4], "b": []}') == {"a": (0, 4), "b": ()}
