@@ -29,7 +29,7 @@ from erase_concept.eval.verify.exports import export_format
 from erase_concept.eval.verify.findings import VerifyRequest
 from erase_concept.eval.verify.run import _exports
 from erase_concept.eval.verify.signature import read_private_key, read_public_key
-from erase_concept.files import parse_json, parse_yaml, read_shapes
+from erase_concept.files import parse_json, parse_yaml
 from erase_concept.model_card import _plain
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.architectures import build
@@ -37,6 +37,7 @@ from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisa
 from erase_concept.pipelines.classifiers.images import ImageData, InMemory, OnDisk
 from erase_concept.pipelines.classifiers.load import load_classifier
 from erase_concept.pipelines.formats.pickles import check_plain_tensors
+from erase_concept.pipelines.formats.tensors import read_shapes
 from erase_concept.pipelines.formats.weights import read_tensors
 from erase_concept.pipelines.image_set import MANIFEST, SETTINGS, manifest_line, read_images
 from erase_concept.pipelines.load import configs, load
