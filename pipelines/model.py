@@ -185,7 +185,7 @@ class Diffusion:
                 digest.update(ids.cpu().numpy().tobytes())
         return {
             **{name: weights_hash(part) for name, part in self.modules.items() if name != "unet"},
-            "configurations": {name: _config_hash(part) for name, part in self.modules.items()},
+            "configurations": {name: config_hash(part) for name, part in self.modules.items()},
             "scheduler": stated(self.scheduler),
             "settings": dict(self.settings),
             "size": self.size,
@@ -268,7 +268,7 @@ def _config(part: Any) -> dict[str, Any]:
     return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
 
 
-def _config_hash(part: Any) -> str:
+def config_hash(part: Any) -> str:
     """Return the SHA-256 over what a component's configuration says, without its class's defaults.
 
     The same weights with another activation, number of heads or scale are another model.

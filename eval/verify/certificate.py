@@ -7,6 +7,7 @@ files with their SHA-256, and its predicate what is said of them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,8 +19,11 @@ from erase_concept.errors import RequestError
 from erase_concept.eval.report.html import render
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.findings import Findings
+from erase_concept.eval.verify.folder import loaded_files
+from erase_concept.eval.verify.scores import REJUDGED
 from erase_concept.eval.verify.signature import check_envelope
 from erase_concept.files import atomic_write, file_sha256, is_there, read_json, relative
+from erase_concept.pipelines.formats.folder import INDEX
 from erase_concept.pipelines.image_set import MANIFEST, is_intact, read_manifest
 from erase_concept.run_folder import versions
 
@@ -115,10 +119,11 @@ def check_certificate(where: Certificate, public: Any | None, *, whole: bool) ->
     name = where.file.name
     checks = [*_signature(where, public)]
     subjects, evidence = content["subject"], content["predicate"]["evidence"]
-    wrong, absent, there = [], 0, 0
+    wrong, absent, there, known = [], 0, 0, set[Path]()
     hashed, images = cache(file_sha256), cache(partial(_images, home=where.home))  # a file may be named several times
     for place, one in enumerate((*subjects, *evidence)):
         file = _find(where.home, one["name"])
+        known |= set() if file is None else {file}
         if file is None:
             absent += 1
             wrong += [failed(f"files of {name}", one["name"], f"is missing, and {name} names it")] if whole else []
@@ -127,6 +132,10 @@ def check_certificate(where: Certificate, public: Any | None, *, whole: bool) ->
         else:
             there += place < len(subjects)
             wrong += images(file) if file.name == MANIFEST else []
+    wrong += [
+        failed(f"files of {name}", relative(file, where.home), f"is in a certified model, and {name} does not name it")
+        for file in _added(where.home, subjects, known)
+    ]
     if not wrong and not there:
         wrong = [failed(f"files of {name}", subjects[0]["name"] if subjects else name, "is not here, nor any other")]
     total = len(subjects) + len(evidence)
@@ -138,6 +147,12 @@ def check_certificate(where: Certificate, public: Any | None, *, whole: bool) ->
 def _find(home: Path, name: str) -> Path | None:
     """Return a certified file: by its path from the certificate's folder, or else in it."""
     return next((file for file in (home / name, home / Path(name).name) if is_there(file) and file.is_file()), None)
+
+
+def _added(home: Path, subjects: Iterable[Mapping[str, Any]], known: set[Path]) -> Iterator[Path]:
+    """Yield the files in certified models' folders that a program could load, and no line of the certificate names."""
+    for folder in (home / one["name"] for one in subjects if Path(one["name"]).name == INDEX):
+        yield from (file for file in loaded_files(folder.parent) if file not in known) if folder in known else ()
 
 
 def _images(manifest: Path, home: Path) -> list[Check]:
@@ -165,8 +180,10 @@ def _page(where: Certificate, content: Mapping[str, Any]) -> Iterator[Check]:
     if not where.page.is_file():
         return
     try:
-        same = content["predicate"]["verifier"]["erase-concept"] == versions()["erase-concept"]
-        shown = not same or where.page.read_bytes() == page(content)
+        if content["predicate"]["verifier"]["erase-concept"] != versions()["erase-concept"]:
+            yield Check(where.page.name, None, "was not compared: another version wrote it")
+            return
+        shown = where.page.read_bytes() == page(content)
     except (TemplateError, KeyError, TypeError, ValueError, AttributeError):  # it is not as verify writes it
         shown = False
     if not shown:
@@ -174,9 +191,53 @@ def _page(where: Certificate, content: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def check_again(where: Certificate, found: Mapping[str, Any]) -> Check:
-    """Check that a certificate says what was found now."""
-    name, before = where.file.name, read_certificate(where.file)["predicate"]
-    now = json.loads(json.dumps(found["predicate"]))
-    if wrong := next((key for key in _SAME if before.get(key) != now[key]), ""):
+    """Check that a certificate says what was found now, of the same files.
+
+    How many images were judged anew may differ. What could not be looked at now is not confirmed.
+    """
+    name = where.file.name
+    before, now = read_certificate(where.file), json.loads(json.dumps(found))
+    said, seen = before["predicate"], now["predicate"]
+    if wrong := next((key for key in _SAME if said.get(key) != seen[key]), ""):
         return failed(name, name, f"says something else of {wrong} than is found now")
+    files = [{(one["name"], one["digest"]["sha256"]) for one in _files(some)} for some in (before, now)]
+    if other := sorted(files[0] - files[1]):
+        how = "'export' or 'report' names its path"
+        return failed(name, name, f"certifies {other[0][0]}, which is none of the files that were looked at now; {how}")
+    if other := sorted(files[1] - files[0]):
+        return failed(name, name, f"does not name {other[0][0]}")
+    try:
+        open_now, fault = _checks_differ(_lines(said["checks"]), _lines(seen["checks"]))
+        lost = {_words(line) for line in seen["not_tested"] if not line.startswith((REJUDGED, *open_now))}
+        lost -= {_words(line) for line in said["not_tested"]}
+    except (KeyError, TypeError, AttributeError):
+        return failed(name, name, "has checks that are not as verify writes them")
+    if fault or lost:
+        return failed(name, name, fault or f"does not say what was not tested: {min(lost)}")
+    if open_now:
+        return Check(name, None, f"could not be confirmed throughout: {open_now[0]} was not looked at now")
     return Check(name, True, "says what is found now")
+
+
+def _files(content: Mapping[str, Any]) -> list[Any]:
+    return [*content["subject"], *content["predicate"]["evidence"]]
+
+
+def _lines(checks: Any) -> dict[str, tuple[Any, str]]:
+    """Return the checks of a certificate by what they are of, but for those of a random share."""
+    return {one["what"]: (one["holds"], one["found"]) for one in checks if not one["what"].startswith(REJUDGED)}
+
+
+def _checks_differ(said: dict[str, tuple[Any, str]], seen: dict[str, tuple[Any, str]]) -> tuple[list[str], str]:
+    """Return which checks could not be made now, and what else differs; "" for nothing."""
+    if other := sorted(said.keys() ^ seen.keys()):
+        return [], f"says something else of {other[0]} than is found now"
+    differ = [what for what in said if said[what] != seen[what]]
+    open_now = [what for what in differ if seen[what][0] is None]
+    wrong = next((what for what in differ if what not in open_now), "")
+    return open_now, f"says something else of {wrong} than is found now" if wrong else ""
+
+
+def _words(line: str) -> str:
+    """Return a sentence without its numbers, which depend on how many images were judged anew."""
+    return re.sub(r"[\d,.]*\d", "N", line)

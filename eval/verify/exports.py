@@ -10,25 +10,30 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.eval.verify.check import Check, failed
-from erase_concept.eval.verify.weights import Weights, first_difference
-from erase_concept.files import file_sha256
+from erase_concept.eval.verify.folder import faults, first_other
+from erase_concept.eval.verify.weights import Weights, differences, empty, first_difference
+from erase_concept.files import file_sha256, relative
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.delta import FORMAT, moved_weights, open_delta
+from erase_concept.pipelines.formats.ema import ema_key
 from erase_concept.pipelines.formats.folder import INDEX, load_folder
 from erase_concept.pipelines.formats.lora import Style, lora_layers, lora_names
 from erase_concept.pipelines.formats.modelspec import content_hash
+from erase_concept.pipelines.formats.prediction import V_PRED, ZTSNR, read_prediction
 from erase_concept.pipelines.formats.single_file import original_weights
-from erase_concept.pipelines.formats.tensors import open_tensors
-from erase_concept.pipelines.formats.weights import each_tensor
+from erase_concept.eval.verify.folder import faults, first_other
+from erase_concept.eval.verify.weights import Weights, differences, empty, first_difference
+from erase_concept.files import file_sha256, relative
 from erase_concept.pipelines.hub import silence_hub_logs
-from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights
+from erase_concept.pipelines.load import ModelConfigs, configs, locate, stored_weights
 from erase_concept.pipelines.model import WeightsHash
 
 LORA_TOLERANCE = 1e-3  # by so much the error of a LoRA may be above the one that its file states
+_ADAPTERS = "lora_adapter_metadata"  # diffusers' own settings of a LoRA, which it reads where they are
 _NAMES = {"diffusers": "diffusers folder", "unet": "UNet file", "single-file": "single file", "lora": "LoRA"}
 
 
@@ -86,6 +91,8 @@ def check_export(
     try:
         if entry.get("sha256") and (found := file_sha256(path)) != entry["sha256"]:
             return failed(what, name, f"its SHA-256 is {found[:16]}..., run.json says {entry['sha256'][:16]}...")
+        if (own := export_format(path)) != kind:
+            return failed(what, name, f"is a {_NAMES.get(own, own)}")
         if path.is_file() and (fault := _check_metadata(path, info)):
             return failed(what, name, fault)
         with silence_hub_logs():
@@ -108,6 +115,8 @@ def _check_metadata(file: Path, info: Mapping[str, Any] | None) -> str:
     if info:
         mask = info["mask"]["sha256"] if info["mask"] else "none"
         said = {"method": info["method"], "concept": info["concept"], "mask_sha256": mask}
+        if metadata.get("format") != FORMAT:  # a delta's hash is of the base model in its dtype
+            said["base_unet_sha256"] = info["base"]["unet"]
         for key, value in said.items():
             if metadata.get(key, value) != value:
                 return f"its metadata says {key} {metadata[key][:40]}, run.json says {str(value)[:40]}"
@@ -116,6 +125,10 @@ def _check_metadata(file: Path, info: Mapping[str, Any] | None) -> str:
 
 def _folder(path: Path, models: Models) -> tuple[str, str]:
     family = load_folder(path, str(path)).family
+    for fault, file in faults(path, family):
+        return "", f"{relative(file, path)} {fault}"
+    if models.erased is not None and (name := first_other(path, models.erased, family)):
+        return "", f"{name} says something else than the run's"
     return _parts(family, models, partial(stored_weights, path))
 
 
@@ -123,7 +136,13 @@ def _single_file(path: Path, models: Models) -> tuple[str, str]:
     """Compare both of the file's UNets, where it has an average beside the live one."""
     known = models.configs()
     with safe_open(path, "pt") as stored:
-        averaged = any(key.startswith("model_ema.") for key in stored.keys())
+        keys, metadata = set(stored.keys()), stored.metadata() or {}
+    averaged = any(key.startswith("model_ema.") for key in keys)
+    own = known.components["scheduler"].get("prediction_type", "epsilon")
+    if (marked := read_prediction(path, keys, metadata).type) not in (None, own):
+        return "", f"is marked as a model of {marked}, and it is one of {own}"
+    if strange := _strange(path, keys, known, models):
+        return "", f"holds {strange}, which is no weight of the model"
     for ema in (True, False) if averaged else (None,):
         options: dict[str, Any] = {"ema": ema, "like": (known.family, known.components)}
         found, fault = _parts(known.family, models, partial(original_weights, path, str(path), **options))
@@ -132,31 +151,59 @@ def _single_file(path: Path, models: Models) -> tuple[str, str]:
     return found, fault
 
 
+def _strange(path: Path, keys: set[str], known: ModelConfigs, models: Models) -> str:
+    """Return the first tensor of a single file that is neither the model's nor the base model's file's; "" for none."""
+    layouts = known.family.single_file
+    assert layouts is not None  # the weights of such a file are about to be compared
+    own = {V_PRED, ZTSNR}
+    for part, layout in layouts.layouts.items():
+        names = layout.names(empty(known, part).state_dict()).values()
+        own |= {name if name in keys else name.replace("text_model.", "", 1) for name in names}
+        own |= {ema_key(name) for name in names} if part == "unet" else set()
+    left = sorted(keys - own)
+    base = locate(models.base) if left else path
+    if not left or not is_safetensors(base):
+        return next(iter(left), "")
+    with safe_open(base, "pt") as before, safe_open(path, "pt") as now:
+        there = set(before.keys())
+        for name in left:  # an exported copy keeps what else the base model's file holds
+            value = now.get_tensor(name)
+            if name not in there or not torch.equal(before.get_tensor(name).to(value.dtype), value):
+                return name
+    return ""
+
+
 def _parts(family: Family, models: Models, stored: Callable[[str], Weights]) -> tuple[str, str]:
-    """Compare every component with the run's, or where the run is not at hand all but the UNet with the base's."""
-    changed = ""
+    """Compare every component with the run's, or where the run is not at hand all but one with the base model's."""
+    changed: dict[str, str] = {}
     for part in (name for name, one in family.components.items() if one.make):
-        if models.erased is None and part == "unet":
-            if not (changed := first_difference(models.base_weights(part), stored(part))):
-                return "", "its UNet is the base model's: nothing was erased"
-            continue
-        ours, whose = models.base_weights(part), "the base model's"
         if models.erased is not None:
-            ours, whose = models.erased_weights(part), "the run's"
-        if name := first_difference(ours, stored(part)):
-            return "", f"{part}: {name} is not {whose}, rounded to the file's dtype"
+            if name := first_difference(models.erased_weights(part), stored(part)):
+                return "", f"{part}: {name} is not the run's, rounded to the file's dtype"
+            continue
+        name, broken = differences(models.base_weights(part), stored(part))
+        if broken:
+            return "", f"{part}: {broken} holds NaN or infinity"
+        changed |= {part: name} if name else {}
     if models.erased is not None:
         return "loads, and every weight is the run's, rounded to the file's dtype", ""
-    return f"loads; all but the UNet is the base model's, bit for bit; the UNet differs (first in {changed})", ""
+    if not changed:
+        return "", "its weights are the base model's: nothing was erased"
+    erased = "unet" if "unet" in changed else "text_encoder"  # what a method may change, and never both
+    if other := next((part for part in changed if part != erased), ""):
+        return "", f"{other}: {changed[other]} is not the base model's, rounded to the file's dtype"
+    words = {"unet": "UNet", "text_encoder": "text encoder"}[erased]
+    whole = f"all but the {words} is the base model's, bit for bit"
+    return f"loads; {whole}; the {words} differs (first in {changed[erased]})", ""
 
 
 def _unet(path: Path, models: Models) -> tuple[str, str]:
-    whole = models.erased is not None
-    name = first_difference(
-        models.erased_weights("unet") if whole else models.base_weights("unet"), sorted_tensors(path)
-    )
-    if whole:
-        return ("every weight is the run's, rounded to the file's dtype", name and f"{name} is not the run's")
+    if models.erased is not None:
+        name = first_difference(models.erased_weights("unet"), sorted_tensors(path))
+        return "every weight is the run's, rounded to the file's dtype", name and f"{name} is not the run's"
+    name, broken = differences(models.base_weights("unet"), sorted_tensors(path))
+    if broken:
+        return "", f"{broken} holds NaN or infinity"
     fault = "" if name else "it is the base model's UNet: nothing was erased"
     return f"has the base model's layers; differs from it (first in {name})", fault
 
@@ -170,6 +217,11 @@ def sorted_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _delta(path: Path, models: Models) -> tuple[str, str]:
     delta = open_delta(path)
+    with safe_open(path, "pt") as stored:
+        keys = set(stored.keys())
+    moves = {key.rpartition(":")[0] for key in keys} & delta.shapes.keys()
+    if strange := sorted(keys - {f"{name}:{part}" for name in moves for part in ("changed", "steps", "wide")}):
+        return "", f"holds {strange[0]}, which is no part of a delta of the UNet"
     before, after = WeightsHash(), WeightsHash()
 
     def counted(hashed: WeightsHash, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -195,31 +247,46 @@ def _delta(path: Path, models: Models) -> tuple[str, str]:
 def _lora(path: Path, models: Models) -> tuple[str, str]:
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata() or {}
-    tensors = dict(each_tensor(path))
-    style: Style = "diffusers" if any(key.endswith(".lora_A.weight") for key in tensors) else "kohya"
-    found = models.configs()
-    make = found.family.components["unet"].make
-    assert make is not None  # every family's UNet has weights
-    with torch.device("meta"):
-        unet: nn.Module = make(found.components["unet"])
-    keys = ("lora_B", "lora_A") if style == "diffusers" else ("lora_up", "lora_down")
-    names, layers = lora_names(unet, found.family, style), lora_layers(unet)
-    places = {names[weight]: weight for weight in layers}
-    inside = {key.rpartition(f".{keys[0]}.")[0] for key in tensors if f".{keys[0]}." in key}
-    if strange := sorted(inside - places.keys()):
-        return "", f"{strange[0]} is no layer of the base model"
-    changes = {
-        places[name]: (tensors[f"{name}.{keys[0]}.weight"], tensors[f"{name}.{keys[1]}.weight"]) for name in inside
-    }
-    if not all(bool(one.isfinite().all()) for pair in changes.values() for one in pair):
-        return "", "holds numbers that are not finite"
-    if models.erased is None:
-        return f"{len(changes)} layers of the base model have a change in it; its fit needs the run", ""
+    if _ADAPTERS in metadata:
+        return "", f"its metadata has {_ADAPTERS}, by which diffusers scales it otherwise"
+    changes, fault = _lora_changes(dict(each_tensor(path)), models.configs())
+    if fault or models.erased is None:
+        return f"{len(changes)} layers of the base model have a change in it; its fit needs the run", fault
     error = _lora_error(changes, models)
     said = float(metadata.get("relative_error", "nan"))
-    if not error <= said + LORA_TOLERANCE:
-        return "", f"it misses {error:.4f} of the change by its Frobenius norm, and says {said:.4f}"
-    return f"it misses {error:.4f} of the change by its Frobenius norm, and says {said:.4f}", ""
+    found = f"it misses {error:.4f} of the change by its Frobenius norm, and says {said:.4f}"
+    if not error < 1:
+        return "", f"{found}: the base model itself misses no more"
+    return ("", found) if not error <= said + LORA_TOLERANCE else (found, "")
+
+
+def _lora_changes(tensors: dict[str, Tensor], model: ModelConfigs) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
+    """Return by the UNet's parameters what a LoRA adds to them as up and down, the scale in up; and what is wrong.
+
+    A layer's scale is its alpha, where it has one, over the rank.
+    """
+    style: Style = "diffusers" if any(key.endswith(".lora_A.weight") for key in tensors) else "kohya"
+    unet = empty(model, "unet")
+    names, layers = lora_names(unet, model.family, style), lora_layers(unet)
+    up_key, down_key = ("lora_B", "lora_A") if style == "diffusers" else ("lora_up", "lora_down")
+    changes: dict[str, tuple[Tensor, Tensor]] = {}
+    for weight, shape in ((weight, value.shape) for weight, value in layers.items()):
+        up, down = (tensors.pop(f"{names[weight]}.{key}.weight", None) for key in (up_key, down_key))
+        alpha = tensors.pop(f"{names[weight]}.alpha", None) if style == "kohya" and up is not None else None
+        if up is None and down is None:
+            continue
+        if up is None or down is None or up.ndim != len(shape) or down.ndim != len(shape):
+            return {}, f"has no change of the right shape for {weight}"
+        up, down = up.float().flatten(1), down.float().flatten(1)
+        if (len(up), up.shape[1], down.shape[1]) != (shape[0], len(down), shape[1:].numel()):
+            return {}, f"has no change of the right shape for {weight}"
+        scale = 1.0 if alpha is None else float(alpha) / len(down)
+        if not bool((up * scale).isfinite().all()) or not bool(down.isfinite().all()):
+            return {}, "holds numbers that are not finite"
+        changes[weight] = (up * scale, down)
+    if tensors:
+        return {}, f"holds {min(tensors)}, which is no part of a LoRA of the base model's UNet"
+    return changes, "" if changes else "changes no layer"
 
 
 def _lora_error(changes: Mapping[str, tuple[Tensor, Tensor]], models: Models) -> float:
@@ -229,7 +296,7 @@ def _lora_error(changes: Mapping[str, tuple[Tensor, Tensor]], models: Models) ->
         change = after.double() - before.double()
         whole += float(change.square().sum())
         if name in changes:
-            up, down = (one.float().flatten(1) for one in changes[name])
+            up, down = changes[name]
             change = change - (up @ down).view(change.shape)
         missed += float(change.square().sum())
     return float((missed / whole) ** 0.5) if whole else 0.0

@@ -15,19 +15,26 @@ from erase_concept.errors import RequestError
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import Models, check_export
 from erase_concept.eval.verify.findings import Findings, VerifyRequest, files_in
+from erase_concept.eval.verify.folder import check_contents
+from erase_concept.eval.verify.mask import check_asked, check_mask
 from erase_concept.eval.verify.scores import CheckedReport, Measured, Recheck, check_report
-from erase_concept.eval.verify.weights import Compared, compare
+from erase_concept.eval.verify.weights import Compared, compare, empty
 from erase_concept.exports import public_recipe
 from erase_concept.files import file_sha256, relative
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.formats.folder import load_folder, read_family
 from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.pipelines.hub import silence_hub_logs
-from erase_concept.pipelines.load import configs, stored_weights
-from erase_concept.recipe import make_recipe, read_recipe
+from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights
+from erase_concept.pipelines.model import config_hash
+from erase_concept.recipe import Recipe, make_recipe, read_recipe
 from erase_concept.run_folder import read_run, weights_files
 
 _RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", "log.jsonl")
+NOT_RUN_AGAIN = (
+    "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim, and so "
+    "are its log and its versions. The model card was not checked, and is not certified."
+)
 NO_ATTACKS = (
     "Attacks: prompts that are searched for, and further training, which may bring the concept back, were not tried."
 )
@@ -41,13 +48,14 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     """
     run = Path(request.model)
     info = read_run(run)
-    checks, ema = [*_recipe(run, info), *check_files(run / "pipeline", run, info)], request.ema
-    if ema is None:
-        ema = read_recipe(run / "recipe.yaml").get("ema")
-    _check_family(run, info, base, ema)
+    recipe, checks = _recipe(run, info)
+    ema = recipe.ema if request.ema is None and recipe is not None else request.ema
+    model = _base_configs(info, base, ema)
     mask, found = check_mask(run, info)
+    if recipe is not None:
+        found += check_asked(mask, recipe, info, model)
     parts, compared = _compare_parts(run, info, base, ema, mask)
-    checks += [*found, *compared, _loads(run)]
+    checks += [*check_files(run / "pipeline", run, info), *found, *compared, *_loads(run, model)]
     models = Models(base, ema, run / "pipeline")
     exported = list(_exports(request, run, info))
     checks += [
@@ -58,7 +66,8 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     ]
     recheck = Recheck(request.recheck, secrets.randbits(32) if request.seed is None else request.seed)
     folders = [file.parent for file in sorted((run / "report.json", *run.glob("*/report.json"))) if file.is_file()]
-    measured = Measured(run, base, {"erased": info["erased"]["unet"], "base": info["base"]["unet"]})
+    hashes = {"erased": {one.part: one.erased for one in parts}, "base": {one.part: one.base for one in parts}}
+    measured = Measured(run, base, model_name(info["base"]["source"]), hashes)
     reports = [check_report(folder, run, measured, recheck) for folder in (*folders, *request.reports)]
     checks += [check for report in reports for check in report.checks]
     return Findings(
@@ -76,27 +85,36 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     )
 
 
-def _recipe(run: Path, info: Mapping[str, Any]) -> Iterator[Check]:
+def _recipe(run: Path, info: Mapping[str, Any]) -> tuple[Recipe | None, list[Check]]:
+    """Return a run's recipe, None where it cannot be read, and the checks of it and of what run.json says of it."""
     try:
         recipe = make_recipe(read_recipe(run / "recipe.yaml"))
     except (RequestError, ValueError) as problem:
-        yield failed("recipe.yaml", "recipe.yaml", str(problem))
-        return
-    yield check_recipe(info, recipe.fingerprint())
-    said = {"method": recipe.method, "seed": recipe.seed, "concept": recipe.concept.name, "kind": recipe.concept.kind}
-    for key, value in said.items():
-        if info[key] != value:
-            yield failed("run.json", "run.json", f"says {key} {info[key]}, the recipe says {value}")
+        return None, [failed("recipe.yaml", "recipe.yaml", str(problem))]
+    concept = recipe.concept
+    parts = [{"concept": one.name, "kind": one.kind, "anchor": one.replacement} for one in concept.combined]
+    said = {"method": recipe.method, "seed": recipe.seed, "concept": concept.name, "kind": concept.kind}
+    said |= {"anchor": concept.replacement, "parts": parts or None}
+    noted = {key: info.get(key) for key in said}
+    said["base model"], noted["base model"] = model_name(recipe.model), model_name(info["base"]["source"])
+    wrong = [
+        failed("run.json", "run.json", f"says {key} {noted[key]}, the recipe says {value}")
+        for key, value in said.items()
+        if noted[key] != value
+    ]
+    return recipe, [check_recipe(info, recipe.fingerprint()), *wrong]
 
 
-def _check_family(run: Path, info: Mapping[str, Any], base: str, ema: bool | None) -> None:
-    """Raise RequestError where the base model cannot be read, or is of another kind than the run's."""
+def _base_configs(info: Mapping[str, Any], base: str, ema: bool | None) -> ModelConfigs:
+    """Return the base model's; raises RequestError where it cannot be read, or is of another kind than the run's."""
     try:
-        family = configs(base, ema=ema).family.title
+        found = configs(base, ema=ema)
     except RequestError as problem:
         raise RequestError("ema" if problem.setting == "ema" else "base", base, problem.allowed) from None
-    if family != info["base"]["family"]:
-        raise RequestError("base", base, f"is a {family}, and the run erased from a {info['base']['family']}")
+    if found.family.title != info["base"]["family"]:
+        kinds = f"is a {found.family.title}, and the run erased from a {info['base']['family']}"
+        raise RequestError("base", base, kinds)
+    return found
 
 
 def check_recipe(info: Mapping[str, Any], fingerprint: str) -> Check:
@@ -119,25 +137,6 @@ def check_files(folder: Path, run: Path, info: Mapping[str, Any]) -> list[Check]
         if found.get(name) != noted.get(name)
     ]
     return wrong or [Check(what, True, f"{len(found)} have the SHA-256 that was noted")]
-
-
-def check_mask(run: Path, info: Mapping[str, Any]) -> tuple[Mask | None, list[Check]]:
-    """Return a run's mask and the checks of it; None where every weight may change, or no mask can be read."""
-    name = "mask.safetensors"
-    if info["mask"] is None:
-        return None, []
-    try:
-        mask = Mask.load(run / name)
-    except RequestError as problem:
-        return None, [failed(name, name, problem.allowed)]
-    if mask.sha256() != info["mask"]["sha256"]:
-        return mask, [failed(name, name, "is not the mask of which the run's record has the hash")]
-    if abs(mask.density - info["mask"]["density"]) > 1e-9:
-        found = f"lets {mask.density:.4%} of the weights change, and the record says {info['mask']['density']:.4%}"
-        return mask, [failed(name, name, found)]
-    return mask, [
-        Check(name, True, f"has the hash that was noted; {mask.count:,} of {mask.total:,} weights may change")
-    ]
 
 
 def _compare_parts(
@@ -208,14 +207,21 @@ def _file_of(folder: Path, name: str) -> Path:
     return files[0] if files else folder
 
 
-def _loads(run: Path) -> Check:
-    """Check that the run's pipeline loads, with tokenizers and scheduler."""
+def _loads(run: Path, base: ModelConfigs) -> list[Check]:
+    """Check that the run's pipeline loads, is built as the base model is, and that nothing else is in its folder."""
+    folder = run / "pipeline"
     try:
         with silence_hub_logs():
-            family = load_folder(run / "pipeline", "pipeline").family
+            family = load_folder(folder, "pipeline").family
+        mine, contents = configs(folder), check_contents(folder, family, run)
     except (RequestError, OSError, ValueError, LookupError, RuntimeError, SafetensorError) as problem:
-        return failed("pipeline/", "pipeline", f"does not load: {getattr(problem, 'allowed', str(problem))}")
-    return Check("pipeline/", True, f"loads as a {family.title}")
+        return [failed("pipeline/", "pipeline", f"does not load: {getattr(problem, 'allowed', str(problem))}")]
+    what, built = "configurations", (name for name, one in family.components.items() if one.make)
+    if other := next((part for part in built if config_hash(empty(base, part)) != config_hash(empty(mine, part))), ""):
+        contents.append(failed(what, f"pipeline/{other}/config.json", f"does not describe the base model's {other}"))
+    else:
+        contents.append(Check(what, True, "of the components with weights are the base model's"))
+    return [Check("pipeline/", True, f"loads as a {family.title}"), *contents]
 
 
 def _exports(
@@ -262,14 +268,17 @@ def _about(info: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _scores(reports: Sequence[CheckedReport]) -> Iterator[dict[str, Any]]:
+    """Yield the scores that follow from their evidence; those that could not be counted again are left out."""
     for one in reports:
-        for score in one.report.scores if one.report else ():
-            yield {"report": one.name, "benchmark": one.report.benchmark if one.report else "", **asdict(score)}
+        if one.report is not None and one.counted:
+            for score in one.report.scores:
+                yield {"report": one.name, "benchmark": one.report.benchmark, **asdict(score)}
 
 
 def _untested(reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iterator[str]:
     """Yield in sentences what was not looked at."""
     yield NO_ATTACKS
+    yield NOT_RUN_AGAIN
     if not reports:
         yield "Whether the concept is gone: there is no report of an evaluation."
     for one in reports:
@@ -277,7 +286,7 @@ def _untested(reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iter
             f"{one.name}: {one.rejudged:,} images were judged anew, the others not; no image was sampled again. The "
             f"pictures inside the page were not looked at."
         )
-    yield "Configurations, scheduler and tokenizers were loaded, but not compared with the base model's."
+    yield "Scheduler and tokenizers were loaded, but not compared with the base model's."
     for check in checks:
         if check.holds is None:
             yield f"{check.what}: {check.found}."

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from erase_concept.eval.report.write import report_content
 from erase_concept.eval.request import EvalRequest
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.files import file_sha256, relative
-from erase_concept.pipelines.image_set import ImageSet, is_intact, read_images, read_manifest
+from erase_concept.pipelines.formats.modelspec import model_name
+from erase_concept.pipelines.image_set import MANIFEST, SETTINGS, ImageSet, is_intact, read_images, read_manifest
 from erase_concept.prompts.concept import parse
 from erase_concept.prompts.promptset import PromptSet
 from erase_concept.version import __version__
 
 SAME = 1e-5  # numbers that differ by no more than this share are equal: networks may round otherwise elsewhere
 JUDGED_ALIKE = 1e-3  # scores of an image that differ by no more are one judgement
+REJUDGED = "judgements in "  # how a check of a random share of the images begins
 _OF_PAGES = re.compile(rb"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/=]*")
 
 
@@ -48,7 +50,8 @@ class Recheck:
 class CheckedReport:
     """A report that was checked: its file from the certificate's folder, and how many images were judged anew.
 
-    ``files`` is the evidence: all that the numbers come from, and the pages that show them.
+    ``files`` is the evidence: all that the numbers come from, and the pages that show them. ``counted`` says whether
+    its numbers could be counted again.
     """
 
     name: str
@@ -56,15 +59,20 @@ class CheckedReport:
     checks: tuple[Check, ...]
     rejudged: int = 0
     files: tuple[Path, ...] = ()
+    counted: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a report should be of: a model and its base model, and the hashes of their UNets by "erased" and "base"."""
+    """What a report should be of: a model and its base model, that one's name, and the hashes of their components.
+
+    The hashes are by "erased" and "base", and by the names of the components.
+    """
 
     model: Path
     base: str
-    unets: Mapping[str, str]
+    name: str
+    hashes: Mapping[str, Mapping[str, str]]
 
 
 def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck) -> CheckedReport:
@@ -85,7 +93,7 @@ def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck)
     if checks:
         return CheckedReport(name, report, tuple(checks), 0, present)
     if not all((folder / "samples" / who).is_dir() for who in sides):
-        elsewhere = Check(f"numbers of {name}", None, "its images were made elsewhere")
+        elsewhere = Check(f"numbers of {name}", None, "its images are not here, and its scores are left out")
         return CheckedReport(name, report, (elsewhere,), 0, present)
     images = {who: read_images(folder / "samples" / who) for who in sides}
     file = relative(folder / JUDGEMENTS, home)
@@ -98,15 +106,19 @@ def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck)
         return CheckedReport(name, report, (failed(file, file, strange),), 0, present)
     again, rejudged = _judged_anew(plan, judged, recheck, file)
     checks = [_counted(report, plan, judged, folder, home), *_pages(report, folder, home), again]
-    return CheckedReport(name, report, tuple(checks), rejudged, present)
+    return CheckedReport(name, report, tuple(checks), rejudged, present, counted=True)
 
 
 def _of_these(report: Report, sides: Sequence[str], measured: Measured, name: str) -> list[Check]:
     """Return a check that fails where the report is of other models."""
+    what = f"models of {name}"
     for who in sides:
-        unet = getattr(report, who).get("unet", measured.unets[who])
-        if unet != measured.unets[who]:
-            return [failed(f"models of {name}", name, f"its {who} images are of the UNet {unet[:16]}..., another one")]
+        for part, digest in measured.hashes[who].items():
+            said = str(getattr(report, who).get(part, "(not said)"))
+            if said != digest and "sampler" in getattr(report, who):
+                return [failed(what, name, f"its {who} images are of the {part} {said[:16]}..., another one")]
+    if model_name(report.model) != measured.name:
+        return [failed(what, name, f"says that the base model is {model_name(report.model)}, not {measured.name}")]
     return []
 
 
@@ -116,6 +128,10 @@ def _unchanged(report: Report, folder: Path, home: Path) -> list[Check]:
     evidence = report.provenance.get("evidence")
     if not evidence:
         return [failed(what, relative(folder / "report.json", home), "names no evidence: evaluate again")]
+    needed = [f"samples/{who}/{one}" for who in ("erased", "base") for one in (MANIFEST, SETTINGS)]
+    needed = [JUDGEMENTS, *(one for one in needed if (folder / one).is_file())]
+    if missing := next((one for one in needed if one not in evidence), ""):
+        return [failed(what, relative(folder / "report.json", home), f"does not name {missing} among its evidence")]
     for name, digest in evidence.items():
         file = folder / name
         if not file.is_file() or file_sha256(file) != digest:
@@ -170,18 +186,16 @@ def _counted(report: Report, plan: EvalPlan, judged: Judged, folder: Path, home:
     """Count all numbers again from what the judges said, and compare."""
     name = relative(folder / "report.json", home)
     base = None if judged.base is None else judged.base.images
-    again = report_content(measure(plan, EvalImages(judged.erased.images, base, {}, 0.0), judged), folder)
+    found = measure(plan, EvalImages(judged.erased.images, base, {}, 0.0), judged)
+    again = report_content(replace(found, model=report.model), folder)  # the base model may be elsewhere here
     stated = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    own = ("provenance", "model")  # times, versions; and the base model may be named otherwise here
-    again, stated = ({key: value for key, value in one.items() if key not in own} for one in (again, stated))
+    again, stated = ({key: value for key, value in one.items() if key != "provenance"} for one in (again, stated))
     thresholds = report.provenance.get("thresholds", {})
     if place := differing(json.loads(json.dumps(again)), stated):
         return failed(f"numbers of {name}", name, f"{place} does not follow from the manifests and the judgements")
     numbers = f"{len(report.scores)} scores of {len(report.pairs):,} prompts and seeds"
-    found = f"{numbers} follow from the manifests and the judgements" + f", and {len(thresholds)} conditions" * bool(
-        thresholds
-    )
-    return Check(f"numbers of {name}", True, found)
+    more = f", and {len(thresholds)} conditions" if thresholds else ""
+    return Check(f"numbers of {name}", True, f"{numbers} follow from the manifests and the judgements{more}")
 
 
 def differing(ours: Any, theirs: Any, place: str = "") -> str:
@@ -230,7 +244,7 @@ def _draw(images: ImageSet, recheck: Recheck) -> list[int]:
 
 def _judged_anew(plan: EvalPlan, judged: Judged, recheck: Recheck, name: str) -> tuple[Check, int]:
     """Let the judges judge some images anew, nothing of it from a cache, and compare; return also how many."""
-    what = f"judgements in {name}"
+    what = f"{REJUDGED}{name}"
     if not recheck.share:
         return Check(what, None, "no image was judged anew"), 0
     count = sum(len(_draw(side.images, recheck)) for side in judged.sides.values())

@@ -8,27 +8,38 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from erase_concept.classification.forget import read_rows
-from erase_concept.classification.recipe import make_unlearn_recipe
+from erase_concept.classification.mask import ClassifierMask
+from erase_concept.classification.recipe import UnlearnRecipe, make_unlearn_recipe
 from erase_concept.classification.run import RUN_FILE
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.eval.classification.evaluate import evaluate_classifier
+from erase_concept.eval.classification.evaluate import ClassifierReport, evaluate_classifier
+from erase_concept.eval.classification.report import markdown
+from erase_concept.eval.report.html import render
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import sorted_tensors
 from erase_concept.eval.verify.findings import Findings, VerifyRequest
-from erase_concept.eval.verify.run import check_files, check_mask, check_recipe
+from erase_concept.eval.verify.mask import MASK, check_mask
+from erase_concept.eval.verify.run import check_files, check_recipe
 from erase_concept.eval.verify.scores import differing
 from erase_concept.eval.verify.weights import Compared, compare
 from erase_concept.files import read_json, relative
+from erase_concept.masks.choose import MASK_KINDS
+from erase_concept.masks.mask import Mask
+from erase_concept.masks.top_k import keep_count
 from erase_concept.pipelines.classifiers.load import classifier_state
 from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import read_run
+from erase_concept.version import __version__
 
 _RECORDS = (RUN_FILE, "recipe.yaml", "forget.txt", "mask.safetensors", "log.jsonl")
 _WEIGHTS = "classifier/weights.safetensors"
+_OF_RECIPE = ("method", "forget", "seed")
+_OF_SCORE = ("metric", "target", "value", "n", "ci95", "unit", "protocol")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's, which no mask freezes
 
 
@@ -43,9 +54,12 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
         raise RequestError("run", run, "has forgotten nothing: it is an original")
     recipe = make_unlearn_recipe(read_recipe(run / "recipe.yaml"))
     checks = [check_recipe(info, recipe.fingerprint()), *check_files(run / "classifier", run, info)]
+    checks += _said(info, recipe)
     checks += _forgotten(run / "forget.txt", info["images"]["forget"])
     mask, found = check_mask(run, info)
     checks += found
+    if mask is not None and found[-1].holds is not False and (fault := _mask_fault(mask, recipe.mask)):
+        checks.append(failed(MASK, MASK, fault))
     compared = None
     try:
         first = sorted(classifier_state(base).items())
@@ -56,7 +70,7 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
     except (ValueError, OSError, SafetensorError) as problem:
         checks.append(failed("classifier", _WEIGHTS, str(problem)))
     else:
-        checks.append(_check_weights(info, compared, base, masked=mask is not None))
+        checks.append(_check_weights(info, compared, base, mask))
     scores, measured, files = _scores(run, request)
     return Findings(
         about={
@@ -76,6 +90,30 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
     )
 
 
+def _said(info: Mapping[str, Any], recipe: UnlearnRecipe) -> list[Check]:
+    """Return checks that fail where the run's record says something else than its recipe."""
+    mask = info["mask"] and info["mask"]["kind"]
+    noted = {"mask": mask or "none", "base": model_name(info["base"]["source"])} | {
+        key: info[key] for key in _OF_RECIPE
+    }
+    said = {"mask": recipe.mask.kind, "base": model_name(recipe.classifier)} | {
+        key: getattr(recipe, key) for key in _OF_RECIPE
+    }
+    return [
+        failed(RUN_FILE, RUN_FILE, f"says {key} {noted[key]}, the recipe says {said[key]}")
+        for key in said
+        if noted[key] != said[key]
+    ]
+
+
+def _mask_fault(mask: Mask, asked: ClassifierMask) -> str:
+    """Say what of a mask is not as the recipe asks; "" where all is. A file's may let any number of weights change."""
+    wanted = keep_count(1 - asked.sparsity, mask.total)
+    if asked.kind not in MASK_KINDS or mask.count == wanted:
+        return ""
+    return f"lets {mask.count:,} weights change; by the recipe's sparsity {asked.sparsity:g} they are {wanted:,}"
+
+
 def _forgotten(file: Path, count: int) -> list[Check]:
     """Return a check that fails where a run's list of forgotten images has another number of them, or no numbers."""
     try:
@@ -85,7 +123,7 @@ def _forgotten(file: Path, count: int) -> list[Check]:
     return [] if found == count else [failed(file.name, file.name, f"names {found} images, not {count}")]
 
 
-def _check_weights(info: Mapping[str, Any], found: Compared, base: str, *, masked: bool) -> Check:
+def _check_weights(info: Mapping[str, Any], found: Compared, base: str, mask: Mask | None) -> Check:
     if found.base != info["base"]["sha256"]:
         raise RequestError("base", base, "is not the classifier that this run began with")
     if found.broken:
@@ -96,7 +134,12 @@ def _check_weights(info: Mapping[str, Any], found: Compared, base: str, *, maske
         )
     if found.erased != info["unlearned"]["sha256"]:
         return failed("classifier", RUN_FILE, "has another hash than that of the new weights")
-    rest = "none outside the mask, bit for bit" if masked else "there is no mask"
+    if mask is not None and mask.total != found.weights:
+        return failed(MASK, MASK, f"is for {mask.total:,} weights, and the classifier has {found.weights:,}")
+    for key, value in (("weights", found.weights), ("changed", found.changed)):
+        if info["checks"][key] != value:
+            return failed("classifier", RUN_FILE, f"says {info['checks'][key]:,} for {key}, there are {value:,}")
+    rest = "there is no mask" if mask is None else "none outside the mask, bit for bit"
     return Check(
         "classifier", True, f"{found.weights:,} weights, {found.changed:,} differ from the first one's, {rest}"
     )
@@ -113,7 +156,8 @@ def _scores(run: Path, request: VerifyRequest) -> tuple[list[dict[str, Any]], li
         try:
             stated = read_json(file)
             own = {key: stated[key] for key in ("method", "forget", "images", "seed")}
-            values = [{key: score[key] for key in ("metric", "value", "n", "ci95")} for score in stated["scores"]]
+            values = [{key: score[key] for key in _OF_SCORE} for score in stated["scores"]]
+            checks += _pages(folder, run, stated)
             again = json.loads(json.dumps(asdict(evaluate_classifier(run))))
         except (OSError, ValueError, KeyError, TypeError, EraseError) as problem:
             if isinstance(problem, RequestError):
@@ -121,7 +165,7 @@ def _scores(run: Path, request: VerifyRequest) -> tuple[list[dict[str, Any]], li
             else:
                 checks.append(failed(f"numbers of {name}", name, f"is damaged: {problem}"))
             continue
-        now = [{key: score[key] for key in ("metric", "value", "n", "ci95")} for score in again["scores"]]
+        now = [{key: score[key] for key in _OF_SCORE} for score in again["scores"]]
         place = differing({"scores": now} | {key: again[key] for key in own}, {"scores": values} | own)
         if place:
             checks.append(failed(f"numbers of {name}", name, f"{place} is not what is measured now"))
@@ -133,8 +177,26 @@ def _scores(run: Path, request: VerifyRequest) -> tuple[list[dict[str, Any]], li
     return scores, checks, files
 
 
+def _pages(folder: Path, run: Path, stated: Mapping[str, Any]) -> Iterator[Check]:
+    """Check that the page and the Markdown say what report.json says, where this version wrote the run."""
+    what = f"pages of {relative(folder / 'report.json', run)}"
+    if read_run(run, RUN_FILE)["versions"]["erase-concept"] != __version__:
+        yield Check(what, None, "another version wrote them")
+        return
+    report = TypeAdapter(ClassifierReport).validate_python({k: v for k, v in stated.items() if k != "schema"})
+    pages = {"report.md": markdown(report).encode(), "report.html": render("classifier.html.j2", report=report)}
+    for name, content in pages.items():
+        file = folder / name
+        if not file.is_file() or file.read_bytes() != content:
+            yield failed(what, relative(file, run), "is not what report.json says")
+            return
+    yield Check(what, True, "say what report.json says")
+
+
 def _untested(measured: list[Check]) -> Iterator[str]:
     yield "Attacks: whether the forgotten images can be won back, beyond the membership attacks of a report."
+    yield "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim."
+    yield "The names of the classes and the images' normalisation were not compared with the first classifier's."
     yield "BatchNorm's running statistics are no weights: a mask does not freeze them, and they are not counted."
     if not measured:
         yield "Whether the images are forgotten: there is no report of a measurement."

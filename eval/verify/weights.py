@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.load import ModelConfigs
 from erase_concept.pipelines.model import WeightsHash
 
 Weights = Iterable[tuple[str, Tensor]]  # by their published names, in the order of the names
@@ -31,6 +32,14 @@ class Compared:
     broken: str
     base: str
     erased: str
+
+
+def empty(model: ModelConfigs, part: str) -> nn.Module:
+    """Return a component that has weights, without them: on the meta device, as its configuration describes it."""
+    make = model.family.components[part].make
+    assert make is not None  # asked for of components with weights alone
+    with torch.device("meta"):
+        return make(model.components[part])
 
 
 def compare(
@@ -74,13 +83,27 @@ def first_difference(ours: Weights, theirs: Weights) -> str:
     Weights that only one of them has differ.
     """
     try:
-        for name, mine, other in _pairs("", ours, theirs):
-            rounded = mine.to(other.dtype)
-            if not torch.equal(_bits(rounded), _bits(other)):
-                return name
+        return next((name for name, same, _ in _rounded(ours, theirs) if not same), "")
     except ValueError as problem:
         return str(problem)
-    return ""
+
+
+def differences(ours: Weights, theirs: Weights) -> tuple[str, str]:
+    """Return the first weight that differs as ``first_difference`` does, and the first of theirs that is not finite.
+
+    All weights are looked at. Raises ValueError when the two have not the same weights.
+    """
+    first = broken = ""
+    for name, same, finite in _rounded(ours, theirs):
+        first, broken = first or ("" if same else name), broken or ("" if finite else name)
+    return first, broken
+
+
+def _rounded(ours: Weights, theirs: Weights) -> Iterator[tuple[str, bool, bool]]:
+    """Yield for each weight whether ours, rounded to the dtype of theirs, is the same, and whether theirs is finite."""
+    for name, mine, other in _pairs("", ours, theirs):
+        finite = not other.is_floating_point() or bool(other.float().isfinite().all())
+        yield name, torch.equal(_bits(mine.to(other.dtype)), _bits(other)), finite
 
 
 def _pairs(part: str, ours: Weights, theirs: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
