@@ -162,7 +162,7 @@ def _strange(path: Path, keys: set[str], known: ModelConfigs, models: Models) ->
         own |= {ema_key(name) for name in names} if part == "unet" else set()
     left = sorted(keys - own)
     base = locate(models.base) if left else path
-    if not left or not is_safetensors(base):
+    if not left or not base.is_file() or not is_safetensors(base):
         return next(iter(left), "")
     with safe_open(base, "pt") as before, safe_open(path, "pt") as now:
         there = set(before.keys())
@@ -278,8 +278,10 @@ def _lora_changes(tensors: dict[str, Tensor], model: ModelConfigs) -> tuple[dict
         if up is None or down is None or up.ndim != len(shape) or down.ndim != len(shape):
             return {}, f"has no change of the right shape for {weight}"
         up, down = up.float().flatten(1), down.float().flatten(1)
-        if (len(up), up.shape[1], down.shape[1]) != (shape[0], len(down), shape[1:].numel()):
+        if (len(up), up.shape[1], down.shape[1]) != (shape[0], len(down), shape[1:].numel()) or not len(down):
             return {}, f"has no change of the right shape for {weight}"
+        if alpha is not None and alpha.numel() != 1:
+            return {}, f"has an alpha that is no number for {weight}"
         scale = 1.0 if alpha is None else float(alpha) / len(down)
         if not bool((up * scale).isfinite().all()) or not bool(down.isfinite().all()):
             return {}, "holds numbers that are not finite"

@@ -21,7 +21,10 @@ _LOADED += (".py", ".yaml", ".yml", ".txt")
 _TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZER += ("added_tokens.json",)
 _CONFIGS = ("config.json", "scheduler_config.json")
-_MAY_DIFFER = ("_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
+_MAY_DIFFER = ("_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "max_length")
+# A tokenizer's defaults, which it writes down once it has been used.
+_DEFAULTS = {"pad_to_multiple_of": None, "pad_token_type_id": 0, "padding_side": "right", "stride": 0}
+_DEFAULTS |= {"truncation_side": "right", "truncation_strategy": "longest_first"}
 _STEMS = ("diffusion_pytorch_model", "model")  # as the libraries call the weights that they write
 
 
@@ -39,7 +42,7 @@ def check_contents(folder: Path, family: Family, home: Path) -> list[Check]:
 def first_other(folder: Path, run: Path, family: Family) -> str:
     """Return the first configuration or file of a tokenizer that says something else in two folders; "" for none.
 
-    Versions of the libraries and dtypes may differ.
+    Versions of the libraries, dtypes and what a tokenizer was last used with may differ.
     """
     names = (INDEX, *(f"{part}/{name}" for part in family.components for name in (*_CONFIGS, *_TOKENIZER)))
     return next((name for name in names if _content(folder / name) != _content(run / name)), "")
@@ -51,7 +54,8 @@ def _content(file: Path) -> Any:
         return None
     if file.suffix != ".json":
         return file.read_bytes()
-    return {key: value for key, value in read_json(file).items() if key not in _MAY_DIFFER}
+    said = {key: value for key, value in read_json(file).items() if key not in _MAY_DIFFER}
+    return (_DEFAULTS if file.name == "tokenizer_config.json" else {}) | said
 
 
 def faults(folder: Path, family: Family) -> Iterator[tuple[str, Path]]:

@@ -64,16 +64,16 @@ def _fault(mask: Mask, recipe: Recipe, model: ModelConfigs) -> str:
     scope, sparsity = recipe.mask.scope, recipe.mask.sparsity
     embedded = scope == masks.TEXT_ENCODER
     part = empty(model, "text_encoder" if embedded else "unet")
-    if mask.shapes.keys() != {name for name, _ in part.named_parameters()}:
-        return "is for other weights than the model has"
-    if any(mask.shapes[name] != tuple(value.shape) for name, value in part.named_parameters()):
-        return "is for weights of other shapes than the model has"
-    if embedded:
-        return ""  # which rows are the concept's words depends on the tokenizer
+    ones = {_name(name): ones for name, (ones, _) in mask.layers().items() if ones}
+    wanted = {_name(name): tuple(value.shape) for name, value in part.named_parameters()}
+    if {_name(name): shape for name, shape in mask.shapes.items()} != wanted:
+        return "is for other weights, or weights of other shapes, than the model has"
+    if embedded:  # which rows are the concept's words depends on the tokenizer
+        other = next((name for name in ones if not name.endswith("token_embedding.weight")), "")
+        return f"lets {other} change, and the recipe's scope is the concept's words" if other else ""
     inside = masks.in_scope(part, scope, model.family.layers)
     total = sum(math.prod(shape) for shape in inside.values())
-    counts = {name: ones for name, (ones, _) in mask.layers().items() if ones}
-    if outside := sorted(counts.keys() - inside.keys()):
+    if outside := sorted(ones.keys() - inside.keys()):
         return f"lets {outside[0]} change, which is not in the recipe's scope {scope}"
     if recipe.mask.kind not in MASK_KINDS:  # a file's, which may let any number change
         return ""
@@ -82,3 +82,8 @@ def _fault(mask: Mask, recipe: Recipe, model: ModelConfigs) -> str:
     if not least <= mask.count <= max(most, least):
         return f"lets {mask.count:,} weights change; by the recipe's sparsity {sparsity:g} they are {least:,}"
     return ""
+
+
+def _name(name: str) -> str:
+    """Return a parameter's name without the prefix that transformers' versions give to CLIP's, or not."""
+    return name.removeprefix("text_model.")

@@ -32,8 +32,8 @@ from erase_concept.run_folder import read_run, weights_files
 
 _RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", "log.jsonl")
 NOT_RUN_AGAIN = (
-    "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim, and so "
-    "are its log and its versions. The model card was not checked, and is not certified."
+    "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim. "
+    "So are its log and versions. The model card was not checked, and is not certified."
 )
 NO_ATTACKS = (
     "Attacks: prompts that are searched for, and further training, which may bring the concept back, were not tried."

@@ -89,7 +89,7 @@ def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck)
     files += [folder / one for one in report.provenance.get("evidence", {})]
     present = tuple(file for file in files if file.is_file())
     sides = [who for who in ("erased", "base") if getattr(report, who) is not None]
-    checks = [*_unchanged(report, folder, home), *_of_these(report, sides, measured, name)]
+    checks = [*_unchanged(report, sides, folder, home), *_of_these(report, sides, measured, name)]
     if checks:
         return CheckedReport(name, report, tuple(checks), 0, present)
     if not all((folder / "samples" / who).is_dir() for who in sides):
@@ -117,18 +117,23 @@ def _of_these(report: Report, sides: Sequence[str], measured: Measured, name: st
             said = str(getattr(report, who).get(part, "(not said)"))
             if said != digest and "sampler" in getattr(report, who):
                 return [failed(what, name, f"its {who} images are of the {part} {said[:16]}..., another one")]
-    if model_name(report.model) != measured.name:
+    if _last(report.model) != _last(measured.name):
         return [failed(what, name, f"says that the base model is {model_name(report.model)}, not {measured.name}")]
     return []
 
 
-def _unchanged(report: Report, folder: Path, home: Path) -> list[Check]:
+def _last(source: str) -> str:
+    """Return the last part of a model's name: whether the rest is a folder's, or a hub id's, depends on the machine."""
+    return model_name(source).rpartition("/")[2]
+
+
+def _unchanged(report: Report, sides: Sequence[str], folder: Path, home: Path) -> list[Check]:
     """Return what of the evidence is missing or was changed since the report was written."""
     what = f"evidence of {relative(folder / 'report.json', home)}"
     evidence = report.provenance.get("evidence")
     if not evidence:
         return [failed(what, relative(folder / "report.json", home), "names no evidence: evaluate again")]
-    needed = [f"samples/{who}/{one}" for who in ("erased", "base") for one in (MANIFEST, SETTINGS)]
+    needed = [f"samples/{who}/{one}" for who in sides for one in (MANIFEST, SETTINGS)]
     needed = [JUDGEMENTS, *(one for one in needed if (folder / one).is_file())]
     if missing := next((one for one in needed if one not in evidence), ""):
         return [failed(what, relative(folder / "report.json", home), f"does not name {missing} among its evidence")]

@@ -57,11 +57,18 @@ def key_id(public: Any) -> str:
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()
 
 
-def envelope(payload: bytes, private: Any) -> dict[str, Any]:
-    """Return the DSSE envelope of a statement, signed with a private key."""
+def envelope(payload: bytes, private: Any, file: Path) -> dict[str, Any]:
+    """Return the DSSE envelope of a statement, signed with a private key, beside those who have signed it in a file."""
     signature = private.sign(_signed_bytes(payload))
     signed = {"keyid": key_id(private.public_key()), "sig": base64.b64encode(signature).decode()}
-    return {"payloadType": PAYLOAD_TYPE, "payload": base64.b64encode(payload).decode(), "signatures": [signed]}
+    text = base64.b64encode(payload).decode()
+    try:
+        earlier = read_json(file)
+        same = earlier["payload"] == text and earlier["payloadType"] == PAYLOAD_TYPE
+        others = [one for one in earlier["signatures"] if same and one["keyid"] != signed["keyid"]]
+    except (ValueError, KeyError, TypeError):  # none, or none that can be read
+        others = []
+    return {"payloadType": PAYLOAD_TYPE, "payload": text, "signatures": [*others[: _MOST_SIGNATURES - 1], signed]}
 
 
 def check_envelope(file: Path, payload: bytes, public: Any) -> str:

@@ -78,7 +78,7 @@ def run_verification(request: VerifyRequest) -> Verification:
         write_certificate(content, where)
     if private is not None:
         with atomic_write(where.envelope) as partial:
-            signed = json.dumps(envelope(where.file.read_bytes(), private), indent=1)
+            signed = json.dumps(envelope(where.file.read_bytes(), private, where.envelope), indent=1)
             partial.write_text(signed + "\n", encoding="utf-8")
     return result
 

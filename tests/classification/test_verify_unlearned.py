@@ -19,7 +19,7 @@ from erase_concept.eval.classification.evaluate import evaluate_classifier
 from erase_concept.eval.classification.report import write_classifier_report
 from erase_concept.eval.verify.verify import verify
 from erase_concept.files import file_sha256
-from erase_concept.masks.mask import Mask
+from erase_concept.masks.mask import Mask, all_ones
 
 ARCHITECTURE = "resnet18-cifar[width=2,stride=2]"
 WEIGHTS = "classifier/weights.safetensors"
@@ -85,6 +85,13 @@ def outside() -> None:
     edit(lambda info: info["files"].update({"weights.safetensors": file_sha256(Path("run") / WEIGHTS)}))
 
 
+def every_weight() -> None:
+    """Let every weight change, and mend what is noted of the mask."""
+    mask = all_ones(Mask.load(Path("run/mask.safetensors")).shapes)
+    mask.save(Path("run/mask.safetensors"))
+    edit(lambda info: info["mask"].update(sha256=mask.sha256(), density=mask.density))
+
+
 @pytest.mark.parametrize(
     ("tamper", "file"),
     [
@@ -95,8 +102,24 @@ def outside() -> None:
         (lambda: Path("run/report.json").write_text("[" * 100_000), "report.json"),
         (lambda: edit(lambda report: report["scores"][0].update(value=0.3), "run/report.json"), "report.json"),
         (lambda: Path("run/mask.safetensors").write_bytes(b"no mask"), "mask.safetensors"),
+        (lambda: edit(lambda info: info.update(mask=None)), "unlearn.json"),
+        (lambda: edit(lambda info: info.update(method="retrain", forget="class:dog")), "unlearn.json"),
+        (lambda: Path("run/report.html").write_text("all is forgotten"), "report.html"),
+        (every_weight, "mask.safetensors"),
     ],
-    ids=["a weight outside the mask", "a hash", "the images", "no images", "a deep report", "a score", "the mask"],
+    ids=[
+        "a weight outside the mask",
+        "a hash",
+        "the images",
+        "no images",
+        "a deep report",
+        "a score",
+        "the mask",
+        "no mask",
+        "the method",
+        "the page",
+        "a mask of all weights",
+    ],
 )
 def test_what_was_tampered_with_is_named(tamper: Callable[[], None], file: str, folder: Path) -> None:
     tamper()

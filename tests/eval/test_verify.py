@@ -258,6 +258,42 @@ def recipe(folder: Path) -> None:
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
 
 
+def activation(folder: Path) -> None:
+    """Leave all weights, and give the UNet another activation."""
+    edit("run/pipeline/unet/config.json", lambda config: config.update(act_fn="relu"))
+
+
+def shards(folder: Path) -> None:
+    """Put other weights beside the right ones, which diffusers takes because of an index, and note their hash."""
+    tensors = {name: value * 0 for name, value in load_file(f"run/{UNET}").items()}
+    other = Path("run/pipeline/unet/other.safetensors")
+    save_file(tensors, other, {"format": "pt"})
+    Path(f"run/{UNET}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, other.name)}))
+    note("files", **{"unet/other.safetensors": file_sha256(other)})
+
+
+def sampled(**values: str) -> None:
+    """Let the images be those of another model, in all records of an evaluation."""
+    file = "samples/erased/sampling.json"
+    edit(f"run/{file}", lambda settings: settings.update(values))
+    digest = file_sha256(Path("run") / file)
+    edit("run/report.json", lambda report: report["erased"].update(values))
+    edit("run/report.json", lambda report: report["provenance"]["evidence"].update({file: digest}))
+
+
+def forget_evidence(*files: str) -> None:
+    edit("run/report.json", lambda report: [report["provenance"]["evidence"].pop(file) for file in files])
+
+
+def no_images(folder: Path) -> None:
+    """Remove the images, so that a score cannot be counted again; it must not be certified then."""
+    shutil.rmtree("run/samples")
+    forget_evidence(
+        *(f"samples/{who}/{name}" for who in ("base", "erased") for name in ("manifest.jsonl", "sampling.json"))
+    )
+    edit("run/report.json", lambda report: report["scores"][0].update(value=1.0))
+
+
 TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a weight outside the mask": (outside, UNET),
     "another component": (other_vae, "pipeline/vae/diffusion_pytorch_model.safetensors"),
@@ -276,6 +312,12 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "the judge of judgements": (lambda _: say("torchscript", "another"), JUDGEMENTS),
     "judgements of too few images": (lambda _: say('"words": ["', '"words": ["a", "'), JUDGEMENTS),
     "a score": (score, "report.json"),
+    "the noted anchor": (lambda _: note("", anchor="line"), "run.json"),
+    "the noted base model": (lambda _: note("base", source="stable-diffusion-v1-5"), "run.json"),
+    "a model that is built otherwise": (activation, "pipeline/unet/config.json"),
+    "shards that diffusers would prefer": (shards, f"{UNET}.index.json"),
+    "the text encoder of a report": (lambda _: sampled(text_encoder="0" * 64), "report.json"),
+    "evidence that is not named": (lambda _: forget_evidence("samples/erased/manifest.jsonl"), "report.json"),
     "the page": (page, "report.html"),
     "the report": (lambda f: (f / "run/report.json").write_text("{}"), "report.json"),
     "no judgements": (lambda f: (f / "run" / JUDGEMENTS).unlink(), JUDGEMENTS),
@@ -291,6 +333,113 @@ def test_what_was_tampered_with_is_named(what: str, folder: Path) -> None:
     assert file in faults(done), done.checks
     assert done.certificate is None
     assert not Path("run/certificate.json").exists()
+
+
+def test_a_score_that_cannot_be_counted_again_is_not_certified(folder: Path) -> None:
+    alone(folder)
+    no_images(folder)
+    assert {one.what: one.holds for one in check().checks}["numbers of report.json"] is None
+    said = json.loads(Path("run/certificate.json").read_text())["predicate"]
+    assert not said["scores"]
+    assert any("its scores are left out" in line for line in said["not_tested"])
+
+
+def test_a_base_model_may_have_moved_since_the_evaluation(folder: Path) -> None:
+    """As on an auditor's machine: the report says where the model was, and the run's folder is not there."""
+    alone(folder)
+    Path("model").rename("moved")
+    note("base", folder="/absent")
+    assert not faults(verify("run", base="moved"))
+
+
+def test_a_mask_is_the_one_that_the_recipe_asks_for(folder: Path) -> None:
+    """It may be any of this scope and size; a noted hash alone would let each mask pass."""
+    from erase_concept.eval.verify.mask import check_asked
+    from erase_concept.masks.mask import all_ones
+    from erase_concept.pipelines.load import configs
+    from erase_concept.recipe import read_recipe
+
+    mask, values = Mask.load(Path("run/mask.safetensors")), read_recipe(Path("run/recipe.yaml"))
+    info, model = json.loads(Path("run/run.json").read_text()), configs("model")
+
+    def found(mask: Mask | None, *, noted: Any = info, **asked: Any) -> str:
+        recipe = make_recipe(values | {"mask": values["mask"] | asked})
+        return next(iter(check_asked(mask, recipe, noted, model))).found
+
+    padded = {**mask.shapes, "more.weight": (mask.total,)}
+    bits = {**all_ones(mask.shapes).bits, "more.weight": torch.zeros(-(-mask.total // 8), dtype=torch.uint8)}
+    assert found(mask) == "has the recipe's scope and number of weights"
+    assert "26,002" in found(all_ones(mask.shapes))
+    assert "by the recipe's sparsity 0.75" in found(mask, sparsity=0.75)
+    assert "not in the recipe's scope cross-attention" in found(mask, scope="cross-attention")
+    assert "for other weights" in found(Mask(bits, padded)), "half of all weights may change, by its own count"
+    assert "has no mask" in found(None, noted=info | {"mask": None})
+    assert "the recipe says random" in found(mask, kind="random")
+
+
+def test_nothing_lies_beside_a_model_that_could_be_loaded_instead(folder: Path) -> None:
+    from erase_concept.eval.verify.folder import faults as found
+    from erase_concept.pipelines.load import configs
+
+    pipeline, family = Path("run/pipeline"), configs("model").family
+    (pipeline / "LICENSE").write_text("a licence does no harm")
+    assert not list(found(pipeline, family))
+    for name in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "pipeline.py"):
+        (pipeline / name).write_bytes(b"")
+        assert [file for _, file in found(pipeline, family)] == [pipeline / name]
+        (pipeline / name).unlink()
+    (pipeline / "unet").rename("elsewhere")
+    (pipeline / "unet").symlink_to(Path("elsewhere").resolve())
+    assert ("is a link to another folder, whose files cannot be certified", pipeline / "unet") in found(
+        pipeline, family
+    )
+
+
+def grow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({key: value * 9 for key, value in tensors.items() if key.endswith(".alpha")})
+
+
+def alphas(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({key: torch.ones(2) for key in tensors if key.endswith(".alpha")})
+
+
+def turn(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({key: -value for key, value in tensors.items() if key.endswith(".lora_up.weight")})
+
+
+def add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.ones(8)})
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("lora", grow, "it misses"),
+        ("lora", turn, "the base model itself misses no more"),
+        ("lora", add("lora_unet_conv_in.dora_scale"), "no part of a LoRA"),
+        ("lora", add("text_encoder.lora_A.weight"), "no part of a LoRA"),
+        ("lora", lambda tensors: tensors.clear() or tensors.update(one=torch.ones(1)), "is a UNet file"),
+        ("single-file", add("first_stage_model.more"), "no weight of the model"),
+        ("single-file", add("v_pred"), "marks contradict each other"),
+        ("delta", add("more:steps"), "no part of a delta"),
+        ("lora", alphas, "an alpha that is no number"),
+    ],
+    ids=["scale", "sign", "dora", "text encoder", "another format", "a tensor", "a mark", "a step", "alphas"],
+)
+def test_an_export_holds_nothing_more(name: str, how: Callable[..., Any], said: str, folder: Path) -> None:
+    """Each file is one that its own hash, and run.json's, would let pass: these are left out."""
+    from erase_concept.eval.verify.exports import Models, check_export
+
+    path = Path(f"out-{name}.safetensors")
+    change(str(path), how)
+    own = ("modelspec.hash_sha256", "sshs_model_hash")
+    with safe_open(path, "pt") as stored:
+        metadata = {key: value for key, value in stored.metadata().items() if key not in own}
+    save_file(load_file(path), path, metadata)
+    info = json.loads(Path("run/run.json").read_text())
+    found = check_export(path, path.name, Models("model", None, Path("run/pipeline")), info, {"format": name})
+    assert found.holds is False
+    assert said in found.found
 
 
 def test_a_judgement_that_is_wrong_throughout_is_found_by_judging_anew(folder: Path) -> None:
@@ -425,13 +574,61 @@ def test_the_envelope_is_dsse(folder: Path) -> None:
     from erase_concept.eval.verify.signature import check_envelope, envelope, read_private_key, read_public_key
 
     private, public = key(folder)
-    made = envelope(b'{"hello": "world"}', read_private_key(private))
+    made = envelope(b'{"hello": "world"}', read_private_key(private), folder / "none.json")
     assert base64.b64decode(made["payload"]) == b'{"hello": "world"}'
+    (folder / "one.json").write_text(json.dumps(made))
+    both = envelope(b'{"hello": "world"}', read_private_key(key(folder, "other")[0]), folder / "one.json")
+    assert both["signatures"][0] == made["signatures"][0], "another signature stands beside the first"
+    assert len(both["signatures"]) == 2
     signed = b'DSSEv1 28 application/vnd.in-toto+json 18 {"hello": "world"}'
     read_public_key(public).verify(base64.b64decode(made["signatures"][0]["sig"]), signed)
     (folder / "many.json").write_text(json.dumps(made | {"signatures": made["signatures"] * 101}))
     said = check_envelope(folder / "many.json", b'{"hello": "world"}', read_public_key(public))
     assert said == "has more than 100 signatures"
+
+
+def test_a_certificate_that_says_more_than_is_found_is_not_confirmed(folder: Path) -> None:
+    """Nor signed: what was not tested, a check that nobody made, and a file that nobody looked at."""
+    from erase_concept.eval.verify.certificate import Certificate, check_again, write_certificate
+
+    alone(folder)
+    check()
+    where = Certificate(Path("run/certificate.json"))
+    honest = where.file.read_text()
+    now = json.loads(honest)
+
+    def said(how: Callable[[dict[str, Any]], Any]) -> tuple[bool | None, str]:
+        content = json.loads(honest)
+        how(content["predicate"])
+        write_certificate(content, where)
+        found = check_again(where, now)
+        return found.holds, found.found
+
+    assert said(lambda one: None) == (True, "says what is found now")
+    more = [{"what": f"judgements in {JUDGEMENTS}", "holds": True, "found": "all of them", "file": ""}]
+    assert said(lambda one: one.update(checks=[*one["checks"][:-1], *more]))[0], "another share was judged anew"
+    assert "does not say what was not tested" in said(lambda one: one.update(not_tested=[]))[1]
+    attacks = {"what": "attacks", "holds": True, "found": "none worked", "file": ""}
+    assert "something else of attacks" in said(lambda one: one["checks"].append(attacks))[1]
+    assert (
+        "something else of unet"
+        in said(lambda one: [c.update(found="!") for c in one["checks"] if c["what"] == "unet"])[1]
+    )
+    assert "does not name" in said(lambda one: one["evidence"].pop())[1]
+    other = {"name": "../own.yaml", "digest": {"sha256": file_sha256(Path("own.yaml"))}}
+    assert said(lambda one: one["evidence"].append(other))[1].startswith("certifies ../own.yaml, which is none of")
+    content = json.loads(honest)
+    content["predicate"]["verifier"]["erase-concept"] = "another"
+    write_certificate(content, where)
+    where.page.write_text("nothing was left out")
+    assert {one.what: one.holds for one in verify(where.file).checks}["certificate.html"] is None
+
+
+def test_a_file_beside_a_certified_model_is_named(folder: Path) -> None:
+    alone(folder)
+    check()
+    Path(f"run/{UNET}").rename(f"run/{UNET.replace('.safetensors', '.fp16.safetensors')}")
+    assert faults(verify("run/certificate.json")) == [UNET.replace(".safetensors", ".fp16.safetensors")]
 
 
 @pytest.mark.parametrize("file", [UNET, "run.json", "log.jsonl", "samples/base/00000.png", JUDGEMENTS, "grid.png"])

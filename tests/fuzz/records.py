@@ -325,7 +325,7 @@ ENVELOPE = {"payloadType": PAYLOAD_TYPE, "payload": "e30=", "signatures": [{"key
 
 def envelope_seeds(folder: Path) -> list[bytes]:
     """Return a signed envelope."""
-    return [json.dumps(envelope(b"{}", _key())).encode()]
+    return [json.dumps(envelope(b"{}", _key(), Path("none"))).encode()]
 
 
 def read_envelope(file: Path) -> object:
