@@ -16,10 +16,10 @@ from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.folder import INDEX
 
 # Of files that programs load or run; a licence or a picture beside the model does no harm.
-_LOADED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf", ".npz", ".json")
-_LOADED += (".py", ".yaml", ".yml", ".txt")
-_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_TOKENIZER += ("added_tokens.json",)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".gguf", ".npz")
+_LOADED = (*_WEIGHTS, ".json", ".py", ".yaml", ".yml", ".txt")
+_WORDS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER = (*_WORDS, "added_tokens.json")
 _CONFIGS = ("config.json", "scheduler_config.json")
 _MAY_DIFFER = ("_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "max_length")
 # A tokenizer's defaults, which it writes down once it has been used.
