@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import ModelConfigs
 from erase_concept.pipelines.model import WeightsHash
 
@@ -38,7 +39,7 @@ def empty(model: ModelConfigs, part: str) -> nn.Module:
     """Return a component that has weights, without them: on the meta device, as its configuration describes it."""
     make = model.family.components[part].make
     assert make is not None  # asked for of components with weights alone
-    with torch.device("meta"):
+    with silence_hub_logs(), torch.device("meta"):
         return make(model.components[part])
 
 
