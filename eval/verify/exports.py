@@ -25,9 +25,8 @@ from erase_concept.pipelines.formats.lora import Style, lora_layers, lora_names
 from erase_concept.pipelines.formats.modelspec import content_hash
 from erase_concept.pipelines.formats.prediction import V_PRED, ZTSNR, read_prediction
 from erase_concept.pipelines.formats.single_file import original_weights
-from erase_concept.eval.verify.folder import faults, first_other
-from erase_concept.eval.verify.weights import Weights, differences, empty, first_difference
-from erase_concept.files import file_sha256, relative
+from erase_concept.pipelines.formats.tensors import open_tensors
+from erase_concept.pipelines.formats.weights import each_tensor, is_safetensors
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import ModelConfigs, configs, locate, stored_weights
 from erase_concept.pipelines.model import WeightsHash
