@@ -22,6 +22,7 @@ _WORDS = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
 _TOKENIZER = (*_WORDS, "added_tokens.json")
 _CONFIGS = ("config.json", "scheduler_config.json")
 _MAY_DIFFER = ("_diffusers_version", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "max_length")
+_OF_USE = ("truncation", "padding")  # of tokenizer.json: how it was last asked to cut and fill up
 # A tokenizer's defaults, which it writes down once it has been used.
 _DEFAULTS = {"pad_to_multiple_of": None, "pad_token_type_id": 0, "padding_side": "right", "stride": 0}
 _DEFAULTS |= {"truncation_side": "right", "truncation_strategy": "longest_first"}
@@ -54,7 +55,7 @@ def _content(file: Path) -> Any:
         return None
     if file.suffix != ".json":
         return file.read_bytes()
-    said = {key: value for key, value in read_json(file).items() if key not in _MAY_DIFFER}
+    said = {key: value for key, value in read_json(file).items() if key not in (*_MAY_DIFFER, *_OF_USE)}
     return (_DEFAULTS if file.name == "tokenizer_config.json" else {}) | said
 
 
