@@ -40,7 +40,7 @@ test: $(VENV)/installed  ## run the tests, then those that need shipped files ag
 faults: $(VENV)/installed  ## kill every command at seeded moments and run it again, and fill disks under it
 	$(TESTS) $(BIN)/pytest tests/faults
 
-faults-full: $(VENV)/installed  ## the same at every operation on a file (some half an hour on one core)
+faults-full: $(VENV)/installed  ## the same at every operation on a file (over an hour on one core)
 	$(TESTS) FAULTS=full $(BIN)/pytest tests/faults
 
 wheel-test: $(VENV)/installed

@@ -31,7 +31,7 @@ def card(run_info: dict[str, Any], recipe: str, scores: Sequence[dict[str, Any]]
         which = "scope of the method" if mask["kind"] == "none" else f"{_plain(model_name(mask['kind']))} mask"
         masked = (
             f"Only the {100 * mask['density']:.3g} % of the weights in the {which} were free to change "
-            f"(mask SHA-256 `{mask['sha256'][:16]}`); {checks['changed_outside_mask']} weights outside it differ."
+            f"(mask SHA-256 {_code(mask['sha256'][:16])}); {checks['changed_outside_mask']} weights outside it differ."
         )
     return f"""---
 library_name: diffusers
@@ -58,9 +58,9 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | base | {_base(run_info)} |
-{_loaded(run_info["base"])}| base UNet, SHA-256 | `{run_info["base"]["unet"]}` |
-{_hashes(run_info["erased"])}{_files(run_info)}| seed | {run_info["seed"]} |
-| versions | {", ".join(f"{name} {number}" for name, number in run_info["versions"].items())} |
+{_loaded(run_info["base"])}| base UNet, SHA-256 | {_code(run_info["base"]["unet"])} |
+{_hashes(run_info["erased"])}{_files(run_info)}| seed | {_plain(str(run_info["seed"]))} |
+| versions | {_plain(", ".join(f"{name} {number}" for name, number in run_info["versions"].items()))} |
 
 ```yaml
 {public_recipe(recipe).rstrip().replace("```", "` ` `")}
@@ -72,7 +72,7 @@ def delta_card(delta: Delta, model: str, *, revert: bool, transfer: bool) -> str
     """Return the Markdown of the card of a model that a delta was applied to, from what the delta says of itself."""
     source, concept = _plain(model_name(model)), _plain(delta.about.get("concept", "a concept"))
     title = f"{source}, {concept} given back" if revert else f"{source} without {concept}"
-    method = f" with `{_plain(delta.about['method'])}` of erase-concept" if "method" in delta.about else ""
+    method = f" with {_code(delta.about['method'])} of erase-concept" if "method" in delta.about else ""
     way = "took the steps of that erasing back" if revert else "made the same steps, float by float,"
     if transfer:
         result = (
@@ -102,8 +102,8 @@ of {source}; VAE, text encoder, tokenizer and scheduler are its own.
 | delta | {_plain(delta.file.name)} |
 | reverted | {"yes" if revert else "no"} |
 | transferred | {"yes" if transfer else "no"} |
-| the delta's base UNet, SHA-256 | `{delta.base}` |
-| the delta's erased UNet, SHA-256 | `{delta.erased}` |
+| the delta's base UNet, SHA-256 | {_code(delta.base)} |
+| the delta's erased UNet, SHA-256 | {_code(delta.erased)} |
 """
 
 
@@ -117,7 +117,7 @@ def _parts(run_info: dict[str, Any]) -> str:
 def _hashes(erased: dict[str, str]) -> str:
     """Return the table's lines with the hashes of the erased parts."""
     words = {"unet": "UNet", "text_encoder": "text encoder"}
-    return "".join(f"| erased {words[part]}, SHA-256 | `{sha256}` |\n" for part, sha256 in erased.items())
+    return "".join(f"| erased {words[part]}, SHA-256 | {_code(sha256)} |\n" for part, sha256 in erased.items())
 
 
 def _base(run_info: dict[str, Any]) -> str:
@@ -127,16 +127,18 @@ def _base(run_info: dict[str, Any]) -> str:
 def _files(run_info: dict[str, Any]) -> str:
     """Return the table's lines with the hashes of the files; AutoV2 is what model managers show of one."""
     files = run_info.get("files", {}).items()
-    return "".join(f"| {_plain(name)}, SHA-256 (AutoV2 `{value[:10]}`) | `{value}` |\n" for name, value in files)
+    return "".join(
+        f"| {_plain(name)}, SHA-256 (AutoV2 {_code(value[:10])}) | {_code(value)} |\n" for name, value in files
+    )
 
 
 def _erased(run_info: dict[str, Any]) -> str:
     """Say what was erased, by which method, and what its prompts were remapped to."""
-    how = f"erased from this model with `{run_info['method']}` of erase-concept"
+    how = f"erased from this model with {_code(run_info['method'])} of erase-concept"
     if "parts" not in run_info:
-        what = f"The {run_info['kind']} *{_plain(run_info['concept'])}* was {how}"
+        what = f"The {_plain(run_info['kind'])} *{_plain(run_info['concept'])}* was {how}"
         return f"{what}: its prompts were remapped to {_anchor(run_info)}."
-    parts = [f"the {p['kind']} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in run_info["parts"]]
+    parts = [f"the {_plain(p['kind'])} *{_plain(p['concept'])}* (remapped to {_anchor(p)})" for p in run_info["parts"]]
     return f"These concepts were {how}, all at once: {in_words(parts)}."
 
 
@@ -163,7 +165,7 @@ def _result(scores: Sequence[dict[str, Any]]) -> str:
         base = "" if score["baseline"] is None else f"{score['baseline']:.3f}"
         low, high = score["ci95"]
         value = f"{score['value']:.3f} | {low:.3f} to {high:.3f} | {score['n']}"
-        what = f"{score['metric']}, {_plain(score['target'])}" if score["metric"] == "ua" else score["metric"]
+        what = _plain(f"{score['metric']}, {score['target']}" if score["metric"] == "ua" else score["metric"])
         lines.append(f"| {what} | {base} | {value} | {_plain(score['protocol'])} |")
     return "\n".join(lines)
 
@@ -179,3 +181,9 @@ def _plain(text: str) -> str:
     """Keep names from outside from being read as Markdown or HTML."""
     escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#~&" else c for c in one_line(text))
     return re.sub(r"://|www\.|@", lambda found: f"{found[0][:-1]}\\{found[0][-1]}", escaped, flags=re.IGNORECASE)
+
+
+def _code(text: object) -> str:
+    """Return a text as Markdown's code, whatever it holds."""
+    shown = one_line(str(text)).translate({ord("`"): "'", ord("|"): "/"})
+    return f"`{shown}`"

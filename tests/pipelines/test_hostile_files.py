@@ -30,7 +30,7 @@ from erase_concept.eval.verify.findings import VerifyRequest
 from erase_concept.eval.verify.run import _exports
 from erase_concept.eval.verify.signature import read_private_key, read_public_key
 from erase_concept.files import parse_json, parse_yaml
-from erase_concept.model_card import _plain
+from erase_concept.model_card import _plain, card
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.classifiers.architectures import build
 from erase_concept.pipelines.classifiers.classifier import Classifier, Normalisation
@@ -385,6 +385,26 @@ def test_no_name_is_a_link_in_a_card_or_report() -> None:
         assert not re.search(r"://|www\.|(?<!\\)[\[\]~]|[a-z]@|\x1b|\u202e", told)
         assert "<i>" not in told
     assert _plain("café, 50 % off") == _cell("café, 50 % off") == "café, 50 % off"
+
+
+def test_nothing_in_a_record_is_alive_in_its_card() -> None:
+    """Each value of the record in turn, also those that stand there as code."""
+    hostile = "<b>`\n| x |\n# y"
+    record: dict[str, Any] = {
+        "base": {"source": "m", "unet": "0", "family": "f"}, "erased": {"unet": "1"}, "method": "m", "concept": "x",
+        "kind": "object", "anchor": "y", "mask": {"kind": "salient", "sha256": "0", "density": 0.5}, "seed": 1,
+        "checks": {"weights": 9, "changed": 3, "changed_outside_mask": 0}, "versions": {"torch": "2"},
+        "files": {"a": "0"},
+    }  # fmt: skip
+    lines = card(record, "", ()).count("\n")
+    texts = [(key, "") for key, value in record.items() if isinstance(value, str)]
+    texts += [(key, part) for key in ("base", "erased", "mask", "versions", "files") for part in record[key]]
+    for key, part in texts:
+        if part == "density":
+            continue
+        told = card(record | {key: record[key] | {part: hostile} if part else hostile}, "", ())
+        assert told.count("\n") == lines, (key, part)
+        assert "<b>`" not in told, (key, part)
 
 
 def test_what_is_printed_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
