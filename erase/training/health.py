@@ -26,7 +26,7 @@ ROWS = 4  # retained rows that are looked at
 _DEAD = 2  # looks at which nothing has changed; one is no proof, for a method may put weights back for a while
 FIRST = 10  # steps whose losses the later ones are measured by
 _TIMES = (0.2, 0.4, 0.6, 0.8)  # of the time steps, one for each row
-_KEPT = "the checkpoints of earlier steps are kept"
+_KEPT = "checkpoints of earlier steps are kept"
 
 Events = Iterator[Record | TargetProgress]
 
