@@ -24,7 +24,7 @@ def read_private_key(file: Path) -> Any:
     serialization, _, private = _cryptography()
     try:
         key = serialization.load_pem_private_key(_pem(file), password=None)
-    except (OSError, ValueError, TypeError) as problem:
+    except _unreadable() as problem:
         raise RequestError(
             "sign", file, f"is no private key in PEM without a password: {first_line(problem)}"
         ) from None
@@ -38,11 +38,18 @@ def read_public_key(file: Path) -> Any:
     serialization, public, _ = _cryptography()
     try:
         key = serialization.load_pem_public_key(_pem(file))
-    except (OSError, ValueError, TypeError) as problem:
+    except _unreadable() as problem:
         raise RequestError("public_key", file, f"is no public key in PEM: {first_line(problem)}") from None
     if not isinstance(key, public):
         raise RequestError("public_key", file, "is a key of another kind; allowed: Ed25519")
     return key
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return what the library raises for a file that is no key, or one of a kind that it does not know."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    return OSError, ValueError, TypeError, UnsupportedAlgorithm
 
 
 def _pem(file: Path) -> bytes:
