@@ -19,6 +19,7 @@ _REFUSED = (
     *("os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "shutil", "socket", "ctypes", "pty", "code"),
     *("commands", "webbrowser", "pickle", "marshal"),
 )
+_LONGEST_LINE = 1000  # bytes
 _MOST_NAMES = 50  # for each, an older file is read once more; a training's state has some ten
 
 
@@ -76,6 +77,13 @@ class _Bounded(io.BufferedReader):
         """Return so many bytes, or fewer at the end of the file."""
         left = os.fstat(self.fileno()).st_size - self.tell()
         return super().read(left if size is None or size < 0 else min(size, left))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Return a line, such as a class's name; PyTorch takes time by the square of the length of one it refuses."""
+        line = super().readline(_LONGEST_LINE + 1)
+        if len(line) > _LONGEST_LINE:
+            raise ValueError("it holds a name that is too long")
+        return line
 
 
 def _check_parts(file: Path) -> None:
