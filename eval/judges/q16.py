@@ -90,7 +90,7 @@ class _Numbers(pickle._Unpickler):
         """Give a state to an array or to its type alone, and not to a function or class."""
         if not isinstance(self.stack[-2], _Array | _Type):
             raise pickle.UnpicklingError("it gives a state to something else than an array")
-        super().load_build()  # type: ignore[misc]
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
 
     def load_bytearray8(self: Any) -> None:
         """Read a bytearray: only so many bytes as there are, and not as many as it says."""

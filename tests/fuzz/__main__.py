@@ -33,7 +33,7 @@ if GUIDED:
 with atheris.instrument_imports(include=["erase_concept"]) if GUIDED else nullcontext():
     from fuzz.feed import Feeder
     from fuzz.readers import BY_NAME, READERS, Reader
-from fuzz.watch import limited_memory  # noqa: E402
+    from fuzz.watch import limited_memory
 
 _ROUND = 100  # files of the right structure in a turn, and with each some of changed bytes
 _GUIDED = 1500  # files that atheris makes in a turn
