@@ -87,7 +87,8 @@ def _restore() -> None:
 def say(line: str) -> None:
     """Print a line on stderr, if anybody is there to read it: the terminal or the other end of a pipe may be gone."""
     with suppress(OSError, ValueError):
-        print(f"erase-concept: {line}", file=sys.stderr)
+        # At once with its end: where Python does not buffer, another process could write between the two.
+        print(f"erase-concept: {line}\n", end="", file=sys.stderr)
 
 
 @contextmanager

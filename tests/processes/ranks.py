@@ -74,15 +74,20 @@ def _ended(rank: int, work: Callable[[], object]) -> int:
     try:
         work()
     except (RequestError, EraseError) as problem:
-        print(f"rank {rank}: {problem}", flush=True)
+        _say(f"rank {rank}: {problem}")
         return 2
     except Exception as problem:
         if lost_process(problem):
-            print(f"rank {rank}: lost", flush=True)
+            _say(f"rank {rank}: lost")
             return 1
         traceback.print_exc()
         return 3
     return 0
+
+
+def _say(line: str) -> None:
+    # At once with its end: where Python does not buffer, it writes the end by itself, and another rank may be between.
+    print(f"{line}\n", end="", flush=True)
 
 
 def erased(asked: Recipe, out: Path, *, killed: int | str | None = None) -> Callable[[], None]:
