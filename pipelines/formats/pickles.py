@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -19,7 +20,8 @@ _REFUSED = (
     *("os", "posix", "nt", "sys", "subprocess", "importlib", "runpy", "shutil", "socket", "ctypes", "pty", "code"),
     *("commands", "webbrowser", "pickle", "marshal"),
 )
-_LONGEST_LINE = 1000  # bytes
+_LONGEST_LINE = 1000  # bytes; PyTorch takes time by the square of a class's name to refuse it
+_TOO_LONG = "it holds a name that is too long"
 _MOST_NAMES = 50  # for each, an older file is read once more; a training's state has some ten
 
 
@@ -79,19 +81,32 @@ class _Bounded(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Return a line, such as a class's name; PyTorch takes time by the square of the length of one it refuses."""
+        """Return a line, such as a class's name."""
         line = super().readline(_LONGEST_LINE + 1)
         if len(line) > _LONGEST_LINE:
-            raise ValueError("it holds a name that is too long")
+            raise ValueError(_TOO_LONG)
         return line
 
 
 def _check_parts(file: Path) -> None:
-    """Raise ValueError for parts that are compressed, or told of twice: PyTorch writes each as it is."""
+    """Raise ValueError for parts that are compressed, or told of twice, and for a class's name that is too long.
+
+    PyTorch writes each part once and as it is. Its pickle is ``data.pkl``.
+    """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if sum(part.file_size for part in archive.infolist()) > file.stat().st_size:
                 raise ValueError("its parts are larger than the file itself")
+            for part in archive.infolist():
+                if part.filename.endswith("data.pkl"):
+                    _check_names(archive.read(part))
+
+
+def _check_names(pickled: bytes) -> None:
+    """Raise ValueError for a class's name that is too long, and where it is no pickle."""
+    for operation, name, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and len(name) > _LONGEST_LINE:
+            raise ValueError(_TOO_LONG)
 
 
 def check_plain_tensors(tensors: Mapping[str, torch.Tensor], most: int) -> None:
