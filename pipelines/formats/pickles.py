@@ -105,7 +105,7 @@ def _check_parts(file: Path) -> None:
 def _check_names(pickled: bytes) -> None:
     """Raise ValueError for a class's name that is too long, and where it is no pickle."""
     for operation, name, _ in pickletools.genops(pickled):
-        if operation.name == "GLOBAL" and len(name) > _LONGEST_LINE:
+        if operation.name == "GLOBAL" and len(str(name)) > _LONGEST_LINE:
             raise ValueError(_TOO_LONG)
 
 
