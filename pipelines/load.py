@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,11 +18,18 @@ from torch import Tensor
 from erase_concept.errors import EraseError, RequestError, first_line, out_of_memory
 from erase_concept.pipelines.builtin import builtin_models
 from erase_concept.pipelines.families.family import Configs, Family
-from erase_concept.pipelines.formats.folder import component_weights, load_folder, read_configs, read_family
+from erase_concept.pipelines.formats.folder import (
+    component_weights,
+    folder_beside_weights,
+    load_folder,
+    read_configs,
+    read_family,
+)
 from erase_concept.pipelines.formats.single_file import (
     SUFFIXES,
     load_single_file,
     original_weights,
+    single_file_beside_weights,
     single_file_configs,
 )
 from erase_concept.pipelines.formats.weights import align_weights, check_finite
@@ -122,6 +130,18 @@ def stored_weights(model: str | Path, part: str, *, ema: bool | None = None) -> 
     if path.is_file():
         return original_weights(path, name, part, ema=ema)
     return component_weights(path / part, read_family(path, name), name)
+
+
+def beside_weights(model: str | Path, *, ema: bool | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a model's scheduler and tokenizers by diffusers' names, and its pipeline's settings, without its weights.
+
+    ``ema`` is as for ``load``, and so are the errors.
+    """
+    with _loading(str(model)):
+        path = locate(model)
+        if path.is_file():
+            return single_file_beside_weights(path, str(model), ema=ema)
+        return folder_beside_weights(path, str(model))
 
 
 def _load(model: str | Path | DiffusionPipeline, *, ema: bool | None) -> Diffusion:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError
+from erase_concept.eval.verify.beside_weights import check_beside_weights
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.folder import faults, first_other
 from erase_concept.eval.verify.weights import Weights, differences, empty, first_difference
@@ -128,7 +129,12 @@ def _folder(path: Path, models: Models) -> tuple[str, str]:
         return "", f"{relative(file, path)} {fault}"
     if models.erased is not None and (name := first_other(path, models.erased, family)):
         return "", f"{name} says something else than the run's"
-    return _parts(family, models, partial(stored_weights, path))
+    found, fault = _parts(family, models, partial(stored_weights, path))
+    if not fault and models.erased is None:
+        for check in check_beside_weights(path, path.name, models.base, models.ema, ()):
+            fault = fault or ("" if check.holds is not False else f"{check.what} {check.found}")
+            found += "" if check.holds else f"; {check.what}: {check.found}"
+    return found, fault
 
 
 def _single_file(path: Path, models: Models) -> tuple[str, str]:

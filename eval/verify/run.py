@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.verify.beside_weights import check_beside_weights
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import Models, check_export
 from erase_concept.eval.verify.findings import Findings, VerifyRequest, files_in
@@ -55,8 +56,8 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     if recipe is not None:
         found += check_asked(mask, recipe, info, model)
     parts, compared = _compare_parts(run, info, base, ema, mask)
-    checks += [*check_files(run / "pipeline", run, info), *found, *compared, *_loads(run, model)]
-    models = Models(base, ema, run / "pipeline")
+    models, prompts = Models(base, ema, run / "pipeline"), recipe.concept.forget_prompts if recipe is not None else ()
+    checks += [*check_files(run / "pipeline", run, info), *found, *compared, *_loads(run, model, models, prompts)]
     exported = list(_exports(request, run, info))
     checks += [
         check_export(path, relative(path, run), models, info, entry)
@@ -207,8 +208,8 @@ def _file_of(folder: Path, name: str) -> Path:
     return files[0] if files else folder
 
 
-def _loads(run: Path, base: ModelConfigs) -> list[Check]:
-    """Check that the run's pipeline loads, is built as the base model is, and that nothing else is in its folder."""
+def _loads(run: Path, base: ModelConfigs, models: Models, prompts: Sequence[str]) -> list[Check]:
+    """Check that the run's pipeline loads and is the base model's but for the weights, and nothing else is there."""
     folder = run / "pipeline"
     try:
         with silence_hub_logs():
@@ -221,7 +222,8 @@ def _loads(run: Path, base: ModelConfigs) -> list[Check]:
         contents.append(failed(what, f"pipeline/{other}/config.json", f"does not describe the base model's {other}"))
     else:
         contents.append(Check(what, True, "of the components with weights are the base model's"))
-    return [Check("pipeline/", True, f"loads as a {family.title}"), *contents]
+    beside = check_beside_weights(folder, "pipeline", models.base, models.ema, prompts)
+    return [Check("pipeline/", True, f"loads as a {family.title}"), *contents, *beside]
 
 
 def _exports(
@@ -286,7 +288,6 @@ def _untested(reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iter
             f"{one.name}: {one.rejudged:,} images were judged anew, the others not; no image was sampled again. The "
             f"pictures inside the page were not looked at."
         )
-    yield "Scheduler and tokenizers were loaded, but not compared with the base model's."
     for check in checks:
         if check.holds is None:
             yield f"{check.what}: {check.found}."

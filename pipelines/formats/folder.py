@@ -147,6 +147,28 @@ def load_folder(folder: Path, name: str) -> Diffusion:
         part: _load_component(folder / part, family, name) for part, one in family.components.items() if one.make
     }
     stored = dtype_names(modules["unet"].state_dict().values())
+    components, settings = _with_rest(folder, family, modules)
+    return Diffusion(family, components, source=name, settings=settings, stored=stored)
+
+
+def folder_beside_weights(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a folder's scheduler and tokenizers, and its pipeline's settings, as ``load_folder`` gives them.
+
+    No weights are read. Raises as ``load_folder`` does.
+    """
+    family = read_family(folder, name)
+    with torch.device("meta"):
+        modules = {
+            part: one.make(_read_config(folder / part / "config.json"))
+            for part, one in family.components.items()
+            if one.make
+        }
+    components, settings = _with_rest(folder, family, modules)
+    return {part: one for part, one in components.items() if part not in modules}, settings
+
+
+def _with_rest(folder: Path, family: Family, modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return components with weights and, from a folder, those without; and the pipeline's settings."""
     tokenizers = [part for part in family.components if part.startswith("tokenizer")]
     for part in tokenizers:
         check_tokenizer(folder / part)
@@ -160,8 +182,7 @@ def load_folder(folder: Path, name: str) -> Diffusion:
         components[part]("a photo of 1")  # one that can read no text is refused here, and not in the middle of a run
     family.check_fit(components)
     components["scheduler"] = with_zero_snr(components["scheduler"])
-    settings = {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
-    return Diffusion(family, components, source=name, settings=settings, stored=stored)
+    return components, {key: pipeline.config.get(key, default) for key, default in family.settings.items()}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

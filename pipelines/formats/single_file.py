@@ -68,10 +68,7 @@ def load_single_file(file: Path, name: str, *, ema: bool | None = None) -> Diffu
         raise RequestError("model", file, str(problem)) from None
     for part, module in modules.items():
         assign_weights(module, states[part])
-    for part in family.components:
-        if part.startswith("tokenizer"):
-            components[part] = load_tokenizer(file, part, layout.pad_tokens.get(part))
-    components = limit_tokenizers(components)
+    components = _with_tokenizers(components, family, file)
     if layout.settle is not None and not opened.told:
         layout.settle(components, opened.metadata)
     stored = dtype_names(states["unet"].values())
@@ -116,6 +113,29 @@ def single_file_configs(file: Path, name: str, *, ema: bool | None = None) -> tu
         components = load_single_file(file, name, ema=ema).components
         configs |= {part: dict(components[part].config) for part in ("unet", "vae", "scheduler")}
     return family, configs
+
+
+def single_file_beside_weights(
+    file: Path, name: str, *, ema: bool | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint's scheduler and tokenizers, and the pipeline's settings, as ``load_single_file`` gives them.
+
+    Raises RequestError as that does.
+    """
+    family, configs = single_file_configs(file, name, ema=ema)
+    with torch.device("meta"):
+        modules = {part: one.make(configs[part]) for part, one in family.components.items() if one.make}
+    scheduler = DDIMScheduler.from_config(configs["scheduler"])
+    components = _with_tokenizers({"scheduler": scheduler, **modules}, family, file)
+    return {part: one for part, one in components.items() if part not in modules}, dict(family.settings)
+
+
+def _with_tokenizers(components: dict[str, Any], family: Family, file: Path) -> dict[str, Any]:
+    pads = _layout(family).pad_tokens
+    found = {
+        part: load_tokenizer(file, part, pads.get(part)) for part in family.components if part.startswith("tokenizer")
+    }
+    return limit_tokenizers({**components, **found})
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ import erase_concept as ec
 from erase_concept.cli import main as cli
 from erase_concept.errors import RequestError
 from erase_concept.eval.judgements import JUDGEMENTS
+from erase_concept.eval.verify.beside_weights import check_beside_weights
 from erase_concept.eval.verify.verify import Verification, verify
 from erase_concept.exports import EXPORT_FORMATS, export
 from erase_concept.files import file_sha256
 from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.formats.folder import save_pipeline
+from erase_concept.pipelines.formats.single_file import save_original
+from erase_concept.pipelines.formats.tokenizer import clip_tokenizer
 from erase_concept.pipelines.load import load, stored_weights
 from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
@@ -162,7 +165,6 @@ def test_the_counts_are_those_of_whole_models(folder: Path) -> None:
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_weights_come_one_at_a_time_as_they_load(family: Any, part: str, tmp_path: Path) -> None:
     """From a folder, and from a single file whose names and shapes are others."""
-    from erase_concept.pipelines.formats.single_file import save_original
     from erase_concept.pipelines.formats.weights import published_name
 
     save_pipeline(family, tmp_path / "model")
@@ -263,6 +265,26 @@ def activation(folder: Path) -> None:
     edit("run/pipeline/unet/config.json", lambda config: config.update(act_fn="relu"))
 
 
+def hidden_word(folder: Path) -> None:
+    """Let the tokenizer take one word for another: the weights still hold what the prompts no longer reach."""
+
+    def swap(words: dict[str, int]) -> None:
+        (one, first), (other, second) = [*words.items()][:2]
+        words.update({one: second, other: first})
+
+    edit("run/pipeline/tokenizer/vocab.json", swap)
+    edit("run/pipeline/tokenizer/tokenizer.json", lambda content: swap(content["model"]["vocab"]))
+
+
+def shorter(folder: Path) -> None:
+    edit("run/pipeline/tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=5))
+
+
+def velocity(folder: Path) -> None:
+    file = "run/pipeline/scheduler/scheduler_config.json"
+    edit(file, lambda config: config.update(prediction_type="v_prediction"))
+
+
 def shards(folder: Path) -> None:
     """Put other weights beside the right ones, which diffusers takes because of an index, and note their hash."""
     tensors = {name: value * 0 for name, value in load_file(f"run/{UNET}").items()}
@@ -315,6 +337,9 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "the noted anchor": (lambda _: note("", anchor="line"), "run.json"),
     "the noted base model": (lambda _: note("base", source="stable-diffusion-v1-5"), "run.json"),
     "a model that is built otherwise": (activation, "pipeline/unet/config.json"),
+    "a word of the tokenizer": (hidden_word, "pipeline/tokenizer"),
+    "the tokens that a tokenizer gives": (shorter, "pipeline/tokenizer"),
+    "what the UNet predicts": (velocity, "pipeline/scheduler/scheduler_config.json"),
     "shards that diffusers would prefer": (shards, f"{UNET}.index.json"),
     "the text encoder of a report": (lambda _: sampled(text_encoder="0" * 64), "report.json"),
     "evidence that is not named": (lambda _: forget_evidence("samples/erased/manifest.jsonl"), "report.json"),
@@ -333,6 +358,41 @@ def test_what_was_tampered_with_is_named(what: str, folder: Path) -> None:
     assert file in faults(done), done.checks
     assert done.certificate is None
     assert not Path("run/certificate.json").exists()
+
+
+def test_what_a_folder_has_beside_its_weights_is_compared_without_the_run(folder: Path) -> None:
+    Path("run/pipeline").rename("exported")
+    done = verify("exported", base="model")
+    assert [one.holds for one in done.checks] == [True]
+    edit("exported/scheduler/scheduler_config.json", lambda config: config.update(beta_end=0.5))
+    assert any(
+        "scheduler has beta_end 0.5, the base model's has 0.012" in one.found
+        for one in verify("exported", base="model").checks
+    )
+
+
+def test_a_lost_merge_of_a_tokenizer_is_found(new_model: Any, tmp_path: Path) -> None:
+    """All its words are there, and one is cut into other tokens."""
+    save_pipeline(new_model(clip_tokenizer()), tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "own")
+    same = [*check_beside_weights(tmp_path / "own", "own", str(tmp_path / "model"), None, ["a church"])]
+    assert [one.holds for one in same] == [True, True]
+    words = tmp_path / "own" / "tokenizer"
+    merges = (words / "merges.txt").read_text().splitlines()
+    last = merges.pop()
+    (words / "merges.txt").write_text("\n".join([*merges, ""]))
+    edit(str(words / "tokenizer.json"), lambda content: content["model"]["merges"].pop())
+    tokens, _ = check_beside_weights(tmp_path / "own", "own", str(tmp_path / "model"), None, ["a church"])
+    assert tokens.file == "own/tokenizer"
+    assert f"cuts {last.replace(' ', '').removesuffix('</w>')!r} into other tokens" in tokens.found
+
+
+def test_a_base_model_whose_tokenizer_is_not_at_hand_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_original(load("run/pipeline"), "file.safetensors", torch.float32, {})
+    monkeypatch.setattr("erase_concept.pipelines.formats.tokenizer.find_spec", lambda _: None)
+    (one,) = check_beside_weights(Path("run/pipeline"), "pipeline", "file.safetensors", None, ())
+    assert one.holds is None
+    assert "the base model's cannot be read: needs the tokenizer" in one.found
 
 
 def test_a_score_that_cannot_be_counted_again_is_not_certified(folder: Path) -> None:
