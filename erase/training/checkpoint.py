@@ -16,8 +16,11 @@ from torch import Tensor
 
 from erase_concept.errors import RequestError, one_line
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.processes import main_process
+from erase_concept.run_folder import versions
 from erase_concept.training.optimizer import MaskedOptimizer
 
+_LOG = logging.getLogger("erase_concept")
 PREVIOUS = ".previous"  # how the name of the checkpoint before the last ends
 
 
@@ -28,7 +31,7 @@ def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int, proces
     """
     saved = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(file) as partial:
-        about = {"step": str(step), "processes": str(processes), "sha256": _sha256(saved, step)}
+        about = {"step": str(step), "processes": str(processes), "sha256": _sha256(saved, step), "made_with": _ours()}
         save_file(saved, partial, about)
         if file.exists():
             file.replace(previous(file))
@@ -67,10 +70,16 @@ def restore(optimizer: MaskedOptimizer, file: Path) -> None:
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of the newest sound checkpoint, and drop a damaged one, so that it is never the one before."""
+    """Return the tensors of the newest sound checkpoint, and drop a damaged one, so that it is never the one before.
+
+    A warning tells where it was written with other versions of the libraries.
+    """
     found = _newest(file)
     if found is None:
         raise FileNotFoundError(f"no sound checkpoint {file}")
+    if found.made_with != _ours() and main_process():
+        what = "%s was written with %s, and this is %s: the result will not have the bits of an uninterrupted run"
+        _LOG.warning(f"erase-concept: {what}", found.file, found.made_with, _ours())
     if found.file != file:
         file.unlink(missing_ok=True)
     with safe_open(found.file, "pt") as stored:
@@ -82,6 +91,7 @@ class _Checkpoint:
     file: Path
     step: int
     processes: int
+    made_with: str
 
 
 def _newest(file: Path) -> _Checkpoint | None:
@@ -102,12 +112,16 @@ def _checked(file: Path, size: int, changed: int) -> _Checkpoint | None:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
         step, processes = int(about["step"]), int(about.get("processes", "1"))
         if step > 0 and processes > 0 and _sha256(tensors, step) == about["sha256"]:
-            return _Checkpoint(file, step, processes)
+            return _Checkpoint(file, step, processes, one_line(about.get("made_with", _ours())))
         problem = "its checksum is another one"
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         problem = one_line(str(error)) or type(error).__name__  # it may quote the file
-    logging.getLogger("erase_concept").warning("erase-concept: %s is damaged and not used: %s", file, problem)
+    _LOG.warning("erase-concept: %s is damaged and not used: %s", file, problem)
     return None
+
+
+def _ours() -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
 
 
 def _sha256(tensors: Mapping[str, Tensor], step: int) -> str:

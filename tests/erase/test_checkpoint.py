@@ -80,6 +80,21 @@ def test_another_step_in_the_metadata_is_damage(tmp_path: Path) -> None:
     assert steps_done(file) == 0
 
 
+def test_other_versions_of_the_libraries_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "last.safetensors"
+    save_checkpoint(file, tensors(4), 4)
+    with caplog.at_level(logging.WARNING):
+        assert same(read_checkpoint(file), 4)
+        assert not caplog.records
+        monkeypatch.setattr("erase_concept.training.checkpoint.versions", lambda: {"torch": "1.0"})
+        assert same(read_checkpoint(file), 4)
+    (record,) = caplog.records
+    assert f"torch {torch.__version__.partition('+')[0]}" in record.getMessage()
+    assert "and this is torch 1.0: the result will not have the bits" in record.getMessage()
+
+
 def test_the_steps_of_all_trainings_are_counted(tmp_path: Path) -> None:
     for name, steps in (("last.safetensors", (1, 2)), ("last-1.safetensors", (3,))):
         for step in steps:
