@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from erase_concept.errors import EraseError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.scheduler import stated
 from erase_concept.pipelines.model import Diffusion
@@ -31,11 +31,15 @@ VARIABLE = "ERASE_CONCEPT_CACHE"
 
 
 def cache_folder() -> Path | None:
-    """Return the folder in which latents are kept; None where they are not."""
+    """Return the folder in which latents are kept; None where they are not. Raises RequestError for no such home."""
     chosen = os.environ.get(VARIABLE)
     if chosen is None:
         chosen = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "erase-concept")
-    return Path(chosen).expanduser() / "latents" if chosen else None
+    try:
+        return Path(chosen).expanduser() / "latents" if chosen else None
+    except RuntimeError:
+        allowed = 'is in no home folder of this machine; a folder is needed, or "" to keep no latents'
+        raise RequestError(VARIABLE, chosen, allowed) from None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from erase_concept import make_data as module
 from erase_concept.data import ForgetRetain
+from erase_concept.errors import RequestError
 from erase_concept.latents_cache import VARIABLE, LatentsCache, cache_folder
 from erase_concept.make_data import make_data
 from erase_concept.pipelines.model import Diffusion, weights_hash
@@ -126,6 +127,9 @@ def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "erase-concept" / "latents"
+    monkeypatch.setenv(VARIABLE, "~nobody-of-this-name/latents")
+    with pytest.raises(RequestError, match="ERASE_CONCEPT_CACHE .* is in no home folder of this machine"):
+        cache_folder()
 
 
 def test_where_memory_is_short_the_halves_show_the_same_pictures(
