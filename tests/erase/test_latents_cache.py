@@ -128,7 +128,7 @@ def test_where_they_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "erase-concept" / "latents"
     monkeypatch.setenv(VARIABLE, "~nobody-of-this-name/latents")
-    with pytest.raises(RequestError, match="ERASE_CONCEPT_CACHE .* is in no home folder of this machine"):
+    with pytest.raises(RequestError, match=r"ERASE_CONCEPT_CACHE .* is in no home folder of this machine"):
         cache_folder()
 
 
