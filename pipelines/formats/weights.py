@@ -96,7 +96,8 @@ def _check_content(file: Path) -> None:
     if not head:
         raise RequestError("model", file, "is an empty file")
     no_weights = "is damaged or no file of weights: "
-    pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"))
+    # A safetensors file begins with the length of its header, which may be the same bytes.
+    pickled = head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) and head[8:9] != b"{"
     if head.startswith(b"GGUF"):
         what = "is a GGUF file, whose weights are quantised; a checkpoint in fp32, fp16, bf16 or fp8 is needed"
     elif mistaken := mistaken_for(file):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,11 +20,11 @@ from erase_concept.errors import RequestError
 from erase_concept.files import (
     append_lines,
     atomic_write,
-    only_process,
     parse_json,
     parse_yaml,
     read_text,
 )
+from erase_concept.locks import LOCK, only_process
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
 from erase_concept.pipelines.model import Diffusion
@@ -193,11 +194,42 @@ def test_two_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     assert (order, file.read_text(), [one.name for one in tmp_path.iterdir()]) == (["first", "second"], "second", ["a"])
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / "a.partial").write_text("a long beginning of something")
+@pytest.mark.parametrize("left", ["a.partial", "a.partial/a.partial", "a.partial/.tmpQ1w2e3"])
+def test_what_a_killed_process_left_is_removed(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("a long beginning of something")
     with atomic_write(tmp_path / "a") as partial:
         partial.write_text("whole")
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a", "whole")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+def test_a_kill_in_the_middle_of_a_file_of_tensors_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    """safetensors writes into a file of its own beside the one that it was asked for."""
+    file = tmp_path / "a.safetensors"
+    write = "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; "
+    write += "from erase_concept.files import atomic_write; tensors = {'a': torch.ones(1 << 25)}; print(flush=True)\n"
+    write += "with atomic_write(Path(sys.argv[1])) as partial: save_file(tensors, partial)"
+    child = subprocess.Popen([sys.executable, "-c", write, str(file)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    while child.poll() is None and not any(one.name != LOCK for one in tmp_path.glob("*.partial/*")):
+        pass
+    child.kill()
+    child.communicate()
+    with atomic_write(file) as partial:
+        save_file({"a": torch.ones(3)}, partial)
+    assert [one.name for one in tmp_path.rglob("*")] == ["a.safetensors"]
+    assert file.stat().st_size < 200
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").touch()
+    with pytest.raises(OSError, match="directory") as told, atomic_write(tmp_path / "a") as partial:
+        partial.write_text("whole")
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
+    assert told.value.filename == str(tmp_path / "a")
 
 
 def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
@@ -222,13 +254,16 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
     outside, inside = tmp_path / "outside.txt", tmp_path / "in"
     outside.write_text("mine")
     inside.mkdir()
-    for name in ("a.txt", "a.txt.partial"):
-        (inside / name).symlink_to(outside)
+    (inside / "a.txt").symlink_to(outside)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (inside / "a.txt.partial").symlink_to(tmp_path / "elsewhere")
     with atomic_write(inside / "a.txt") as partial:
         partial.write_text("new")
     assert outside.read_text() == "mine"
     assert (inside / "a.txt").read_text() == "new"
     assert not (inside / "a.txt").is_symlink()
+    assert [one.name for one in (tmp_path / "elsewhere").iterdir()] == ["kept"]
 
 
 PLAIN = {"a": [1, -2.5, True, None, "é 🪦", {"b": []}], "c": ""}
