@@ -88,12 +88,14 @@ def gathered(value: _T) -> list[_T]:
 def from_main(work: Callable[[], _T]) -> _T:
     """Let the main process alone do some work, and return its result, or raise its error, in all processes.
 
-    Every process has to call it, and none goes on before the work is done.
+    Every process has to call it. The work begins when all have: one may have ended before, and then no result is
+    written that says that all is done. None goes on before the work is done.
     """
     from accelerate.utils import broadcast_object_list
 
     state = processes()
     outcome: list[tuple[_T | None, Exception | None]] = [(None, None)]
+    state.wait_for_everyone()
     if state.is_main_process:
         try:
             outcome = [(work(), None)]

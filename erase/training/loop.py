@@ -181,7 +181,8 @@ def train(
     ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
     when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. A signal
-    ends the training after the step, with a checkpoint. Raises RequestError when the processes cannot share a step's
+    ends the training after the step, with a checkpoint; where it reached another process, EraseError is raised. Raises
+    RequestError when the processes cannot share a step's
     batches evenly, or when the checkpoint is another training's or was made by another number of processes.
     """
     count = processes().num_processes
@@ -217,6 +218,11 @@ def train(
                     save_checkpoint(checkpoint, state, step + 1, count)
             if stopping:
                 break
+        else:
+            return
+    # The process that was told to stop has ended above. Nobody may take what is there for a whole training.
+    what = f"the training was told to stop after step {step + 1} of {settings.steps}"
+    raise EraseError(f"{what}; the same command goes on from here")
 
 
 def _accelerator(device: torch.device, batches: int) -> Accelerator:

@@ -185,6 +185,17 @@ def test_a_file_is_told_what_it_is(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "A.SAFETENSORS")[0].keys() == {"a"}
 
 
+@pytest.mark.parametrize("length", [640, 1152, 640 + 65536])
+def test_a_header_of_any_length_is_no_pickle(length: int, tmp_path: Path) -> None:
+    """Its length, the file's first bytes, is 80 02 or 80 04 here, as a pickle begins."""
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(1)}, file, {"note": ""})
+    own = int.from_bytes(file.read_bytes()[:8], "little")
+    save_file({"a": torch.ones(1)}, file, {"note": "x" * (length - own)})
+    assert file.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+    assert read_tensors(file)[0].keys() == {"a"}
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(tiny: Diffusion, tmp_path: Path, part: str, value: float) -> None:

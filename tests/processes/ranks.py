@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -90,16 +90,21 @@ def _say(line: str) -> None:
     print(f"{line}\n", end="", flush=True)
 
 
-def erased(asked: Recipe, out: Path, *, killed: int | str | None = None) -> Callable[[], None]:
-    """Return work that follows a recipe; the second rank kills itself at a stage, or after a step, if it is told to."""
+def erased(
+    asked: Recipe, out: Path, *, killed: int | str | None = None, by: signal.Signals = signal.SIGKILL
+) -> Callable[[], None]:
+    """Return work that follows a recipe; the second rank gets a signal at a stage, or after a step, where one is named.
 
-    def work() -> None:
-        for event in iter_erase(asked, out):
-            here = killed is not None and killed in (event, getattr(event, "step", None))
-            if here and processes().process_index == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+    ``by`` is the signal.
+    """
+    return lambda: _signalled(iter_erase(asked, out), killed, by)
 
-    return work
+
+def _signalled(events: Iterable[object], killed: int | str | None, by: signal.Signals) -> None:
+    for event in events:
+        here = killed is not None and killed in (event, getattr(event, "step", None))
+        if here and processes().process_index == 1:
+            os.kill(os.getpid(), by)
 
 
 def differing(asked: Recipe, out: Path, what: str) -> Callable[[], None]:
@@ -128,14 +133,19 @@ def masked(asked: Recipe, file: Path) -> Callable[[], None]:
     return work
 
 
-def unlearned(folder: Path, out: Path, forget: str = "random:10%", **settings: object) -> Callable[[], None]:
-    """Return work that unlearns some of a classifier's images, or trains it first."""
+def unlearned(
+    folder: Path, out: Path, forget: str = "random:10%", *, told: int | None = None, **settings: object
+) -> Callable[[], None]:
+    """Return work that unlearns some of a classifier's images, or trains it first.
+
+    After the step ``told``, where there is one, SIGTERM tells the second rank to end.
+    """
     start = "resnet18-cifar[width=2,stride=2]" if forget == NOTHING else str(folder / "classifier")
     method = "retrain" if forget == NOTHING else "salun"
     data = {"source": f"folder:{folder / 'images'}", "size": 8}
     small = {"epochs": 2, "batch_size": 20, "lr": 0.01, "checkpoint_every": 1}
     asked = unlearn_recipe(start, data, forget, method=method, settings={**small, **settings})
-    return lambda: deque(iter_unlearn(asked, out), maxlen=0) and None
+    return lambda: _signalled(iter_unlearn(asked, out), told, signal.SIGTERM)
 
 
 def in_shards(folder: Path, asked: Recipe) -> Iterator[tuple[str, list[int]]]:
@@ -164,6 +174,7 @@ def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[
         yield f"other-{what}", spread(2, differing(asked, folder / f"other-{what}", what))
     yield "killed", spread(2, erased(asked, folder / "killed", killed=3))
     yield "other", spread(1, erased(asked, folder / "killed"))
+    yield "told", spread(2, erased(asked, folder / "told", killed=3, by=signal.SIGTERM))
     yield "stopped", spread(2, erased(asked, folder / "stopped", killed="erase"))
     yield "alone", spread(1, erased(asked, folder / "stopped"))
     yield "resumed", spread(2, erased(asked, folder / "killed"))
@@ -175,6 +186,8 @@ def scenarios(folder: Path, methods: Sequence[str]) -> Iterator[tuple[str, list[
     shares = {"accumulation": 4, "batch_norm": "frozen"}
     for ranks in (1, 2):
         yield f"unlearned-{ranks}", spread(ranks, unlearned(folder, folder / f"unlearned-{ranks}", **shares))
+    yield "unlearned-told", spread(2, unlearned(folder, folder / "unlearned-told", told=1, **shares))
+    yield "unlearned-on", spread(2, unlearned(folder, folder / "unlearned-told", **shares))
 
 
 if __name__ == "__main__":
