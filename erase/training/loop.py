@@ -180,17 +180,16 @@ def train(
 
     ``precompute`` is called for every step before any weight changes, so that the base model's predictions can be
     targets without a second model in memory. ``start`` is called after that, before the first step. Raises EraseError
-    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept. A signal
-    ends the training after the step, with a checkpoint; where it reached another process, EraseError is raised. Raises
-    RequestError when the processes cannot share a step's
-    batches evenly, or when the checkpoint is another training's or was made by another number of processes.
+    when the loss is not finite: the weights are then those of the last good step, and the checkpoint is kept; and when
+    a signal, which ends the training after the step with a checkpoint, reached another process. Raises RequestError
+    when the processes cannot share a step's batches evenly, or when the checkpoint is another training's or was made by
+    another number of processes.
     """
     count = processes().num_processes
     check_shares(settings, count)
     accelerator = _accelerator(model.device, settings.accumulation // count)
     began, first = time.perf_counter(), from_main(lambda: _steps_behind(checkpoint, count, settings.steps))
-    part = model.part_of(() if mask is None else mask.shapes)
-    trained = _trained(model, part, settings)
+    trained = _trained(model, model.part_of(() if mask is None else mask.shapes), settings)
     targets: dict[tuple[int, int], Tensors] = {}
     generators = _Generators(seed)
     if precompute is not None:
@@ -209,20 +208,27 @@ def train(
         for step in range(first, settings.steps):
             mean, terms = steps.take(step, checkpoint)
             yield Record(step + 1, settings.steps, mean, terms, settings.lr_at(step), time.perf_counter() - began)
-            # A signal reaches each process at another time: all of them end after the same step.
-            stopping = any(gathered(interrupted())) if count > 1 else interrupted()
+            stopping = _any_of(interrupted(), count)
             if checkpoint is not None and settings.checkpoint_due(step + 1, interrupted=stopping):
                 # After the yield, so that a step in the checkpoint is always in the caller's log.
-                state = masked.state()
-                if accelerator.is_main_process:
-                    save_checkpoint(checkpoint, state, step + 1, count)
+                _save(masked, checkpoint, step + 1, count)
             if stopping:
                 break
         else:
             return
-    # The process that was told to stop has ended above. Nobody may take what is there for a whole training.
-    what = f"the training was told to stop after step {step + 1} of {settings.steps}"
-    raise EraseError(f"{what}; the same command goes on from here")
+    # The process that heard it has ended above. Nobody may take what is there for a whole training.
+    raise EraseError(f"the training was stopped after step {step + 1} of {settings.steps}; the same command goes on")
+
+
+def _save(optimizer: MaskedOptimizer, checkpoint: Path, steps: int, count: int) -> None:
+    state = optimizer.state()  # every process has to ask: weights in shards are gathered
+    if processes().is_main_process:
+        save_checkpoint(checkpoint, state, steps, count)
+
+
+def _any_of(interrupted: bool, count: int) -> bool:
+    """Tell whether one of so many processes was told to stop, which each of them hears at another time."""
+    return any(gathered(interrupted)) if count > 1 else interrupted
 
 
 def _accelerator(device: torch.device, batches: int) -> Accelerator:

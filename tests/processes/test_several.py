@@ -105,8 +105,8 @@ def test_one_is_killed_the_others_end_and_as_many_go_on_to_the_same_bits(ran: tu
 def test_where_one_is_told_to_end_nothing_says_that_the_training_is_done(ran: tuple[Path, dict[str, Any]]) -> None:
     folder, ended = ran
     assert ended["told"] == ended["unlearned-told"] == [2, -15], ended["stderr"]
-    said = "rank 0: the training was told to stop after step {}; the same command goes on from here"
-    assert [line for line in ended["said"] if "told to stop" in line] == [said.format("3 of 4"), said.format("1 of 8")]
+    said = "rank 0: the training was stopped after step {}; the same command goes on"
+    assert [line for line in ended["said"] if "was stopped" in line] == [said.format("3 of 4"), said.format("1 of 8")]
     assert not (folder / "told" / "run.json").exists()
     assert ended["unlearned-on"] == [0, 0], ended["stderr"]
     whole, on = (folder / f"unlearned-{name}" for name in ("2", "told"))
