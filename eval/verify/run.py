@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import Models, check_export
 from erase_concept.eval.verify.findings import Findings, VerifyRequest, files_in
 from erase_concept.eval.verify.folder import check_contents
+from erase_concept.eval.verify.log import LOG, check_log
 from erase_concept.eval.verify.mask import check_asked, check_mask
 from erase_concept.eval.verify.scores import CheckedReport, Measured, Recheck, check_report
 from erase_concept.eval.verify.weights import Compared, compare, empty
@@ -30,8 +31,9 @@ from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights
 from erase_concept.pipelines.model import config_hash
 from erase_concept.recipe import Recipe, make_recipe, read_recipe
 from erase_concept.run_folder import read_run, weights_files
+from erase_concept.training.loop import Training
 
-_RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", "log.jsonl")
+_RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", LOG)
 NOT_RUN_AGAIN = (
     "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim. "
     "So are its log and versions. The model card was not checked, and is not certified."
@@ -52,6 +54,7 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     recipe, checks = _recipe(run, info)
     ema = recipe.ema if request.ema is None and recipe is not None else request.ema
     model = _base_configs(info, base, ema)
+    checks.append(check_log(run, _asked_steps(recipe, info)))
     mask, found = check_mask(run, info)
     if recipe is not None:
         found += check_asked(mask, recipe, info, model)
@@ -104,6 +107,15 @@ def _recipe(run: Path, info: Mapping[str, Any]) -> tuple[Recipe | None, list[Che
         if noted[key] != value
     ]
     return recipe, [check_recipe(info, recipe.fingerprint()), *wrong]
+
+
+def _asked_steps(recipe: Recipe | None, info: Mapping[str, Any]) -> int | None:
+    """Return how many steps a recipe asks for; None where it does not say it, as that of a closed form."""
+    if recipe is None or not isinstance(settings := recipe.settings, Training):
+        return None
+    if settings.epochs is not None:  # only the run knew the rows of an epoch
+        settings = replace(settings, steps=info["settings"]["steps"], epochs=None)
+    return settings.logged_steps(len(recipe.concept.parts))
 
 
 def _base_configs(info: Mapping[str, Any], base: str, ema: bool | None) -> ModelConfigs:

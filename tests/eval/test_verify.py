@@ -251,6 +251,11 @@ def mask_bit(folder: Path) -> None:
     change("run/mask.safetensors", lambda bits: bits["conv_in.weight"].bitwise_xor_(1))
 
 
+def log(how: Callable[[list[str]], list[str]]) -> None:
+    file = Path("run/log.jsonl")
+    file.write_text("".join(how(file.read_text().splitlines(keepends=True))))
+
+
 def noted_hash(folder: Path) -> None:
     note("files", **{UNET.removeprefix("pipeline/"): "0" * 64})
 
@@ -333,6 +338,14 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "the labels of judgements": (lambda _: say('["square"', '["house"'), JUDGEMENTS),
     "the judge of judgements": (lambda _: say("torchscript", "another"), JUDGEMENTS),
     "judgements of too few images": (lambda _: say('"words": ["', '"words": ["a", "'), JUDGEMENTS),
+    "a log that was cut": (lambda _: log(lambda lines: lines[:1]), "log.jsonl"),
+    "a log without its first step": (lambda _: log(lambda lines: lines[1:]), "log.jsonl"),
+    "a log with a step twice": (lambda _: log(lambda lines: [lines[0], *lines]), "log.jsonl"),
+    "a log that says it is whole": (
+        lambda _: log(lambda lines: [lines[0].replace('"steps": 2', '"steps": 1')]),
+        "log.jsonl",
+    ),
+    "a log of something else": (lambda _: log(lambda lines: ["[1, 2]\n", *lines]), "log.jsonl"),
     "a score": (score, "report.json"),
     "the noted anchor": (lambda _: note("", anchor="line"), "run.json"),
     "the noted base model": (lambda _: note("base", source="stable-diffusion-v1-5"), "run.json"),
@@ -358,6 +371,38 @@ def test_what_was_tampered_with_is_named(what: str, folder: Path) -> None:
     assert file in faults(done), done.checks
     assert done.certificate is None
     assert not Path("run/certificate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "steps"),
+    [
+        ("uce", {}, 1),
+        ("rece", {"epochs": 2}, 3),
+        ("mace", {"steps": 2}, 4),
+        ("mace", {"lora": False}, 1),
+        ("edit-then-train", {"steps": 2}, 2),
+        ("erasediff", {"steps": 7, "batch_size": 2}, 4),
+        ("erasediff", {"steps": 3, "constraint": "projection"}, 3),
+        ("esd-x", {"steps": 2, "sampling_steps": 2}, 2),
+        ("spm", {"steps": 2, "sampling_steps": 2}, 2),
+        ("selective-amnesia", {"steps": 2, "fisher_rows": 2}, 2),
+        ("salun", {"epochs": 2, "batch_size": 2}, 4),
+    ],
+)
+def test_the_log_of_each_kind_of_method_is_whole(
+    method: str, settings: dict[str, Any], steps: int, folder: Path
+) -> None:
+    """A closed form has its own steps, several concepts may be trained in turn, and only a run knows its epochs."""
+    both = [Concept(name, "object", "circle", ("a {O}",), retain=("circle",)) for name in ("square", "line")]
+    concept = Concept("both", "several", combined=tuple(both))
+    values = {"model": "model", "concept": concept, "method": method, "data": {"forget": 2, "retain": 2, "steps": 2}}
+    run_recipe(
+        make_recipe(values | {"settings": {"batch_size": 2, **settings} if "steps" in settings else settings}),
+        Path("own"),
+    )
+    found = {one.what: one for one in verify("own", base="model").checks}
+    assert {one.holds for one in found.values()} == {True}, found
+    assert found["log.jsonl"].found == f"has a line for each step, {steps} in all"
 
 
 def test_what_a_folder_has_beside_its_weights_is_compared_without_the_run(folder: Path) -> None:
@@ -711,8 +756,8 @@ def test_a_file_of_a_certificate_may_be_elsewhere_but_in_the_run(folder: Path) -
     assert "are not here" in done.checks[0].found
     Path("far/got/out-unet.safetensors").unlink()
     assert not verify("far/got/certificate.json").holds
-    Path("run/log.jsonl").unlink()
-    assert faults(check()) == ["log.jsonl"]
+    Path("run/grid.png").unlink()
+    assert faults(check()) == ["grid.png"]
 
 
 def test_the_page_runs_nothing_and_escapes_what_it_shows(folder: Path, hostile: str) -> None:
