@@ -620,6 +620,45 @@ def test_an_export_is_verified_alone(name: str, folder: Path) -> None:
         assert path.name in faults(verify(path, base="model"))
 
 
+@pytest.mark.parametrize("name", ["unet", "single-file", "lora", "delta"])
+def test_an_export_of_another_base_model_is_no_erasure_of_this_one(name: str, folder: Path) -> None:
+    """Such as a model that was trained further: nothing but its UNet differs."""
+    path, file = Path(f"out-{name}.safetensors"), "model/unet/diffusion_pytorch_model.safetensors"
+    assert verify(path, base="model").holds
+    said = json.loads(Path(f"{path.stem}.certificate.json").read_text())["predicate"]
+    assert said["about"]["base"]["unet_sha256"] == json.loads(Path("run/run.json").read_text())["base"]["unet"]
+    assert not any("base model" in line for line in said["not_tested"])
+    Path(f"{path.stem}.certificate.json").unlink()
+    change(file, lambda tensors: tensors["conv_in.weight"].add_(1))
+    done = verify(path, base="model")
+    assert faults(done) == [path.name]
+    assert done.certificate is None
+
+
+def test_a_certificate_says_where_an_export_does_not_name_its_base_model(folder: Path) -> None:
+    verify("out-diffusers", base="model")
+    said = json.loads(Path("out-diffusers.certificate.json").read_text())["predicate"]
+    assert (
+        "Whether this is its base model: out-diffusers does not say which one it was made from." in said["not_tested"]
+    )
+
+
+@pytest.mark.parametrize("name", ["unet", "single-file"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_an_export_has_the_erased_unet_that_it_states(name: str, dtype: str, folder: Path) -> None:
+    """Its weights, and the hash of the file's contents, were changed together."""
+    export(Path("run"), "new.safetensors", name, dtype=dtype)
+    assert verify("new.safetensors", base="model").holds
+    Path("new.certificate.json").unlink()
+    tensors = load_file("new.safetensors")
+    with safe_open("new.safetensors", "pt") as stored:
+        metadata = {key: value for key, value in stored.metadata().items() if "hash_" not in key and "_hash" not in key}
+    tensors["conv_in.weight" if name == "unet" else "model.diffusion_model.input_blocks.0.0.weight"].add_(1)
+    save_file(tensors, "new.safetensors", metadata)
+    (wrong,) = [one for one in verify("new.safetensors", base="model").checks if one.holds is False]
+    assert (wrong.what, wrong.file) == ("erased UNet", "new.safetensors")
+
+
 def test_a_model_that_is_its_own_base_is_no_erasure(folder: Path) -> None:
     assert faults(verify("model", base="model")) == ["model"]
 
