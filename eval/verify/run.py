@@ -12,6 +12,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.report.report import Report
+from erase_concept.eval.report.verdict import cited
 from erase_concept.eval.verify.beside_weights import check_beside_weights
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import Models, check_export
@@ -29,6 +31,7 @@ from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights
 from erase_concept.pipelines.model import config_hash
+from erase_concept.prompts.concept import parse, plain_name
 from erase_concept.recipe import Recipe, make_recipe, read_recipe
 from erase_concept.run_folder import read_run, weights_files
 from erase_concept.training.loop import Training
@@ -85,7 +88,7 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
             for file in (*(run / name for name in _RECORDS), *(one for report in reports for one in report.files))
             if file.is_file()
         ),
-        untested=tuple(_untested(reports, checks)),
+        untested=tuple(_untested(recipe, reports, checks)),
     )
 
 
@@ -289,12 +292,26 @@ def _scores(reports: Sequence[CheckedReport]) -> Iterator[dict[str, Any]]:
                 yield {"report": one.name, "benchmark": one.report.benchmark, **asdict(score)}
 
 
-def _untested(reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iterator[str]:
+def _looked_for(report: Report) -> set[str]:
+    """Return the names of the concepts of which a report tells whether they are gone."""
+    try:
+        parts = parse(report.provenance["concept"]).parts if cited(report, "forget") else ()
+    except (KeyError, ValueError):  # it is not as an evaluation writes it
+        return set()
+    return {plain_name(part.name) for part in parts}
+
+
+def _untested(recipe: Recipe | None, reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iterator[str]:
     """Yield in sentences what was not looked at."""
     yield NO_ATTACKS
     yield NOT_RUN_AGAIN
     if not reports:
         yield "Whether the concept is gone: there is no report of an evaluation."
+    elif recipe is not None:
+        measured = {name for one in reports if one.report is not None for name in _looked_for(one.report)}
+        for part in recipe.concept.parts:
+            if measured.isdisjoint(map(plain_name, (part.name, *part.names))):
+                yield f"Whether {part.name} is gone: no report measures it."
     for one in reports:
         yield (
             f"{one.name}: {one.rejudged:,} images were judged anew, the others not; no image was sampled again. The "

@@ -449,6 +449,21 @@ def test_a_score_that_cannot_be_counted_again_is_not_certified(folder: Path) -> 
     assert any("its scores are left out" in line for line in said["not_tested"])
 
 
+def test_a_certificate_says_whose_absence_no_report_measures(folder: Path) -> None:
+    """A report of another concept says nothing of the erased one, and one of a part nothing of the others."""
+
+    def said(concept: str) -> list[str]:
+        Path("run/certificate.json").unlink(missing_ok=True)
+        ec.evaluate("run", concept=concept, benchmark="own.yaml", judges=("torchscript:judge.pt",))
+        assert check().holds
+        lines = json.loads(Path("run/certificate.json").read_text())["predicate"]["not_tested"]
+        return [line for line in lines if line.startswith("Whether ")]
+
+    alone(folder)
+    assert said("square") == []
+    assert said("line") == ["Whether square is gone: no report measures it."]
+
+
 def test_a_base_model_may_have_moved_since_the_evaluation(folder: Path) -> None:
     """As on an auditor's machine: the report says where the model was, and the run's folder is not there."""
     alone(folder)
