@@ -562,6 +562,27 @@ def test_an_export_holds_nothing_more(name: str, how: Callable[..., Any], said: 
     assert said in found.found
 
 
+def test_no_cache_is_read_or_left_beside_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could say of an image whatever its maker likes."""
+    from erase_concept.eval.verify import scores
+
+    alone(folder)
+    shutil.rmtree(".baselines")
+    measure, caches = scores.measure, list[Path]()
+
+    def watch(plan: Any, *rest: Any) -> Any:
+        caches.append(plan.cache)
+        plan.cache.mkdir()
+        return measure(plan, *rest)
+
+    monkeypatch.setattr(scores, "measure", watch)
+    before = {*folder.rglob("*")}
+    assert check().holds
+    assert {file.name for file in {*folder.rglob("*")} - before} == {"certificate.json", "certificate.html"}
+    assert not any(cache.exists() for cache in caches)
+    assert caches
+
+
 def test_a_judgement_that_is_wrong_throughout_is_found_by_judging_anew(folder: Path) -> None:
     """The judgements, their hash and all numbers agree with each other, and not with the judge."""
     from erase_concept.eval import evaluate
