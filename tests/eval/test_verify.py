@@ -873,6 +873,8 @@ def test_the_command_ends_with_0_1_and_2(
     code, out, _ = call("run/certificate.json")
     assert (code, "Certificate: run/certificate.json" in out) == (0, True)
     Path("run/log.jsonl").write_text("")
+    code, out, _ = call("run/certificate.json")
+    assert (code, out.splitlines()[-1].startswith("Does not hold: log.jsonl")) == (1, True)
     code, out, _ = call("run", "--base", "model")
     assert (code, "Does not hold: log.jsonl" in out) == (1, True)
     code, _, err = call("run")
