@@ -75,6 +75,10 @@ class EraseDiffSettings(Training):
         """Tell whether a run can go on from a step: with the constraint weight, from the end of an epoch alone."""
         return self.constraint == "projection" or step % self.checkpoint_every == 0
 
+    def logged_steps(self, concepts: int) -> int | None:
+        """Return the steps of a projection; those of the constraint weight are rounded down to whole epochs."""
+        return self.steps if self.constraint == "projection" else None
+
 
 def _check(recipe: Recipe) -> None:
     """Refuse a recipe with fewer steps than an epoch has passes."""

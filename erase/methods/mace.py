@@ -64,6 +64,10 @@ class MACESettings(ClosedFormSettings, Training):
     weight_decay: Annotated[float, described(source=_CODE)] = 0.01
     max_grad_norm: Annotated[float | None, described(source=_CODE)] = 1.0
 
+    def logged_steps(self, concepts: int) -> int:
+        """Return the steps of all concepts' adapters, or one where there are none."""
+        return concepts * self.steps if self.lora else 1
+
 
 def _memory(settings: MACESettings) -> tuple[Phase, ...]:
     """Hold no copy of the UNet: the adapters are small, and so are the matrices that they change."""

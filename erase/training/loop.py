@@ -119,6 +119,10 @@ class Training:
         regular = step == self.steps or step % self.checkpoint_every == 0
         return regular or (interrupted and self.can_resume_after(step))
 
+    def logged_steps(self, concepts: int) -> int | None:
+        """Return how many steps the log of a run that erases so many concepts has; None where the data tell as well."""
+        return self.steps
+
     def told(self, step: int, batch: int) -> Tensors:
         """Return what a loss is told of its batch, whose number and its step's count from 0, beside its targets."""
         return ()

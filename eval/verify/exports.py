@@ -142,18 +142,36 @@ def _single_file(path: Path, models: Models) -> tuple[str, str]:
     known = models.configs()
     with safe_open(path, "pt") as stored:
         keys, metadata = set(stored.keys()), stored.metadata() or {}
-    averaged = any(key.startswith("model_ema.") for key in keys)
     own = known.components["scheduler"].get("prediction_type", "epsilon")
     if (marked := read_prediction(path, keys, metadata).type) not in (None, own):
         return "", f"is marked as a model of {marked}, and it is one of {own}"
     if strange := _strange(path, keys, known, models):
         return "", f"holds {strange}, which is no weight of the model"
-    for ema in (True, False) if averaged else (None,):
-        options: dict[str, Any] = {"ema": ema, "like": (known.family, known.components)}
-        found, fault = _parts(known.family, models, partial(original_weights, path, str(path), **options))
+    for weights in _single_file_weights(path, keys, known):
+        found, fault = _parts(known.family, models, weights)
         if fault:
             break
     return found, fault
+
+
+def _single_file_weights(path: Path, keys: set[str], known: ModelConfigs) -> Iterator[Callable[[str], Weights]]:
+    """Yield what gives a single file's weights of a component, once for each UNet in it."""
+    averaged = any(key.startswith("model_ema.") for key in keys)
+    for ema in (True, False) if averaged else (None,):
+        options: dict[str, Any] = {"ema": ema, "like": (known.family, known.components)}
+        yield partial(original_weights, path, str(path), **options)
+
+
+def erased_unets(path: Path, models: Models) -> Iterator[Weights]:
+    """Yield the weights of each UNet that an export holds: none of a LoRA or a delta."""
+    kind = export_format(path)
+    if kind == "unet":
+        yield sorted_tensors(path)
+    elif kind == "single-file":
+        with safe_open(path, "pt") as stored:
+            keys = set(stored.keys())
+        for weights in _single_file_weights(path, keys, models.configs()):
+            yield weights("unet")
 
 
 def _strange(path: Path, keys: set[str], known: ModelConfigs, models: Models) -> str:

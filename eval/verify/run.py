@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from erase_concept.errors import RequestError
+from erase_concept.eval.report.report import Report
+from erase_concept.eval.report.verdict import cited
 from erase_concept.eval.verify.beside_weights import check_beside_weights
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import Models, check_export
 from erase_concept.eval.verify.findings import Findings, VerifyRequest, files_in
 from erase_concept.eval.verify.folder import check_contents
+from erase_concept.eval.verify.log import LOG, check_log
 from erase_concept.eval.verify.mask import check_asked, check_mask
 from erase_concept.eval.verify.scores import CheckedReport, Measured, Recheck, check_report
 from erase_concept.eval.verify.weights import Compared, compare, empty
@@ -28,10 +31,12 @@ from erase_concept.pipelines.formats.modelspec import model_name
 from erase_concept.pipelines.hub import silence_hub_logs
 from erase_concept.pipelines.load import ModelConfigs, configs, stored_weights
 from erase_concept.pipelines.model import config_hash
+from erase_concept.prompts.concept import parse, plain_name
 from erase_concept.recipe import Recipe, make_recipe, read_recipe
 from erase_concept.run_folder import read_run, weights_files
+from erase_concept.training.loop import Training
 
-_RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", "log.jsonl")
+_RECORDS = ("run.json", "recipe.yaml", "mask.safetensors", LOG)
 NOT_RUN_AGAIN = (
     "The recipe: it was not run again. That it and a mask's saliency led to these weights is the run's own claim. "
     "So are its log and versions. The model card was not checked, and is not certified."
@@ -52,6 +57,7 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
     recipe, checks = _recipe(run, info)
     ema = recipe.ema if request.ema is None and recipe is not None else request.ema
     model = _base_configs(info, base, ema)
+    checks.append(check_log(run, _asked_steps(recipe, info)))
     mask, found = check_mask(run, info)
     if recipe is not None:
         found += check_asked(mask, recipe, info, model)
@@ -82,7 +88,7 @@ def check_run(request: VerifyRequest, base: str) -> Findings:
             for file in (*(run / name for name in _RECORDS), *(one for report in reports for one in report.files))
             if file.is_file()
         ),
-        untested=tuple(_untested(reports, checks)),
+        untested=tuple(_untested(recipe, reports, checks)),
     )
 
 
@@ -104,6 +110,15 @@ def _recipe(run: Path, info: Mapping[str, Any]) -> tuple[Recipe | None, list[Che
         if noted[key] != value
     ]
     return recipe, [check_recipe(info, recipe.fingerprint()), *wrong]
+
+
+def _asked_steps(recipe: Recipe | None, info: Mapping[str, Any]) -> int | None:
+    """Return how many steps a recipe asks for; None where it does not say it, as that of a closed form."""
+    if recipe is None or not isinstance(settings := recipe.settings, Training):
+        return None
+    if settings.epochs is not None:  # only the run knew the rows of an epoch
+        settings = replace(settings, steps=info["settings"]["steps"], epochs=None)
+    return settings.logged_steps(len(recipe.concept.parts))
 
 
 def _base_configs(info: Mapping[str, Any], base: str, ema: bool | None) -> ModelConfigs:
@@ -277,12 +292,26 @@ def _scores(reports: Sequence[CheckedReport]) -> Iterator[dict[str, Any]]:
                 yield {"report": one.name, "benchmark": one.report.benchmark, **asdict(score)}
 
 
-def _untested(reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iterator[str]:
+def _looked_for(report: Report) -> set[str]:
+    """Return the names of the concepts of which a report tells whether they are gone."""
+    try:
+        parts = parse(report.provenance["concept"]).parts if cited(report, "forget") else ()
+    except (KeyError, ValueError):  # it is not as an evaluation writes it
+        return set()
+    return {plain_name(part.name) for part in parts}
+
+
+def _untested(recipe: Recipe | None, reports: Sequence[CheckedReport], checks: Sequence[Check]) -> Iterator[str]:
     """Yield in sentences what was not looked at."""
     yield NO_ATTACKS
     yield NOT_RUN_AGAIN
     if not reports:
         yield "Whether the concept is gone: there is no report of an evaluation."
+    elif recipe is not None:
+        measured = {name for one in reports if one.report is not None for name in _looked_for(one.report)}
+        for part in recipe.concept.parts:
+            if measured.isdisjoint(map(plain_name, (part.name, *part.names))):
+                yield f"Whether {part.name} is gone: no report measures it."
     for one in reports:
         yield (
             f"{one.name}: {one.rejudged:,} images were judged anew, the others not; no image was sampled again. The "

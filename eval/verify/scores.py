@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -101,11 +102,13 @@ def check_report(folder: Path, home: Path, measured: Measured, recheck: Recheck)
         judged = read_judgements(folder, images)
     except RequestError as problem:
         return CheckedReport(name, report, (failed(file, file, problem.allowed),), 0, present)
-    plan = _plan(report, images["erased"], folder, measured)
-    if strange := _strange(plan, judged):
-        return CheckedReport(name, report, (failed(file, file, strange),), 0, present)
-    again, rejudged = _judged_anew(plan, judged, recheck, file)
-    checks = [_counted(report, plan, judged, folder, home), *_pages(report, folder, home), again]
+    # Features from a cache beside the run would be the run's own claim; and nothing is to be left there.
+    with TemporaryDirectory(prefix="erase-concept-", ignore_cleanup_errors=True) as empty:
+        plan = _plan(report, images["erased"], Path(empty) / "report", measured)
+        if strange := _strange(plan, judged):
+            return CheckedReport(name, report, (failed(file, file, strange),), 0, present)
+        again, rejudged = _judged_anew(plan, judged, recheck, file)
+        checks = [_counted(report, plan, judged, folder, home), *_pages(report, folder, home), again]
     return CheckedReport(name, report, tuple(checks), rejudged, present, counted=True)
 
 
@@ -151,12 +154,12 @@ def _unchanged(report: Report, sides: Sequence[str], folder: Path, home: Path) -
     return []
 
 
-def _plan(report: Report, erased: ImageSet, folder: Path, measured: Measured) -> EvalPlan:
-    """Return the plan of the evaluation, from what the report says of it."""
+def _plan(report: Report, erased: ImageSet, out: Path, measured: Measured) -> EvalPlan:
+    """Return the plan of the evaluation, from what the report says of it. Caches lie beside ``out``."""
     told = report.provenance["request"]
     request = EvalRequest(
         model=measured.model,
-        out=folder,
+        out=out,
         concept=None if told["concept"] is None else parse(report.provenance["concept"]),
         benchmark=told["benchmark"],
         baseline=measured.base if report.base is not None else None,

@@ -22,6 +22,7 @@ from erase_concept.eval.report.html import render
 from erase_concept.eval.verify.check import Check, failed
 from erase_concept.eval.verify.exports import sorted_tensors
 from erase_concept.eval.verify.findings import Findings, VerifyRequest
+from erase_concept.eval.verify.log import LOG, check_log
 from erase_concept.eval.verify.mask import MASK, check_mask
 from erase_concept.eval.verify.run import check_files, check_recipe
 from erase_concept.eval.verify.scores import differing
@@ -36,7 +37,7 @@ from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import read_run
 from erase_concept.version import __version__
 
-_RECORDS = (RUN_FILE, "recipe.yaml", "forget.txt", "mask.safetensors", "log.jsonl")
+_RECORDS = (RUN_FILE, "recipe.yaml", "forget.txt", "mask.safetensors", LOG)
 _WEIGHTS = "classifier/weights.safetensors"
 _OF_RECIPE = ("method", "forget", "seed")
 _OF_SCORE = ("metric", "target", "value", "n", "ci95", "unit", "protocol")
@@ -55,7 +56,7 @@ def check_unlearned(request: VerifyRequest, base: str) -> Findings:
     recipe = make_unlearn_recipe(read_recipe(run / "recipe.yaml"))
     checks = [check_recipe(info, recipe.fingerprint()), *check_files(run / "classifier", run, info)]
     checks += _said(info, recipe)
-    checks += _forgotten(run / "forget.txt", info["images"]["forget"])
+    checks += [*_forgotten(run / "forget.txt", info["images"]["forget"]), check_log(run)]
     mask, found = check_mask(run, info)
     checks += found
     if mask is not None and found[-1].holds is not False and (fault := _mask_fault(mask, recipe.mask)):

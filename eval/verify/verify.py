@@ -55,7 +55,8 @@ def run_verification(request: VerifyRequest) -> Verification:
     if model.suffix == ".json":
         if private is not None:
             raise RequestError("sign", str(request.sign), "goes with a run or an export, not with a certificate")
-        return Verification(tuple(check_certificate(Certificate(model), public, whole=False)), model)
+        result = Verification(tuple(check_certificate(Certificate(model), public, whole=False)), model)
+        return result if result.holds else Verification(result.checks, None)
     try:
         where, found = _find(request, model)
     except (

@@ -92,6 +92,11 @@ def every_weight() -> None:
     edit(lambda info: info["mask"].update(sha256=mask.sha256(), density=mask.density))
 
 
+def cut_log() -> None:
+    log = Path("run/log.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+
+
 @pytest.mark.parametrize(
     ("tamper", "file"),
     [
@@ -106,6 +111,7 @@ def every_weight() -> None:
         (lambda: edit(lambda info: info.update(method="retrain", forget="class:dog")), "unlearn.json"),
         (lambda: Path("run/report.html").write_text("all is forgotten"), "report.html"),
         (every_weight, "mask.safetensors"),
+        (cut_log, "log.jsonl"),
     ],
     ids=[
         "a weight outside the mask",
@@ -119,6 +125,7 @@ def every_weight() -> None:
         "the method",
         "the page",
         "a mask of all weights",
+        "a log that was cut",
     ],
 )
 def test_what_was_tampered_with_is_named(tamper: Callable[[], None], file: str, folder: Path) -> None:

@@ -251,6 +251,11 @@ def mask_bit(folder: Path) -> None:
     change("run/mask.safetensors", lambda bits: bits["conv_in.weight"].bitwise_xor_(1))
 
 
+def log(how: Callable[[list[str]], list[str]]) -> None:
+    file = Path("run/log.jsonl")
+    file.write_text("".join(how(file.read_text().splitlines(keepends=True))))
+
+
 def noted_hash(folder: Path) -> None:
     note("files", **{UNET.removeprefix("pipeline/"): "0" * 64})
 
@@ -333,6 +338,14 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "the labels of judgements": (lambda _: say('["square"', '["house"'), JUDGEMENTS),
     "the judge of judgements": (lambda _: say("torchscript", "another"), JUDGEMENTS),
     "judgements of too few images": (lambda _: say('"words": ["', '"words": ["a", "'), JUDGEMENTS),
+    "a log that was cut": (lambda _: log(lambda lines: lines[:1]), "log.jsonl"),
+    "a log without its first step": (lambda _: log(lambda lines: lines[1:]), "log.jsonl"),
+    "a log with a step twice": (lambda _: log(lambda lines: [lines[0], *lines]), "log.jsonl"),
+    "a log that says it is whole": (
+        lambda _: log(lambda lines: [lines[0].replace('"steps": 2', '"steps": 1')]),
+        "log.jsonl",
+    ),
+    "a log of something else": (lambda _: log(lambda lines: ["[1, 2]\n", *lines]), "log.jsonl"),
     "a score": (score, "report.json"),
     "the noted anchor": (lambda _: note("", anchor="line"), "run.json"),
     "the noted base model": (lambda _: note("base", source="stable-diffusion-v1-5"), "run.json"),
@@ -358,6 +371,38 @@ def test_what_was_tampered_with_is_named(what: str, folder: Path) -> None:
     assert file in faults(done), done.checks
     assert done.certificate is None
     assert not Path("run/certificate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "steps"),
+    [
+        ("uce", {}, 1),
+        ("rece", {"epochs": 2}, 3),
+        ("mace", {"steps": 2}, 4),
+        ("mace", {"lora": False}, 1),
+        ("edit-then-train", {"steps": 2}, 2),
+        ("erasediff", {"steps": 7, "batch_size": 2}, 4),
+        ("erasediff", {"steps": 3, "constraint": "projection"}, 3),
+        ("esd-x", {"steps": 2, "sampling_steps": 2}, 2),
+        ("spm", {"steps": 2, "sampling_steps": 2}, 2),
+        ("selective-amnesia", {"steps": 2, "fisher_rows": 2}, 2),
+        ("salun", {"epochs": 2, "batch_size": 2}, 4),
+    ],
+)
+def test_the_log_of_each_kind_of_method_is_whole(
+    method: str, settings: dict[str, Any], steps: int, folder: Path
+) -> None:
+    """A closed form has its own steps, several concepts may be trained in turn, and only a run knows its epochs."""
+    both = [Concept(name, "object", "circle", ("a {O}",), retain=("circle",)) for name in ("square", "line")]
+    concept = Concept("both", "several", combined=tuple(both))
+    values = {"model": "model", "concept": concept, "method": method, "data": {"forget": 2, "retain": 2, "steps": 2}}
+    run_recipe(
+        make_recipe(values | {"settings": {"batch_size": 2, **settings} if "steps" in settings else settings}),
+        Path("own"),
+    )
+    found = {one.what: one for one in verify("own", base="model").checks}
+    assert {one.holds for one in found.values()} == {True}, found
+    assert found["log.jsonl"].found == f"has a line for each step, {steps} in all"
 
 
 def test_what_a_folder_has_beside_its_weights_is_compared_without_the_run(folder: Path) -> None:
@@ -402,6 +447,21 @@ def test_a_score_that_cannot_be_counted_again_is_not_certified(folder: Path) -> 
     said = json.loads(Path("run/certificate.json").read_text())["predicate"]
     assert not said["scores"]
     assert any("its scores are left out" in line for line in said["not_tested"])
+
+
+def test_a_certificate_says_whose_absence_no_report_measures(folder: Path) -> None:
+    """A report of another concept says nothing of the erased one, and one of a part nothing of the others."""
+
+    def said(concept: str) -> list[str]:
+        Path("run/certificate.json").unlink(missing_ok=True)
+        ec.evaluate("run", concept=concept, benchmark="own.yaml", judges=("torchscript:judge.pt",))
+        assert check().holds
+        lines = json.loads(Path("run/certificate.json").read_text())["predicate"]["not_tested"]
+        return [line for line in lines if line.startswith("Whether ")]
+
+    alone(folder)
+    assert said("square") == []
+    assert said("line") == ["Whether square is gone: no report measures it."]
 
 
 def test_a_base_model_may_have_moved_since_the_evaluation(folder: Path) -> None:
@@ -502,6 +562,27 @@ def test_an_export_holds_nothing_more(name: str, how: Callable[..., Any], said: 
     assert said in found.found
 
 
+def test_no_cache_is_read_or_left_beside_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could say of an image whatever its maker likes."""
+    from erase_concept.eval.verify import scores
+
+    alone(folder)
+    shutil.rmtree(".baselines")
+    measure, caches = scores.measure, list[Path]()
+
+    def watch(plan: Any, *rest: Any) -> Any:
+        caches.append(plan.cache)
+        plan.cache.mkdir()
+        return measure(plan, *rest)
+
+    monkeypatch.setattr(scores, "measure", watch)
+    before = {*folder.rglob("*")}
+    assert check().holds
+    assert {file.name for file in {*folder.rglob("*")} - before} == {"certificate.json", "certificate.html"}
+    assert not any(cache.exists() for cache in caches)
+    assert caches
+
+
 def test_a_judgement_that_is_wrong_throughout_is_found_by_judging_anew(folder: Path) -> None:
     """The judgements, their hash and all numbers agree with each other, and not with the judge."""
     from erase_concept.eval import evaluate
@@ -573,6 +654,45 @@ def test_an_export_is_verified_alone(name: str, folder: Path) -> None:
         file = path.read_bytes()
         path.write_bytes(file[:-1] + bytes([file[-1] ^ 1]))
         assert path.name in faults(verify(path, base="model"))
+
+
+@pytest.mark.parametrize("name", ["unet", "single-file", "lora", "delta"])
+def test_an_export_of_another_base_model_is_no_erasure_of_this_one(name: str, folder: Path) -> None:
+    """Such as a model that was trained further: nothing but its UNet differs."""
+    path, file = Path(f"out-{name}.safetensors"), "model/unet/diffusion_pytorch_model.safetensors"
+    assert verify(path, base="model").holds
+    said = json.loads(Path(f"{path.stem}.certificate.json").read_text())["predicate"]
+    assert said["about"]["base"]["unet_sha256"] == json.loads(Path("run/run.json").read_text())["base"]["unet"]
+    assert not any("base model" in line for line in said["not_tested"])
+    Path(f"{path.stem}.certificate.json").unlink()
+    change(file, lambda tensors: tensors["conv_in.weight"].add_(1))
+    done = verify(path, base="model")
+    assert faults(done) == [path.name]
+    assert done.certificate is None
+
+
+def test_a_certificate_says_where_an_export_does_not_name_its_base_model(folder: Path) -> None:
+    verify("out-diffusers", base="model")
+    said = json.loads(Path("out-diffusers.certificate.json").read_text())["predicate"]
+    assert (
+        "Whether this is its base model: out-diffusers does not say which one it was made from." in said["not_tested"]
+    )
+
+
+@pytest.mark.parametrize("name", ["unet", "single-file"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_an_export_has_the_erased_unet_that_it_states(name: str, dtype: str, folder: Path) -> None:
+    """Its weights, and the hash of the file's contents, were changed together."""
+    export(Path("run"), "new.safetensors", name, dtype=dtype)
+    assert verify("new.safetensors", base="model").holds
+    Path("new.certificate.json").unlink()
+    tensors = load_file("new.safetensors")
+    with safe_open("new.safetensors", "pt") as stored:
+        metadata = {key: value for key, value in stored.metadata().items() if "hash_" not in key and "_hash" not in key}
+    tensors["conv_in.weight" if name == "unet" else "model.diffusion_model.input_blocks.0.0.weight"].add_(1)
+    save_file(tensors, "new.safetensors", metadata)
+    (wrong,) = [one for one in verify("new.safetensors", base="model").checks if one.holds is False]
+    assert (wrong.what, wrong.file) == ("erased UNet", "new.safetensors")
 
 
 def test_a_model_that_is_its_own_base_is_no_erasure(folder: Path) -> None:
@@ -711,8 +831,8 @@ def test_a_file_of_a_certificate_may_be_elsewhere_but_in_the_run(folder: Path) -
     assert "are not here" in done.checks[0].found
     Path("far/got/out-unet.safetensors").unlink()
     assert not verify("far/got/certificate.json").holds
-    Path("run/log.jsonl").unlink()
-    assert faults(check()) == ["log.jsonl"]
+    Path("run/grid.png").unlink()
+    assert faults(check()) == ["grid.png"]
 
 
 def test_the_page_runs_nothing_and_escapes_what_it_shows(folder: Path, hostile: str) -> None:
@@ -753,6 +873,8 @@ def test_the_command_ends_with_0_1_and_2(
     code, out, _ = call("run/certificate.json")
     assert (code, "Certificate: run/certificate.json" in out) == (0, True)
     Path("run/log.jsonl").write_text("")
+    code, out, _ = call("run/certificate.json")
+    assert (code, out.splitlines()[-1].startswith("Does not hold: log.jsonl")) == (1, True)
     code, out, _ = call("run", "--base", "model")
     assert (code, "Does not hold: log.jsonl" in out) == (1, True)
     code, _, err = call("run")
