@@ -44,8 +44,8 @@ def watched(
     ``losses`` are those of steps that an earlier process took. Every ``probe_every`` steps, and before each checkpoint,
     the model predicts for some retained rows. Nothing here draws from a generator of the training or changes a weight.
 
-    Raises EraseError when a loss has grown beyond ``max_loss_growth`` times the largest of the first steps (or 1, where
-    that is larger), when the predictions for retained rows have moved from the base model's by more than
+    Raises EraseError when a loss has grown beyond ``max_loss_growth`` times the largest before it of the first steps (or
+    1, where that is larger), when the predictions for retained rows have moved from the base model's by more than
     ``max_retain_change`` of their norm, and when no weight has changed at two looks. The checkpoint of such a step is
     not written.
     """
@@ -65,11 +65,11 @@ def watched(
 
 
 def _check_loss(event: Record, first: list[float], growth: float) -> None:
-    """Compare a loss with the first ones, to which it is added while they are few."""
+    """Compare a loss with the first ones before it, to which it is added while they are few."""
+    limit = growth * max(1.0, *map(abs, first)) if first else 0.0
     if len(first) < FIRST:
         first.append(event.loss)
-    limit = growth * max(1.0, *map(abs, first))
-    if growth and abs(event.loss) > limit:
+    if limit and abs(event.loss) > limit:
         found = f"the loss is {event.loss:.4g} at step {event.step}, more than {growth:g} times that of the first steps"
         raise EraseError(f"{found}: lower lr or set max_grad_norm; {_KEPT}")
 

@@ -50,6 +50,26 @@ def test_a_loss_may_be_a_hundred_times_the_first_ones(
             assert len(list(events)) == 11
 
 
+@pytest.mark.parametrize(
+    ("losses", "stopped"),
+    [([0.1] + [1e6] * 39, 2), ([0.06, 0.67, 293, 172, 1110] + [1e4] * 35, 3), ([0.06, -0.67, -293] + [-1e4] * 37, 3)],
+)
+def test_a_loss_that_explodes_in_the_first_steps_is_measured_by_those_before_it(
+    tiny: Diffusion, data: ForgetRetain, losses: list[float], stopped: int
+) -> None:
+    """Else it would raise the limit for itself, and for all later ones."""
+    with pytest.raises(EraseError, match=f"at step {stopped}, more than 100 times that of the first steps"):
+        list(watched(steps(losses), tiny, data, None, SETTINGS))
+
+
+@pytest.mark.parametrize("losses", [[0.0, 1e-6, 1e-3, 0.5, 20.0, 90.0] * 5, [400.0, 0.1, 300.0, 4e4] * 5])
+def test_a_loss_that_begins_at_zero_may_grow_in_the_first_steps(
+    tiny: Diffusion, data: ForgetRetain, losses: list[float]
+) -> None:
+    """An honest one that grows from 0 stays below 100, and the very first loss has nothing before it."""
+    assert len(list(watched(steps(losses), tiny, data, None, SETTINGS))) == len(losses)
+
+
 def test_a_resumed_run_is_measured_by_the_first_steps_of_all(tiny: Diffusion, data: ForgetRetain) -> None:
     """Else a run that goes on where it exploded would find its losses usual."""
     with pytest.raises(EraseError, match="at step 1, "):
