@@ -51,6 +51,10 @@ class _LoopSettings(Training):
 
     drops: Annotated[tuple[int, ...], described("Steps, from 0, at which the learning rate falls to a tenth.")] = ()
 
+    def calmer(self) -> str:
+        """Return which settings to change where the loss explodes: a classifier's gradient cannot be clipped."""
+        return "lower lr"
+
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return Training.lr_at(self, step) * 0.1 ** sum(step >= drop for drop in self.drops)
