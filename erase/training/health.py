@@ -24,6 +24,7 @@ from erase_concept.training.shards import is_sharded, local
 
 ROWS = 4  # retained rows that are looked at
 _DEAD = 2  # looks at which nothing has changed; one is no proof, for a method may put weights back for a while
+LOOK_EVERY = 10  # steps of a classifier, until a weight has changed
 FIRST = 10  # steps whose losses the later ones are measured by
 _TIMES = (0.2, 0.4, 0.6, 0.8)  # of the time steps, one for each row
 
@@ -60,6 +61,40 @@ def watched(
                 due = event.step == event.steps or event.step % settings.checkpoint_every == 0
                 if probe is not None and (due or event.step % settings.probe_every == 0):
                     probe.check(event, settings.max_retain_change)
+            yield event
+
+
+def watched_losses(events: Events, growth: float, losses: Sequence[float] = ()) -> Events:
+    """Yield a classifier's events, and raise EraseError when its loss has grown too far, as in ``watched``.
+
+    A loss below zero is one that a method raises on purpose, such as gradient ascent, and has no bound.
+    """
+    first = [loss for loss in losses[:FIRST] if loss >= 0]
+    with closing(cast(Any, events)):
+        for event in events:
+            if isinstance(event, Record) and event.loss >= 0:
+                _check_loss(event, first, growth, "lower lr")
+            yield event
+
+
+def watched_weights(events: Events, network: nn.Module, more: str = ANOTHER_FOLDER) -> Events:
+    """Yield a classifier's events, and raise EraseError when no weight has changed at two looks.
+
+    They are compared with the weights after the first step, for a training may begin with new ones. ``more`` ends the
+    advice.
+    """
+    unchanged: int | None = 0
+    first = base = 0
+    with closing(cast(Any, events)):
+        for event in events:
+            if isinstance(event, Record) and unchanged is not None:
+                if not first:
+                    first, base = event.step, _sum_of_bits(network)
+                elif event.step % LOOK_EVERY == 0:
+                    unchanged = unchanged + 1 if _sum_of_bits(network) == base else None
+                if unchanged == _DEAD:
+                    found = f"no weight has changed from step {first} to step {event.step}"
+                    raise EraseError(f"{found}: raise lr, or choose a mask with weights that the loss depends on{more}")
             yield event
 
 

@@ -20,7 +20,7 @@ from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import iter_erase
 from erase_concept.training import health
-from erase_concept.training.health import watched
+from erase_concept.training.health import watched, watched_losses
 from erase_concept.training.loop import Record, Training
 
 SETTINGS = Training(steps=40, probe_every=0)
@@ -78,6 +78,16 @@ def test_a_resumed_run_is_measured_by_the_first_steps_of_all(tiny: Diffusion, da
         list(watched(steps([400.0]), tiny, data, None, SETTINGS, [0.1] * 50))
     assert list(watched(steps([400.0]), tiny, data, None, SETTINGS))
     assert list(watched(steps([4e9]), tiny, data, None, replace(SETTINGS, max_loss_growth=0), [0.1] * 50))
+
+
+def test_a_classifiers_loss_may_fall_without_bound_and_not_rise() -> None:
+    """Gradient ascent is meant to raise it, as a loss below zero; SCRUB does so in some of its steps."""
+    for honest in ([-0.1, -300.0, -1e6] * 9, [-0.1, 2.0, -500.0, 150.0] * 9, [0.0, 0.5, 99.0] * 9):
+        assert len(list(watched_losses(steps(honest), 100.0))) == len(honest)
+    for losses, earlier, stopped in (([-400.0, 0.1, 101.0], [], 3), ([101.0], [-400.0, 0.1], 1)):
+        with pytest.raises(EraseError, match=f"at step {stopped}, more than .*: lower lr, and choose another folder$"):
+            list(watched_losses(steps(losses), 100.0, earlier))
+        assert list(watched_losses(steps(losses), 0, earlier))
 
 
 def shaken(model: Diffusion, size: float) -> Callable[[int], None]:
