@@ -94,7 +94,8 @@ def watched_weights(events: Events, network: nn.Module, more: str = ANOTHER_FOLD
                     unchanged = unchanged + 1 if _sum_of_bits(network) == base else None
                 if unchanged == _DEAD:
                     found = f"no weight has changed from step {first} to step {event.step}"
-                    raise EraseError(f"{found}: raise lr, or choose a mask with weights that the loss depends on{more}")
+                    advice = "raise lr, or choose a mask with weights that the loss depends on"
+                    raise EraseError(f"{found}: {advice}{more}", of_all=True)
             yield event
 
 
@@ -105,7 +106,7 @@ def _check_loss(event: Record, first: list[float], growth: float, advice: str) -
         first.append(event.loss)
     if limit and abs(event.loss) > limit:
         found = f"the loss is {event.loss:.4g} at step {event.step}, more than {growth:g} times that of the first steps"
-        raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}")
+        raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}", of_all=True)
 
 
 class _Probe:
@@ -142,12 +143,12 @@ class _Probe:
         if self.unchanged == _DEAD:
             found = f"no weight has changed in {event.step} steps"
             advice = "raise lr, or choose a mask or scope with weights that the loss depends on"
-            raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}")
+            raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}", of_all=True)
         change = float((now - self.base).norm() / self.base.norm().clamp(min=1e-12))
         if limit and not change <= limit:  # NaN is no number that is below it
             found = f"predictions for retained prompts differ from the base model's by {change:.0%} of their norm"
             advice = "lower lr or steps, or give what is retained more weight"
-            raise EraseError(f"{found} at step {event.step}: {advice}{ANOTHER_FOLDER}")
+            raise EraseError(f"{found} at step {event.step}: {advice}{ANOTHER_FOLDER}", of_all=True)
 
 
 def _sum_of_bits(module: nn.Module) -> int:

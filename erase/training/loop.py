@@ -344,7 +344,7 @@ class _Steps:
                 mean += accelerator.reduce(value.detach(), "mean").item() / len(mine)
                 if not math.isfinite(mean):
                     advice = settings.calmer() + ("" if checkpoint is None else ANOTHER_FOLDER)
-                    raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
+                    raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}", of_all=True)
                 with self.masked.in_backward() if self.in_backward else nullcontext():
                     accelerator.backward(value)
             terms = {k: terms.get(k, 0.0) + v.item() / len(mine) for k, v in parts.items()}

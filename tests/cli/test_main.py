@@ -14,7 +14,7 @@ import pytest
 
 from erase_concept.cli import main as cli
 from erase_concept.cli.flags import REPLACED
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -37,6 +37,35 @@ def test_one_of_several_processes_refuses_what_is_for_one_alone() -> None:
         assert done.stdout == ""
         assert done.stderr.startswith(f"erase-concept: {line}" if line else "")
         assert len(done.stderr.splitlines()) == len([line] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("problem", "local", "said"),
+    [
+        (OSError(21, "Is a directory", "out/00004.png"), "1", "out/00004.png: Is a directory"),
+        (EraseError("too little memory"), "1", "too little memory"),
+        (EraseError("the loss is nan", of_all=True), "1", ""),
+        (EraseError("the loss is nan", of_all=True), "0", "the loss is nan"),
+        (RequestError("out", "x", "is wrong"), "1", ""),
+        (RuntimeError("gloo: Connection closed by peer"), "0", "another process of this run has ended; if it gave no "),
+    ],
+)
+def test_what_one_process_alone_may_know_it_says_itself(
+    problem: Exception, local: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all of them raise alike the first of the machine says for all."""
+
+    def fail(**given: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(cli, "app", fail)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", local), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == (2 if isinstance(problem, OSError | RequestError) else 1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"erase-concept: {said}") if said else not told
 
 
 WRONG = {
