@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 
 from erase_concept.cli import main as cli
 from erase_concept.cli.flags import REPLACED
@@ -184,6 +186,24 @@ def test_what_fails_after_a_signal_does_not_hide_it(
         cli.main()
     assert end.value.code == code
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_help_shows_all_that_is_in_brackets() -> None:
+    """Rich takes them for its own tags, and shows nothing of one that is not escaped."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "["), name
+    examples = {name: Text.from_markup(command.epilog or "").plain for name, command in commands.items()}
+    assert "erase-concept train 'resnet18-cifar[width=16,stride=2]' --data" in examples["train"]
+    done = subprocess.run(
+        [sys.executable, "-m", "erase_concept", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200", "TERMINAL_WIDTH": "200"},
+    )
+    assert "resnet18-cifar, with [width=W,stride=S] for a small one" in done.stdout
 
 
 @pytest.mark.parametrize("asked", ["--help", "--version", "erase --help", "eval --help", "list --help"])
