@@ -27,6 +27,11 @@ class RequestError(ValueError):
 class EraseError(RuntimeError):
     """The work could not be finished: a diverging training, a full disk, a result that fails its check."""
 
+    def __init__(self, *parts: object, of_all: bool = False) -> None:
+        """Keep the message, and whether all processes of a run raise it alike, so that one can speak for the others."""
+        super().__init__(*parts)
+        self.of_all = of_all
+
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

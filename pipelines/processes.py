@@ -69,7 +69,7 @@ def lost_process(problem: BaseException) -> str:
         return f"port {port} is in use: choose another one with the launcher's --main_process_port or --master-port"
     if "trying to connect" in text:
         return f"the first process cannot be reached at {host}, port {port}: was it started, and may it be reached?"
-    return "another process of this run has ended; the same command goes on from here"
+    return "another process of this run has ended; if it gave no reason, the same command goes on from here"
 
 
 def total(count: int) -> int:
@@ -104,6 +104,8 @@ def from_main(work: Callable[[], _T]) -> _T:
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     result, raised = outcome[0]
+    if isinstance(raised, EraseError):
+        raised.of_all = True
     if raised is not None:
         raise raised
     return cast(_T, result)

@@ -24,6 +24,7 @@ from erase_concept.classification.forget import forget_rows, read_rows
 from erase_concept.classification.mask import given_mask, make_mask
 from erase_concept.classification.methods import UNLEARNERS
 from erase_concept.classification.recipe import NOTHING, UnlearnRecipe, make_unlearn_recipe, unlearn_recipe
+from erase_concept.classification.training import ClassifierTraining
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.frozen import check_frozen, keep_base
@@ -42,9 +43,10 @@ from erase_concept.pipelines.processes import from_main, held, processes, same_f
 from erase_concept.pipelines.progress import bar
 from erase_concept.recipe import read_recipe
 from erase_concept.run_folder import claimed, complete, read_run, versions, weights_files, write_json
-from erase_concept.run_log import checkpoint_file, logged
+from erase_concept.run_log import checkpoint_file, logged, logged_losses
 from erase_concept.seed import stage_seed
 from erase_concept.training.checkpoint import steps_done
+from erase_concept.training.health import watched_losses
 from erase_concept.training.loop import Record, TargetProgress
 from erase_concept.training.shards import sharding
 
@@ -242,6 +244,8 @@ def _stages(
     run = UNLEARNERS.find(recipe.method).run
     seed = stage_seed(recipe.seed, "method")
     events = run(model, data, mask, recipe.settings, seed=seed, checkpoint=checkpoint)
+    if isinstance(recipe.settings, ClassifierTraining):  # others change the weights once
+        events = watched_losses(events, recipe.settings.max_loss_growth, from_main(lambda: logged_losses(out)))
     yield from logged(out, events) if state.is_main_process else events
     times.append(time.perf_counter())
     yield "save"

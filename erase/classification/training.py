@@ -15,7 +15,8 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.classifiers.classifier import BatchNormPolicy, Classifier
 from erase_concept.seed import stage_generator
 from erase_concept.settings import described, settings
-from erase_concept.training.loop import Record, Start, TargetProgress, Tensors, Training, train
+from erase_concept.training.health import watched_weights
+from erase_concept.training.loop import ANOTHER_FOLDER, Record, Start, TargetProgress, Tensors, Training, train
 
 _SALUN = "SalUn, arXiv 2310.12508"
 Events = Iterator[Record | TargetProgress]
@@ -43,6 +44,9 @@ class ClassifierTraining:
         int, described("Parts of a batch, one after the other in memory; several processes share them.", ge=1)
     ] = 1
     checkpoint_every: Annotated[int, described("Steps from one checkpoint to the next.", ge=1)] = 200
+    max_loss_growth: Annotated[
+        float, described("Stop when the loss is so many times that of the first ten steps; 0: never.", ge=0)
+    ] = 100.0
 
 
 @settings
@@ -50,6 +54,10 @@ class _LoopSettings(Training):
     """The loop's settings, with steps at which the learning rate falls."""
 
     drops: Annotated[tuple[int, ...], described("Steps, from 0, at which the learning rate falls to a tenth.")] = ()
+
+    def calmer(self) -> str:
+        """Return which settings to change where the loss explodes: a classifier's gradient cannot be clipped."""
+        return "lower lr"
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -128,7 +136,8 @@ def train_epochs(
 ) -> Events:
     """Minimise a loss over a schedule's batches and a mask's weights, in place, yielding a record after every step.
 
-    It is ``train`` with the images of each step; seeds, checkpoints and errors are the same.
+    It is ``train`` with the images of each step; seeds, checkpoints and errors are the same. Raises EraseError too when
+    the steps change no weight.
     """
     forgotten, pieces = data.forgotten, settings.accumulation
 
@@ -146,7 +155,8 @@ def train_epochs(
 
     looped = _loop_settings(settings, schedule)
     model = replace(model, batch_norm=settings.batch_norm)
-    yield from train(model, numbered, mask, looped, seed=schedule.seed, checkpoint=checkpoint, start=start)
+    events = train(model, numbered, mask, looped, seed=schedule.seed, checkpoint=checkpoint, start=start)
+    yield from watched_weights(events, model.network, "" if checkpoint is None else ANOTHER_FOLDER)
 
 
 def _loop_settings(settings: ClassifierTraining, schedule: Schedule) -> _LoopSettings:

@@ -102,9 +102,9 @@ def main() -> None:
     except SystemExit as end:
         code = _signalled(end) or end.code
     except RequestError as problem:
-        _fail(problem, in_flags(problem), 2)
+        _fail(problem, in_flags(problem), 2, of_all=True)
     except EraseError as problem:
-        _fail(problem, str(problem), 1)
+        _fail(problem, str(problem), 1, of_all=problem.of_all)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that is gone
         named = f"{problem.filename}: {problem.strerror}" if problem.filename and problem.strerror else str(problem)
         code = _signalled(problem) or _fail(problem, named or type(problem).__name__, 2)
@@ -113,7 +113,7 @@ def main() -> None:
         if hasattr(problem, "format_message"):
             old = getattr(problem, "option_name", None)
             now = f"{old}: is now {REPLACED[old]}" if old in REPLACED else problem.format_message()
-            _fail(problem, now, 2)
+            _fail(problem, now, 2, of_all=True)
         from erase_concept.errors import out_of_memory
 
         if process_count() > 1 and (lost := lost_process(problem)):
@@ -141,12 +141,12 @@ def _signalled(problem: BaseException | None) -> int:
     return 0
 
 
-def _fail(problem: BaseException, line: str, code: int) -> Any:
+def _fail(problem: BaseException, line: str, code: int, *, of_all: bool = False) -> Any:
     if "--debug" in sys.argv:
         raise problem
-    # Called without arguments, the parser has shown its help and has nothing to add. A wrong request is wrong in every
-    # process of a machine, and the first of them says so; another machine may have other files.
-    if line and (code != 2 or first_of_machine()):
+    # Called without arguments, the parser has shown its help and has nothing to add. What all processes of a machine
+    # raise alike, such as a wrong request, the first of them says; another machine may have other files.
+    if line and (first_of_machine() or not of_all):
         say(one_line(line))
     sys.exit(code)
 

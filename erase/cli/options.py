@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 from erase_concept.errors import RequestError
 
@@ -261,4 +262,4 @@ def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 def examples(*lines: str) -> str:
     """Return the epilog of a command's help: example lines as they are typed."""
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{line}[/cyan]".replace("[eta", r"\[eta") for line in lines)])
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"[cyan]{escape(line)}[/cyan]" for line in lines)])

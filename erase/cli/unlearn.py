@@ -149,7 +149,7 @@ def train(
         str,
         typer.Argument(
             metavar="ARCHITECTURE",
-            help="resnet18-cifar, with [width=W,stride=S] for a small one, torchvision:NAME, timm:NAME.",
+            help="resnet18-cifar, with \\[width=W,stride=S] for a small one, torchvision:NAME, timm:NAME.",
         ),
     ],
     out: OutOption,

@@ -1,7 +1,7 @@
 """The health of a training: an exploding loss, a mask that lets nothing change, retained prompts that collapse.
 
-Each ends the run, so that what is left is the last good checkpoint and one line on what to do. The loop itself ends for
-a loss that is not finite.
+Each ends the run before a checkpoint of such a step, with one line on what to do. The loop itself ends for a loss that
+is not finite.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from erase_concept.masks.mask import Mask
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.processes import total
 from erase_concept.seed import stage_generator
-from erase_concept.training.loop import Record, TargetProgress, Training
+from erase_concept.training.loop import ANOTHER_FOLDER, Record, TargetProgress, Training
 from erase_concept.training.shards import is_sharded, local
 
 ROWS = 4  # retained rows that are looked at
 _DEAD = 2  # looks at which nothing has changed; one is no proof, for a method may put weights back for a while
+LOOK_EVERY = 10  # steps of a classifier, until a weight has changed
 FIRST = 10  # steps whose losses the later ones are measured by
 _TIMES = (0.2, 0.4, 0.6, 0.8)  # of the time steps, one for each row
-_KEPT = "checkpoints of earlier steps are kept"
 
 Events = Iterator[Record | TargetProgress]
 
@@ -44,8 +44,8 @@ def watched(
     ``losses`` are those of steps that an earlier process took. Every ``probe_every`` steps, and before each checkpoint,
     the model predicts for some retained rows. Nothing here draws from a generator of the training or changes a weight.
 
-    Raises EraseError when a loss has grown beyond ``max_loss_growth`` times the largest of the first steps (or 1, where
-    that is larger), when the predictions for retained rows have moved from the base model's by more than
+    Raises EraseError when a loss has grown beyond ``max_loss_growth`` times the largest before it of the first steps
+    (or 1, where that is larger), when the predictions for retained rows have moved from the base model's by more than
     ``max_retain_change`` of their norm, and when no weight has changed at two looks. The checkpoint of such a step is
     not written.
     """
@@ -57,21 +57,56 @@ def watched(
     with closing(cast(Any, events)):  # so that the training tidies up after itself at once
         for event in events:
             if isinstance(event, Record):
-                _check_loss(event, first, settings.max_loss_growth)
+                _check_loss(event, first, settings.max_loss_growth, settings.calmer())
                 due = event.step == event.steps or event.step % settings.checkpoint_every == 0
                 if probe is not None and (due or event.step % settings.probe_every == 0):
                     probe.check(event, settings.max_retain_change)
             yield event
 
 
-def _check_loss(event: Record, first: list[float], growth: float) -> None:
-    """Compare a loss with the first ones, to which it is added while they are few."""
+def watched_losses(events: Events, growth: float, losses: Sequence[float] = ()) -> Events:
+    """Yield a classifier's events, and raise EraseError when its loss has grown too far, as in ``watched``.
+
+    A loss below zero is one that a method raises on purpose, such as gradient ascent, and has no bound.
+    """
+    first = [loss for loss in losses[:FIRST] if loss >= 0]
+    with closing(cast(Any, events)):
+        for event in events:
+            if isinstance(event, Record) and event.loss >= 0:
+                _check_loss(event, first, growth, "lower lr")
+            yield event
+
+
+def watched_weights(events: Events, network: nn.Module, more: str = ANOTHER_FOLDER) -> Events:
+    """Yield a classifier's events, and raise EraseError when no weight has changed at two looks.
+
+    They are compared with the weights after the first step, for a training may begin with new ones. ``more`` ends the
+    advice.
+    """
+    unchanged: int | None = 0
+    first = base = 0
+    with closing(cast(Any, events)):
+        for event in events:
+            if isinstance(event, Record) and unchanged is not None:
+                if not first:
+                    first, base = event.step, _sum_of_bits(network)
+                elif event.step % LOOK_EVERY == 0:
+                    unchanged = unchanged + 1 if _sum_of_bits(network) == base else None
+                if unchanged == _DEAD:
+                    found = f"no weight has changed from step {first} to step {event.step}"
+                    advice = "raise lr, or choose a mask with weights that the loss depends on"
+                    raise EraseError(f"{found}: {advice}{more}", of_all=True)
+            yield event
+
+
+def _check_loss(event: Record, first: list[float], growth: float, advice: str) -> None:
+    """Compare a loss with the first ones before it, to which it is added while they are few."""
+    limit = growth * max(1.0, *map(abs, first)) if first else 0.0
     if len(first) < FIRST:
         first.append(event.loss)
-    limit = growth * max(1.0, *map(abs, first))
-    if growth and abs(event.loss) > limit:
+    if limit and abs(event.loss) > limit:
         found = f"the loss is {event.loss:.4g} at step {event.step}, more than {growth:g} times that of the first steps"
-        raise EraseError(f"{found}: lower lr or set max_grad_norm; {_KEPT}")
+        raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}", of_all=True)
 
 
 class _Probe:
@@ -107,12 +142,13 @@ class _Probe:
             self.unchanged = self.unchanged + 1 if same else None
         if self.unchanged == _DEAD:
             found = f"no weight has changed in {event.step} steps"
-            raise EraseError(f"{found}: raise lr, or choose a mask or scope with weights that the loss depends on")
+            advice = "raise lr, or choose a mask or scope with weights that the loss depends on"
+            raise EraseError(f"{found}: {advice}{ANOTHER_FOLDER}", of_all=True)
         change = float((now - self.base).norm() / self.base.norm().clamp(min=1e-12))
         if limit and not change <= limit:  # NaN is no number that is below it
             found = f"predictions for retained prompts differ from the base model's by {change:.0%} of their norm"
             advice = "lower lr or steps, or give what is retained more weight"
-            raise EraseError(f"{found} at step {event.step}: {advice}; {_KEPT}")
+            raise EraseError(f"{found} at step {event.step}: {advice}{ANOTHER_FOLDER}", of_all=True)
 
 
 def _sum_of_bits(module: nn.Module) -> int:

@@ -53,6 +53,7 @@ Loss = Callable[[_M, torch.Generator, Tensors], tuple[Tensor, dict[str, Tensor]]
 Start = Callable[[_M], object]  # changes weights that the mask allows, before the first step
 
 
+ANOTHER_FOLDER = ", and choose another folder"  # for other settings: a run's folder refuses them
 _SALUN = "SalUn, arXiv 2310.12508"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -126,6 +127,10 @@ class Training:
     def told(self, step: int, batch: int) -> Tensors:
         """Return what a loss is told of its batch, whose number and its step's count from 0, beside its targets."""
         return ()
+
+    def calmer(self) -> str:
+        """Return which settings to change where the loss explodes."""
+        return "lower lr or set max_grad_norm" if self.max_grad_norm is None else "lower lr or max_grad_norm"
 
     def rule(self) -> Adam | SGD:
         """Return the optimizer's settings."""
@@ -354,9 +359,8 @@ class _Steps:
                     value, parts = self.loss(self.generators.of(step, batch), targets)
                 mean += accelerator.reduce(value.detach(), "mean").item() / len(mine)
                 if not math.isfinite(mean):
-                    kept = checkpoint is not None and checkpoint.exists()
-                    advice = "lower lr or set max_grad_norm" + (f"; the checkpoint {checkpoint} is kept" * kept)
-                    raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}")
+                    advice = settings.calmer() + ("" if checkpoint is None else ANOTHER_FOLDER)
+                    raise EraseError(f"the loss is {mean} at step {step + 1}: {advice}", of_all=True)
                 with self.masked.in_backward() if self.in_backward else nullcontext():
                     accelerator.backward(value)
             terms = {k: terms.get(k, 0.0) + v.item() / len(mine) for k, v in parts.items()}

@@ -134,6 +134,29 @@ def test_a_step_that_is_too_large_is_an_error(model: Classifier, data: ForgetRet
         list(UNLEARNERS.find("influence").run(model, data, None, settings_of("influence", alpha=1e39), seed=1))
 
 
+def test_a_loss_that_is_no_number_names_no_setting_that_a_classifier_lacks(
+    model: Classifier, data: ForgetRetainImages, tmp_path: Path
+) -> None:
+    """It is in a folder that another lr is given another one, and no checkpoint is promised before there is one."""
+    run, settings = UNLEARNERS.find("random-label").run, settings_of("random-label", lr=1e30, checkpoint_every=9)
+    for checkpoint, more in ((None, ""), (tmp_path / "last.safetensors", ", and choose another folder")):
+        with pytest.raises(EraseError, match=rf"the loss is (nan|inf) at step \d: lower lr{more}$"):
+            list(run(twin(model), data, None, settings, seed=1, checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_that_changes_no_weight_stops_early(
+    name: str, model: Classifier, data: ForgetRetainImages, tmp_path: Path
+) -> None:
+    """BatchNorm's statistics move all the same, and new weights to begin with are no change of the training's."""
+    settings = settings_of(name, lr=0.0, epochs=20)
+    with pytest.raises(EraseError, match=r"no weight has changed from step 1 to step 20: raise lr, or .* depends on$"):
+        list(UNLEARNERS.find(name).run(twin(model), data, None, settings, seed=7))
+    with pytest.raises(EraseError, match=r"to step 20: .* depends on, and choose another folder$"):
+        list(UNLEARNERS.find(name).run(twin(model), data, None, settings, seed=7, checkpoint=tmp_path / "last"))
+    assert list(UNLEARNERS.find(name).run(model, data, None, replace(settings, lr=1e-6), seed=7))
+
+
 def test_the_head_is_the_last_linear_layer(model: Classifier) -> None:
     assert head_of(model) == "fc"
     with pytest.raises(RequestError, match="has a last linear layer of 3 outputs; one of 2 outputs is needed"):

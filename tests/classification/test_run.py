@@ -23,7 +23,7 @@ from erase_concept.classification.data import DataSettings, split_data
 from erase_concept.classification.forget import forget_rows
 from erase_concept.classification.recipe import make_unlearn_recipe, unlearn_recipe
 from erase_concept.classification.run import UnlearnRun, iter_unlearn
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 from erase_concept.pipelines.classifiers.images import read_images
 from erase_concept.pipelines.classifiers.load import load_classifier, new_classifier
 from erase_concept.training.loop import Record
@@ -86,6 +86,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(unlearned: UnlearnRun, tmp_path: 
     assert again["resumed_at_step"] == 1
     lines = (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, records[-1].steps + 1)]
+
+
+def test_a_loss_that_explodes_stops_the_run(original: UnlearnRun, fashion: str, tmp_path: Path) -> None:
+    """Resumed, too: the first losses are in the log. What a method raises on purpose may go anywhere."""
+    given = {"lr": 50.0, "epochs": 4, "batch_size": 10, "checkpoint_every": 1, "weight_decay": 0.0}
+    recipe = unlearn_recipe(
+        str(original.path), {"source": fashion}, "random:50%", method="random-label", settings=given
+    )
+    for _ in range(2):
+        with pytest.raises(EraseError, match=r"the loss is .*, more than 100 times .*: lower lr, and choose another"):
+            list(iter_unlearn(recipe, tmp_path / "run"))
+    assert not (tmp_path / "run" / "unlearn.json").exists()
+    raised = unlearn_recipe(str(original.path), {"source": fashion}, "random:50%", method="gradient-ascent")
+    assert list(iter_unlearn(raised, tmp_path / "raised"))
 
 
 @pytest.mark.parametrize("what", ["classifier", "an image", "labels"])

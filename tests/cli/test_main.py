@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
 
 from erase_concept.cli import main as cli
 from erase_concept.cli.flags import REPLACED
-from erase_concept.errors import RequestError
+from erase_concept.errors import EraseError, RequestError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -37,6 +39,35 @@ def test_one_of_several_processes_refuses_what_is_for_one_alone() -> None:
         assert done.stdout == ""
         assert done.stderr.startswith(f"erase-concept: {line}" if line else "")
         assert len(done.stderr.splitlines()) == len([line] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("problem", "local", "said"),
+    [
+        (OSError(21, "Is a directory", "out/00004.png"), "1", "out/00004.png: Is a directory"),
+        (EraseError("too little memory"), "1", "too little memory"),
+        (EraseError("the loss is nan", of_all=True), "1", ""),
+        (EraseError("the loss is nan", of_all=True), "0", "the loss is nan"),
+        (RequestError("out", "x", "is wrong"), "1", ""),
+        (RuntimeError("gloo: Connection closed by peer"), "0", "another process of this run has ended; if it gave no "),
+    ],
+)
+def test_what_one_process_alone_may_know_it_says_itself(
+    problem: Exception, local: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What all of them raise alike the first of the machine says for all."""
+
+    def fail(**given: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(cli, "app", fail)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", local), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == (2 if isinstance(problem, OSError | RequestError) else 1)
+    told = capsys.readouterr().err
+    assert told.startswith(f"erase-concept: {said}") if said else not told
 
 
 WRONG = {
@@ -155,6 +186,24 @@ def test_what_fails_after_a_signal_does_not_hide_it(
         cli.main()
     assert end.value.code == code
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_help_shows_all_that_is_in_brackets() -> None:
+    """Rich takes them for its own tags, and shows nothing of one that is not escaped."""
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
+            assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "["), name
+    examples = {name: Text.from_markup(command.epilog or "").plain for name, command in commands.items()}
+    assert "erase-concept train 'resnet18-cifar[width=16,stride=2]' --data" in examples["train"]
+    done = subprocess.run(
+        [sys.executable, "-m", "erase_concept", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200", "TERMINAL_WIDTH": "200"},
+    )
+    assert "resnet18-cifar, with [width=W,stride=S] for a small one" in done.stdout
 
 
 @pytest.mark.parametrize("asked", ["--help", "--version", "erase --help", "eval --help", "list --help"])

@@ -20,7 +20,7 @@ from erase_concept.prompts.concept import Concept
 from erase_concept.recipe import make_recipe
 from erase_concept.run import iter_erase
 from erase_concept.training import health
-from erase_concept.training.health import watched
+from erase_concept.training.health import watched, watched_losses
 from erase_concept.training.loop import Record, Training
 
 SETTINGS = Training(steps=40, probe_every=0)
@@ -44,10 +44,32 @@ def test_a_loss_may_be_a_hundred_times_the_first_ones(
         losses = [sign * first / 2] * 9 + [sign * first] + [last]
         events = watched(steps(losses), tiny, data, None, SETTINGS)
         if grown:
-            with pytest.raises(EraseError, match="at step 11, more than 100 times that of the first steps: lower lr"):
+            with pytest.raises(EraseError, match="at step 11, more than 100 times that of the first steps: ") as found:
                 list(events)
+            advice = "lower lr or set max_grad_norm, and choose another folder"
+            assert str(found.value).endswith(f": {advice}"), "no checkpoint is promised"
         else:
             assert len(list(events)) == 11
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped"),
+    [([0.1] + [1e6] * 39, 2), ([0.06, 0.67, 293, 172, 1110] + [1e4] * 35, 3), ([0.06, -0.67, -293] + [-1e4] * 37, 3)],
+)
+def test_a_loss_that_explodes_in_the_first_steps_is_measured_by_those_before_it(
+    tiny: Diffusion, data: ForgetRetain, losses: list[float], stopped: int
+) -> None:
+    """Else it would raise the limit for itself, and for all later ones."""
+    with pytest.raises(EraseError, match=f"at step {stopped}, more than 100 times that of the first steps"):
+        list(watched(steps(losses), tiny, data, None, SETTINGS))
+
+
+@pytest.mark.parametrize("losses", [[0.0, 1e-6, 1e-3, 0.5, 20.0, 90.0] * 5, [400.0, 0.1, 300.0, 4e4] * 5])
+def test_a_loss_that_begins_at_zero_may_grow_in_the_first_steps(
+    tiny: Diffusion, data: ForgetRetain, losses: list[float]
+) -> None:
+    """An honest one that grows from 0 stays below 100, and the very first loss has nothing before it."""
+    assert len(list(watched(steps(losses), tiny, data, None, SETTINGS))) == len(losses)
 
 
 def test_a_resumed_run_is_measured_by_the_first_steps_of_all(tiny: Diffusion, data: ForgetRetain) -> None:
@@ -56,6 +78,16 @@ def test_a_resumed_run_is_measured_by_the_first_steps_of_all(tiny: Diffusion, da
         list(watched(steps([400.0]), tiny, data, None, SETTINGS, [0.1] * 50))
     assert list(watched(steps([400.0]), tiny, data, None, SETTINGS))
     assert list(watched(steps([4e9]), tiny, data, None, replace(SETTINGS, max_loss_growth=0), [0.1] * 50))
+
+
+def test_a_classifiers_loss_may_fall_without_bound_and_not_rise() -> None:
+    """Gradient ascent is meant to raise it, as a loss below zero; SCRUB does so in some of its steps."""
+    for honest in ([-0.1, -300.0, -1e6] * 9, [-0.1, 2.0, -500.0, 150.0] * 9, [0.0, 0.5, 99.0] * 9):
+        assert len(list(watched_losses(steps(honest), 100.0))) == len(honest)
+    for losses, earlier, stopped in (([-400.0, 0.1, 101.0], [], 3), ([101.0], [-400.0, 0.1], 1)):
+        with pytest.raises(EraseError, match=f"at step {stopped}, more than .*: lower lr, and choose another folder$"):
+            list(watched_losses(steps(losses), 100.0, earlier))
+        assert list(watched_losses(steps(losses), 0, earlier))
 
 
 def shaken(model: Diffusion, size: float) -> Callable[[int], None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
 
-from erase_concept.pipelines.processes import first_of_machine, lost_process, main_process
+from erase_concept.errors import EraseError
+from erase_concept.pipelines.processes import first_of_machine, from_main, lost_process, main_process
 
 
 def test_a_port_that_is_in_use_is_told_from_a_process_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +24,20 @@ def test_other_errors_are_no_lost_process() -> None:
     assert lost_process(RuntimeError("Connection closed by peer [127.0.0.1]:5")).startswith("another process of this")
     assert not lost_process(RuntimeError("shapes do not fit"))
     assert not lost_process(ConnectionResetError("connection reset by peer"))
+
+
+def test_what_the_first_process_raises_is_of_all() -> None:
+    """And it stays so on its way to the others."""
+
+    def fail() -> None:
+        raise EraseError("a full disk")
+
+    with pytest.raises(EraseError) as problem:
+        from_main(fail)
+    assert problem.value.of_all
+    copied = pickle.loads(pickle.dumps(problem.value))
+    assert (str(copied), copied.of_all) == ("a full disk", True)
+    assert not EraseError("a full disk").of_all
 
 
 def test_who_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
