@@ -56,6 +56,16 @@ def process_count() -> int:
     return int(count)
 
 
+def launched_alone() -> bool:
+    """Tell whether ``accelerate launch`` was asked for several processes and started one, as it does with ``--cpu``.
+
+    It then sets the address at which they would meet, and no number of them; with MPI, that tells the number.
+    """
+    counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked = {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys()
+    return asked and not any(name in os.environ for name in counts)
+
+
 def lost_process(problem: BaseException) -> str:
     """Say why another process cannot be reached, in one line, where an error says that; "" for any other error."""
     from torch.distributed import DistError

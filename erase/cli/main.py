@@ -29,7 +29,13 @@ from erase_concept.cli import (
 from erase_concept.cli import list as listing
 from erase_concept.cli.flags import REPLACED, in_flags
 from erase_concept.errors import EraseError, RequestError, one_line
-from erase_concept.pipelines.processes import first_of_machine, lost_process, main_process, process_count
+from erase_concept.pipelines.processes import (
+    first_of_machine,
+    launched_alone,
+    lost_process,
+    main_process,
+    process_count,
+)
 from erase_concept.pipelines.signals import say, terminable
 
 app = typer.Typer(
@@ -93,6 +99,8 @@ def main() -> None:
     try:
         if process_count() > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported; see training/shared.py
+        if launched_alone():
+            say("accelerate launch has started one process alone, as it does on CPUs; torchrun starts several")
         if not main_process():
             logging.getLogger("erase_concept").setLevel(logging.ERROR)  # the main process gives the same warnings
         with terminable(), nullcontext() if main_process() else redirect_stdout(io.StringIO()):

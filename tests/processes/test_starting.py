@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
@@ -55,3 +58,25 @@ def test_who_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in there.items():
             monkeypatch.setenv(name, value)
         assert (main_process(), first_of_machine()) == (main, first), there
+
+
+@pytest.mark.parametrize(
+    ("asked", "alone"), [(("--cpu", "2"), True), (("--cpu", "1"), False), (("--multi_gpu", "2"), False)]
+)
+def test_a_launcher_that_starts_one_process_is_told(asked: tuple[str, str], alone: bool, tmp_path: Path) -> None:
+    """Accelerate's own launcher sets what it is told by."""
+    script = tmp_path / "told.py"
+    script.write_text("from erase_concept.pipelines.processes import launched_alone; print('alone:', launched_alone())")
+    kind, count = asked
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        kind,
+        "--num_processes",
+        count,
+        "--main_process_port",
+        "0",
+        str(script),
+    ]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert f"alone: {alone}" in done.stdout, done.stderr
