@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.model import Diffusion
 
 Remap = Literal["anchor", "random", "empty"]  # what a concept's prompt becomes
@@ -119,7 +119,7 @@ class ForgetRetain:
         """Write everything as safetensors, with a fingerprint of what it was made from."""
         tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
         with atomic_write(file) as partial:
-            save_file(tensors, partial, {"fingerprint": fingerprint})
+            save_tensors(tensors, partial, {"fingerprint": fingerprint})
 
     @classmethod
     def load(cls, file: Path, fingerprint: str) -> ForgetRetain | None:

@@ -18,7 +18,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,9 +26,9 @@ import yaml
 from safetensors import SafetensorError
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.locks import LOCK, hold, hold_file
+from erase_concept.locks import hold, hold_file
 
-PARTIAL = ".partial"  # how the name of a file or folder ends that is not whole yet
+PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 MOST_BYTES = 64 << 20  # of a text; a report of 100,000 pairs has some 50 MB
 _MOST_VALUES = 2_500_000  # of JSON, counted by its brackets and commas
 _MOST_NODES = 100_000  # of YAML, whose parser is slower
@@ -46,31 +46,36 @@ def atomic_write(file: Path, *, sync: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``file``, which becomes ``file`` if all goes well and is removed if it does not.
 
     Makes the parent folder. The file may be read by whom the user's umask says, which safetensors would not ask. What a
-    killed process left is removed; where another process is writing the same file, its end is waited for. A link of
-    either name is replaced and not followed.
+    killed process left is written over; where another process is writing the same file, its end is waited for. A link
+    of either name is replaced and not followed.
 
     The file is on the disk before it gets its name, so that it outlives a power cut. That takes some milliseconds;
     without ``sync`` it may be lost or damaged then, which is for files that are temporary, or read with a checksum.
 
     Raises OSError with the file's name when it cannot be written (a full disk, say).
     """
-    folder = file.with_name(file.name + PARTIAL)
-    partial = folder / folder.name
+    partial = file.with_name(file.name + PARTIAL)
+    if partial.is_symlink():  # it might lead to a file elsewhere
+        partial.unlink()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _only_writer(folder):
-            yield partial
-            os.umask(umask := os.umask(0o077))  # it can be read only by setting it
-            partial.chmod(0o666 & ~umask)
-            if sync:
-                to_disk(partial)
-            partial.replace(file)
-            if sync:
-                to_disk(file.parent)
+        with _only_writer(partial):
+            try:
+                yield partial
+                os.umask(umask := os.umask(0o077))  # it can be read only by setting it
+                partial.chmod(0o666 & ~umask)
+                if sync:
+                    to_disk(partial)
+                partial.replace(file)
+                if sync:
+                    to_disk(file.parent)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
     except SafetensorError as problem:
         raise write_error(problem, file) from None
     except OSError as problem:
-        if problem.filename in (None, *map(os.fspath, (folder, folder / LOCK, partial))):
+        if problem.filename in (None, os.fspath(partial)):
             problem.filename = os.fspath(file)
         raise
 
@@ -105,37 +110,15 @@ def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it; it is removed in the end, with all that is in it.
-
-    safetensors writes into a file of its own beside the one that it was asked for, which a kill leaves behind.
-    """
-    descriptor, ours = None, False
+def _only_writer(partial: Path) -> Iterator[None]:
+    """Hold a file that is not whole yet; it is made where there is none."""
+    # On Windows a file that another process has open cannot be replaced anyway.
+    descriptor = None if sys.platform == "win32" else hold_file(partial)[0]
     try:
-        while not ours:
-            if folder.is_symlink() or folder.is_file():  # it might lead to a folder elsewhere
-                folder.unlink()
-            folder.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):  # another process has just removed the folder
-                # On Windows a file that another process has open cannot be replaced anyway.
-                descriptor = None if sys.platform == "win32" else hold_file(folder / LOCK)[0]
-                ours = True
-        _empty(folder)
         yield
     finally:
-        with suppress(OSError):  # another process may have begun to write the same file
-            if ours:
-                _empty(folder)
-                (folder / LOCK).unlink(missing_ok=True)
-            folder.rmdir()
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _empty(folder: Path) -> None:
-    for one in folder.iterdir():
-        if one.name != LOCK:
-            one.unlink()
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:

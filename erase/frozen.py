@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
 from erase_concept.files import atomic_write
 from erase_concept.masks.mask import Mask
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.formats.weights import each_tensor
 
 ROUNDED_TO = ("float16", "bfloat16", "float8_e4m3fn")  # in which models are shared
@@ -32,7 +32,7 @@ def keep_base(trained: nn.Module, file: Path, data: str = "") -> bool:
             same_data = (stored.metadata() or {}).get("data", data) == data  # earlier versions did not say it
             return same_data and {*stored.keys()} == {*state} and all(map(_same_bits, each_tensor(file), repeat(state)))
     with atomic_write(file) as partial:
-        save_file({name: value.contiguous() for name, value in state.items()}, partial, {"data": data})
+        save_tensors({name: value.contiguous() for name, value in state.items()}, partial, {"data": data})
     return True
 
 

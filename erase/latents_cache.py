@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.formats.scheduler import stated
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.run_folder import versions
 
@@ -57,7 +57,7 @@ class LatentsCache:
         made = make()
         try:
             with atomic_write(file, sync=False) as partial:
-                save_file({"latents": made.contiguous()}, partial, {"sha256": _sha256(made)})
+                save_tensors({"latents": made.contiguous()}, partial, {"sha256": _sha256(made)})
         except (OSError, EraseError) as problem:
             warnings.warn(f"sampled latents could not be kept in {self.folder}: {problem}", stacklevel=2)
         return made

@@ -12,6 +12,7 @@ import numpy as np
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write, file_sha256
+from erase_concept.pipelines.formats.tensors import save_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def image_features(
     RequestError without any files, and for one that is no readable image.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     if not files:
         raise RequestError("images", "(empty)", "no images")
@@ -83,7 +84,7 @@ def image_features(
     except (OSError, SafetensorError, KeyError):  # not there, or damaged
         found = _extracted([files[place] for place in first], network, batch_size)
         with atomic_write(stored) as partial:
-            save_file({"features": found}, partial)
+            save_tensors({"features": found}, partial)
     return found[places]
 
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from typing_extensions import TypedDict
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.judges.judge import Detection, Judgement
 from erase_concept.eval.metrics.metric import JudgedImages
 from erase_concept.files import atomic_write, file_sha256, parse_json
-from erase_concept.pipelines.formats.tensors import open_tensors
+from erase_concept.pipelines.formats.tensors import open_tensors, save_tensors
 
 if TYPE_CHECKING:
     from erase_concept.pipelines.image_set import ImageSet
@@ -81,7 +80,7 @@ def save_judgements(judged: Judged, folder: Path) -> Path:
     tensors[_ABOUT] = np.frombuffer(text, np.uint8)
     file = folder / JUDGEMENTS
     with atomic_write(file) as partial:
-        save_file(tensors, partial, {"format": _FORMAT})
+        save_tensors(tensors, partial, {"format": _FORMAT})
     return file
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.families import FAMILIES
 from erase_concept.pipelines.families.stable_diffusion import UNET_LAYERS
-from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
+from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes, save_tensors
 
 _COUNTED = 1 << 24  # bytes whose bits are counted at a time
 
@@ -106,7 +105,7 @@ class Mask:
         """Write the mask as safetensors, shapes and provenance in the metadata."""
         metadata = {"format": "erase-concept mask 1", "shapes": json.dumps(self.shapes), **self.provenance}
         with atomic_write(file) as partial:
-            save_file(self.bits, partial, metadata)
+            save_tensors(self.bits, partial, metadata)
 
     @classmethod
     def load(cls, file: Path, *, setting: str = "mask.kind") -> Mask:

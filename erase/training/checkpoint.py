@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from erase_concept.errors import RequestError, one_line
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.processes import main_process
 from erase_concept.run_folder import versions
 from erase_concept.training.optimizer import MaskedOptimizer
@@ -32,7 +32,7 @@ def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], step: int, proces
     saved = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_write(file) as partial:
         about = {"step": str(step), "processes": str(processes), "sha256": _sha256(saved, step), "made_with": _ours()}
-        save_file(saved, partial, about)
+        save_tensors(saved, partial, about)
         if file.exists():
             file.replace(previous(file))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from erase_concept.files import atomic_write
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.processes import from_main, processes
 
 
@@ -28,7 +28,7 @@ def offload_to_disk(modules: Sequence[nn.Module], folder: Path) -> Iterator[None
     def write() -> None:
         for i, module in enumerate(modules):
             with atomic_write(folder / f"{i}.safetensors", sync=False) as partial:
-                save_file({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
+                save_tensors({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, partial)
 
     from_main(write)
     for module in modules:

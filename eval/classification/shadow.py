@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.classification.data import Split, forget_retain
@@ -24,6 +23,7 @@ from erase_concept.files import atomic_write
 from erase_concept.pipelines.classifiers.classifier import Classifier
 from erase_concept.pipelines.classifiers.load import Module
 from erase_concept.pipelines.classifiers.weights import fill_weights, read_state
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.progress import bar
 from erase_concept.seed import stage_generator, stage_seed
 from erase_concept.training.loop import Record
@@ -128,4 +128,4 @@ def _trained(retrain: UnlearnRun, model: Classifier, split: Split, member: Tenso
 
 def _keep(network: nn.Module, file: Path) -> None:
     with atomic_write(file) as partial:
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
+        save_tensors({name: value.contiguous() for name, value in network.state_dict().items()}, partial)

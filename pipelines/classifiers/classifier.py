@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import RequestError
 from erase_concept.files import atomic_write
 from erase_concept.pipelines.classifiers.architectures import MODULE, TORCHSCRIPT, build
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.model import weights_hash
 
 BatchNormPolicy = Literal["update", "frozen"]
@@ -149,7 +149,7 @@ class Classifier:
     def save(self, folder: Path) -> None:
         """Write ``classifier.json`` and ``weights.safetensors``."""
         with atomic_write(folder / "weights.safetensors") as partial:
-            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, partial)
+            save_tensors({name: value.contiguous() for name, value in self.network.state_dict().items()}, partial)
         with atomic_write(folder / "classifier.json") as partial:
             partial.write_text(json.dumps(self.describe(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

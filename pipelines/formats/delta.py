@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
 from erase_concept.files import atomic_write
-from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes
+from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes, save_tensors
 from erase_concept.pipelines.model import weights_hash
 
 FORMAT = "erase-concept delta 1"
@@ -67,7 +66,7 @@ def save_delta(base: nn.Module, erased: nn.Module, file: str | Path, about: dict
     own = {"format": FORMAT, "dtype": str(dtype).removeprefix("torch."), "shapes": json.dumps(shapes)}
     hashes = {"base_unet_sha256": weights_hash(base, dtype), "erased_unet_sha256": weights_hash(erased)}
     with atomic_write(Path(file)) as partial:
-        save_file(tensors, partial, {**about, **own, **hashes})
+        save_tensors(tensors, partial, {**about, **own, **hashes})
         with safe_open(partial, "pt") as stored:
             moved = _changed(stored)
             for name, value in before.items():

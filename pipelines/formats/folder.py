@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
@@ -21,6 +21,7 @@ from erase_concept.pipelines.families import FAMILIES, families_of_pipeline, fin
 from erase_concept.pipelines.families.family import Configs, Family
 from erase_concept.pipelines.formats.modelspec import write_content_hash
 from erase_concept.pipelines.formats.scheduler import with_zero_snr, write_stated
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.formats.tokenizer import check_tokenizer, limit_tokenizers, write_vocabulary
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
@@ -322,6 +323,6 @@ def save_unet(unet: nn.Module, file: str | Path, metadata: dict[str, str]) -> No
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
     with atomic_write(Path(file)) as partial:
-        save_file(tensors, partial, {"format": "pt", **metadata})
+        save_tensors(tensors, partial, {"format": "pt", **metadata})
         write_content_hash(partial)
         check_same(tensors, load_file(partial), Path(file))

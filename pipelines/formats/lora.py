@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError
@@ -23,6 +23,7 @@ from erase_concept.files import atomic_write
 from erase_concept.pipelines.families.family import Family
 from erase_concept.pipelines.formats.modelspec import kohya_base, kohya_network, write_content_hash
 from erase_concept.pipelines.formats.prediction import prediction_of
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.formats.weights import check_same
 from erase_concept.pipelines.model import Diffusion
 from erase_concept.pipelines.progress import progress
@@ -108,7 +109,7 @@ def save_lora(
     told = {"relative_error": f"{fit.errors[rank]:.6f}", "left_out": f"{fit.left_out:.6f}"}
     kohya = kohya_base(base.family, prediction_of(base.scheduler)) | kohya_network(rank)
     with atomic_write(Path(file)) as partial:
-        save_file(tensors, partial, {"format": "pt", **kohya, **about, **told})
+        save_tensors(tensors, partial, {"format": "pt", **kohya, **about, **told})
         write_content_hash(partial)
         check_same(tensors, load_file(partial), Path(file))
     return fit

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from erase_concept.errors import EraseError, RequestError
@@ -34,6 +33,7 @@ from erase_concept.pipelines.formats.prediction import (
     prediction_of,
     read_prediction,
 )
+from erase_concept.pipelines.formats.tensors import save_tensors
 from erase_concept.pipelines.formats.tokenizer import limit_tokenizers, load_tokenizer
 from erase_concept.pipelines.formats.weights import (
     assign_weights,
@@ -313,7 +313,7 @@ def save_single_file(
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_original(parts, family).items()}
     tensors |= marks(prediction or Prediction())
     with atomic_write(file) as partial:
-        save_file(tensors, partial, {"format": "pt", **metadata})
+        save_tensors(tensors, partial, {"format": "pt", **metadata})
         write_content_hash(partial)
 
 
@@ -366,7 +366,7 @@ def replace_unet(
         kept = {key: value for key, value in tensors.items() if key not in (V_PRED, ZTSNR)}
         tensors = kept | {key: tensors.get(key, mark) for key, mark in marks(prediction).items()}
     with atomic_write(file) as partial:
-        save_file(tensors, partial, {"format": "pt", **of_any_model(about), **metadata})
+        save_tensors(tensors, partial, {"format": "pt", **of_any_model(about), **metadata})
         write_content_hash(partial)
     return changed
 

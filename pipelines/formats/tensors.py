@@ -1,4 +1,4 @@
-"""Safetensors files of strangers, opened within limits.
+"""Safetensors files: those of strangers opened within limits, and one's own written so that a kill leaves nothing.
 
 The library itself refuses offsets that overlap, leave gaps or lie outside the file, and sizes that do not fit them. It
 takes the last of two tensors of one name, and as many names as the header holds.
@@ -7,11 +7,14 @@ takes the last of two tensors of one name, and as many names as the header holds
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from erase_concept.files import parse_json, regular_size
@@ -48,6 +51,29 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise ValueError(str(problem)) from None
     with opened as stored:
         yield stored
+
+
+def save_tensors(tensors: Mapping[str, Any], partial: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors of PyTorch, or arrays of NumPy, as safetensors to the path that ``atomic_write`` gave.
+
+    The library writes a hidden file beside the one that it is asked for, and renames it. That is done in a folder of
+    its own here, which the next one empties: a kill would leave the hidden file for ever, as large as a model.
+    """
+    arrays = all(isinstance(value, np.ndarray) for value in tensors.values())
+    library = import_module("safetensors.numpy" if arrays else "safetensors.torch")  # torch is not loaded for a report
+    folder = partial.with_name(partial.name + ".folder")
+    if folder.is_symlink():  # it might lead to a folder elsewhere
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        library.save_file(dict(tensors), folder / partial.name, metadata and dict(metadata))
+        (folder / partial.name).replace(partial)
+    except OSError as problem:
+        problem.filename = None  # ``atomic_write`` names the file
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_shapes(text: str) -> dict[str, tuple[int, ...]]:

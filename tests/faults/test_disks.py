@@ -22,6 +22,7 @@ def check_refused(ended: Any, folder: Path) -> None:
     assert len(ended.lines) == 1, ended.err
     # A folder of that name is one that the next command goes on to fill.
     assert not [file for file in folder.rglob("*.partial") if file.is_file()], ended.err
+    assert not [*folder.rglob("*.partial.folder")], ended.err
 
 
 def check_goes_on(name: str, world: Any, whole: Any, contents: Any) -> None:

@@ -64,8 +64,6 @@ class Faults:
         path = Path(os.fsdecode(path))
         if path.is_absolute() and not path.is_relative_to(self.here):
             return
-        if path.name == ".lock":  # an empty file that says nothing: as if nothing had been done
-            return
         written = event != "open" or bool((values[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if not written and not path.is_file():
             return
