@@ -74,6 +74,15 @@ def test_a_run_holds_and_gets_a_certificate(folder: Path) -> None:
     assert verify("run/certificate.json").holds
 
 
+@pytest.mark.parametrize("method", ["ssd", "influence", "boundary-expand", "scrub", "retrain"])
+def test_the_log_of_each_kind_of_method_is_whole(method: str, folder: Path, fashion: str) -> None:
+    """One step, an additional class, epochs of several parts, and new weights."""
+    settings: dict[str, Any] = {"batch_size": 32} | ({} if method in ("ssd", "influence") else {"epochs": 2})
+    ec.unlearn("original", data={"source": fashion}, forget="random:10%", out="own", method=method, settings=settings)
+    found = {one.what: one for one in verify("own", base="original").checks}
+    assert found["log.jsonl"].holds, found["log.jsonl"].found
+
+
 def outside() -> None:
     """Move one weight outside the mask by one bit, and mend both hashes."""
     mask = Mask.load(Path("run/mask.safetensors"))
