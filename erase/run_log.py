@@ -43,7 +43,8 @@ def _loss(log: Path, place: int, line: str) -> float:
             return float(loss)
     except (ValueError, TypeError, KeyError):
         pass
-    allowed = f"is damaged: line {place} is no step's record; delete the file, and the run goes on from its checkpoint"
+    advice = "delete the file, and the run goes on from its checkpoint; 'verify' will miss the steps before"
+    allowed = f"is damaged: line {place} is no step's record; {advice}"
     raise RequestError("log", log, allowed)
 
 
