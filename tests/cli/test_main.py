@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -61,7 +62,9 @@ def test_what_one_process_alone_may_know_it_says_itself(
         raise problem
 
     monkeypatch.setattr(cli, "app", fail)
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", local), ("LOCAL_RANK", local)):
+    monkeypatch.setattr(logging.getLogger("erase_concept"), "setLevel", lambda _: None)  # it would stay for later tests
+    there = {"WORLD_SIZE": "2", "RANK": local, "LOCAL_RANK": local, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    for name, value in there.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -216,11 +216,11 @@ def test_what_cannot_be_read_back_as_it_was_is_removed(
     before = content(folder)
     for module, name, part in ((folders, "unet", ""), (delta, "delta", ":changed"), (delta, "delta", ":steps")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "save_file", faulty(module.save_file, part))
+            patch.setattr(module, "save_tensors", faulty(module.save_tensors, part))
             with pytest.raises(EraseError, match="was not written as it is"):
                 export(Path("run"), place(name), name)
     with monkeypatch.context() as patch:
-        patch.setattr(single_file, "save_file", faulty(single_file.save_file, "diffusion_model.out.2.bias"))
+        patch.setattr(single_file, "save_tensors", faulty(single_file.save_tensors, "diffusion_model.out.2.bias"))
         with pytest.raises(EraseError, match=r"could not be read back: .*conv_out.bias was not written as it is"):
             export(Path("run"), place("single-file"), "single-file")
     with monkeypatch.context() as patch:

@@ -292,13 +292,13 @@ def test_what_no_lora_can_carry_makes_no_file(tiny: Diffusion, tmp_path: Path) -
 def test_a_file_that_was_not_written_as_it_is_is_removed(
     tiny: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = lora.save_file
+    written = lora.save_tensors
 
     def faulty(tensors: dict[str, Tensor], *rest: Any) -> None:
         first = next(iter(tensors))
         written(tensors | {first: -tensors[first]}, *rest)
 
-    monkeypatch.setattr(lora, "save_file", faulty)
+    monkeypatch.setattr(lora, "save_tensors", faulty)
     with pytest.raises(EraseError, match="was not written as it is"):
         save(tiny, erased_from(tiny.unet), tmp_path / "l.safetensors", rank=4)
     assert not list(tmp_path.iterdir())
