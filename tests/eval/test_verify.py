@@ -278,7 +278,8 @@ def hidden_word(folder: Path) -> None:
         words.update({one: second, other: first})
 
     edit("run/pipeline/tokenizer/vocab.json", swap)
-    edit("run/pipeline/tokenizer/tokenizer.json", lambda content: swap(content["model"]["vocab"]))
+    if Path("run/pipeline/tokenizer/tokenizer.json").exists():  # transformers 4 writes none
+        edit("run/pipeline/tokenizer/tokenizer.json", lambda content: swap(content["model"]["vocab"]))
 
 
 def shorter(folder: Path) -> None:
@@ -426,7 +427,8 @@ def test_a_lost_merge_of_a_tokenizer_is_found(new_model: Any, tmp_path: Path) ->
     merges = (words / "merges.txt").read_text().splitlines()
     last = merges.pop()
     (words / "merges.txt").write_text("\n".join([*merges, ""]))
-    edit(str(words / "tokenizer.json"), lambda content: content["model"]["merges"].pop())
+    if (words / "tokenizer.json").exists():  # transformers 4 writes none
+        edit(str(words / "tokenizer.json"), lambda content: content["model"]["merges"].pop())
     tokens, _ = check_beside_weights(tmp_path / "own", "own", str(tmp_path / "model"), None, ["a church"])
     assert tokens.file == "own/tokenizer"
     assert f"cuts {last.replace(' ', '').removesuffix('</w>')!r} into other tokens" in tokens.found
