@@ -110,6 +110,8 @@ def apply_delta(delta: Delta, unet: nn.Module, *, revert: bool = False, transfer
         have, want = tuple(state[name].shape) if name in state else None, delta.shapes.get(name)
         if have != want:
             raise RequestError("model", name, f"does not fit: the delta has {_side(want)}, the model has {_side(have)}")
+        if (own := state[name].dtype) != delta.dtype:
+            raise RequestError("model", name, f"is in {own}, and the delta is for {delta.dtype}: load it in that dtype")
     wanted, promised = (delta.erased, delta.base) if revert else (delta.base, delta.erased)
     if not transfer and weights_hash(unet) != wanted:
         which = "erased model that this delta leads to" if revert else "base model that this delta was made for"

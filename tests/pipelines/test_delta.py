@@ -113,6 +113,16 @@ def test_transfers_to_a_near_model_as_the_same_relative_change(tiny: Diffusion, 
         assert bool(near[tiny.unet.get_parameter(name).abs() > 0.01].all())
 
 
+def test_a_model_in_another_dtype_is_refused(tiny: Diffusion, tmp_path: Path) -> None:
+    before = copy.deepcopy(tiny.unet).half()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        next(after.parameters()).add_(1)
+    save_delta(before, after, tmp_path / "d.safetensors", {})
+    with pytest.raises(RequestError, match=r"is in torch.float32, and the delta is for torch.float16"):
+        apply_delta(open_delta(tmp_path / "d.safetensors"), copy.deepcopy(before).float(), transfer=True)
+
+
 def test_damaged_and_foreign_files_are_refused(tiny: Diffusion, tmp_path: Path) -> None:
     file = tmp_path / "d.safetensors"
     with pytest.raises(RequestError, match="is not a readable delta"):
