@@ -197,8 +197,6 @@ def test_help_shows_all_that_is_in_brackets() -> None:
     for name, command in commands.items():
         for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
             assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "["), name
-    examples = {name: Text.from_markup(command.epilog or "").plain for name, command in commands.items()}
-    assert "erase-concept train 'resnet18-cifar[width=16,stride=2]' --data" in examples["train"]
     done = subprocess.run(
         [sys.executable, "-m", "erase_concept", "train", "--help"],
         capture_output=True,
@@ -206,7 +204,7 @@ def test_help_shows_all_that_is_in_brackets() -> None:
         check=True,
         env={**os.environ, "COLUMNS": "200", "TERMINAL_WIDTH": "200"},
     )
-    assert "resnet18-cifar, with [width=W,stride=S] for a small one" in done.stdout
+    assert "erase-concept train 'resnet18-cifar[width=16,stride=2]' --data" in done.stdout
 
 
 @pytest.mark.parametrize("asked", ["--help", "--version", "erase --help", "eval --help", "list --help"])
