@@ -16,8 +16,7 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.files import file_sha256, parse_yaml, to_disk
-from erase_concept.locks import only_process
+from erase_concept.files import file_sha256, only_process, parse_yaml, to_disk
 from erase_concept.pipelines.formats.delta import save_delta
 from erase_concept.pipelines.formats.folder import save_pipeline, save_unet
 from erase_concept.pipelines.formats.lora import Fit, Style, save_lora

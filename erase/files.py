@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -18,7 +19,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +27,13 @@ import yaml
 from safetensors import SafetensorError
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.locks import hold, hold_file
 
+if sys.platform == "win32":
+    from filelock import FileLock
+else:
+    import fcntl
+
+LOCK = ".lock"  # held by the process that works in a folder
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 MOST_BYTES = 64 << 20  # of a text; a report of 100,000 pairs has some 50 MB
 _MOST_VALUES = 2_500_000  # of JSON, counted by its brackets and commas
@@ -38,6 +44,7 @@ _PLAIN = frozenset((dict, list, str, int, float, bool, type(None)))
 _SURROGATE = re.compile(r"\\[uU](?:0000)?[dD][89a-fA-F]")
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML has it
 _MOST_DIGITS = 100  # of a whole number; a tokenizer without a limit says 10^30
+_NO_LOCKS = "erase-concept: %s lies on a file system without locks: start no other command in it"
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system that has no such thing
 
 
@@ -113,7 +120,7 @@ def write_error(problem: SafetensorError, file: Path) -> OSError | EraseError:
 def _only_writer(partial: Path) -> Iterator[None]:
     """Hold a file that is not whole yet; it is made where there is none."""
     # On Windows a file that another process has open cannot be replaced anyway.
-    descriptor = None if sys.platform == "win32" else hold_file(partial)[0]
+    descriptor = None if sys.platform == "win32" else _held(partial)[0]
     try:
         yield
     finally:
@@ -121,16 +128,78 @@ def _only_writer(partial: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _held(file: Path, *, wait: bool = True) -> tuple[int, bool]:
+    """Open a file and hold it, when no other process holds it any more.
+
+    Returns its descriptor, and whether the file system has locks. Raises BlockingIOError where another process holds
+    the file and its end is not waited for.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            has_locks = _hold(descriptor, wait=wait)
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor, has_locks
+        except FileNotFoundError:  # the other process has removed it, or given it another name
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _hold(descriptor: int, *, wait: bool = True) -> bool:
+    """Hold an open file until it is closed, when no other process holds it; False where there are no such locks.
+
+    Some network folders have none. Raises BlockingIOError as ``_held`` does.
+    """
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as problem:
+        if problem.errno == errno.EACCES:  # as some file systems say it
+            raise BlockingIOError(*problem.args) from None
+        return False
+    return True
+
+
 def append_lines(file: Path, lines: Iterable[str]) -> None:
     """Add lines to a file, and end a last line before that a kill cut short. Makes the parent folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as stream:
-        hold(stream.fileno())
+        _hold(stream.fileno())
         cut = False
         if stream.seek(0, os.SEEK_END):
             stream.seek(-1, os.SEEK_END)
             cut = stream.read() != b"\n"
         stream.write(("\n" * cut + "".join(lines)).encode())
+
+
+@contextmanager
+def only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder; where another process holds it, wait for its end or raise RequestError.
+
+    Where the file system has no locks, as that of some network folders, a warning says so.
+    """
+    with ExitStack() as until_the_end:
+        try:
+            if sys.platform == "win32":
+                until_the_end.enter_context(FileLock(folder / LOCK, timeout=-1 if wait else 0))
+            else:
+                descriptor, has_locks = _held(folder / LOCK, wait=wait)
+                until_the_end.callback(os.close, descriptor)
+                if not has_locks:
+                    logging.getLogger("erase_concept").warning(_NO_LOCKS, folder)
+        except (BlockingIOError, TimeoutError):  # the second is filelock's
+            raise RequestError("out", folder, "another process is at work in it: wait for its end") from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no file that is open
+                (folder / LOCK).unlink()
 
 
 def mistaken_for(file: Path) -> str:

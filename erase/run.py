@@ -195,7 +195,6 @@ def _stages(
             yield from _train(recipe, model, data, mask, out)
             times.append(time.perf_counter())
 
-    state.wait_for_everyone()  # nobody reads the base's file any more
     yield "export"
 
     def export_all() -> None:

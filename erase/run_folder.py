@@ -14,8 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from erase_concept.errors import RequestError
-from erase_concept.files import PARTIAL, atomic_write, file_sha256, is_there, read_json
-from erase_concept.locks import LOCK
+from erase_concept.files import LOCK, PARTIAL, atomic_write, file_sha256, is_there, read_json
 
 RUN_FILE = "run.json"  # of a run that erases from a diffusion model
 UNLEARN_FILE = "unlearn.json"  # of a classifier's run: neither is taken for the other

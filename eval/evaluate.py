@@ -18,8 +18,7 @@ from erase_concept.eval.report.report import Report
 from erase_concept.eval.report.verdict import main_scores
 from erase_concept.eval.report.write import report_json, write_report
 from erase_concept.eval.request import EvalRequest, told
-from erase_concept.files import file_sha256, relative
-from erase_concept.locks import only_process
+from erase_concept.files import file_sha256, only_process, relative
 from erase_concept.pipelines.image_set import MANIFEST, SETTINGS
 from erase_concept.pipelines.processes import processes
 from erase_concept.pipelines.progress import bar

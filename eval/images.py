@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase_concept.errors import RequestError
 from erase_concept.eval.request import is_images
-from erase_concept.files import PARTIAL
-from erase_concept.locks import LOCK, only_process
+from erase_concept.files import LOCK, PARTIAL, only_process
 from erase_concept.prompts.promptset import PromptRow, PromptSet
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from erase_concept.errors import EraseError, RequestError
-from erase_concept.locks import only_process
+from erase_concept.files import only_process
 
 if TYPE_CHECKING:
     from accelerate import PartialState

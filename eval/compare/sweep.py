@@ -19,8 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from erase_concept.errors import EraseError
 from erase_concept.eval.compare.keys import trial_key
 from erase_concept.eval.compare.trials import Trial, TrialContext, TrialResult, prepare_trial, run_trial
-from erase_concept.files import append_lines, read_lines
-from erase_concept.locks import only_process
+from erase_concept.files import append_lines, only_process, read_lines
 
 RESULTS = "trials.jsonl"
 _LINE = TypeAdapter(TrialResult)

@@ -193,7 +193,7 @@ def test_what_fails_after_a_signal_does_not_hide_it(
 
 def test_help_shows_all_that_is_in_brackets() -> None:
     """Rich takes them for its own tags, and shows nothing of one that is not escaped."""
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(cli.app).commands
     for name, command in commands.items():
         for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
             assert Text.from_markup(text or "").plain == (text or "").replace("\\[", "["), name

@@ -21,11 +21,11 @@ from erase_concept.errors import RequestError
 from erase_concept.files import (
     append_lines,
     atomic_write,
+    only_process,
     parse_json,
     parse_yaml,
     read_text,
 )
-from erase_concept.locks import only_process
 from erase_concept.pipelines.formats.folder import save_pipeline
 from erase_concept.pipelines.formats.tensors import open_tensors, read_shapes, save_tensors
 from erase_concept.pipelines.model import Diffusion
@@ -113,7 +113,7 @@ def test_a_pipeline_is_on_the_disk_before_it_gets_its_name(
     assert ("sync", tmp_path.name) in operations[named:]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows is not asked")
+@pytest.mark.skipif(os.name == "nt", reason="Windows is not asked whether a file is on the disk")
 def test_a_disk_that_is_found_full_late_leaves_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +202,6 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a", "whole")]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 def test_a_kill_in_the_middle_of_a_file_of_tensors_leaves_nothing_for_ever(tmp_path: Path) -> None:
     """safetensors writes into a file of its own beside the one that it was asked for."""
     file = tmp_path / "a.safetensors"
